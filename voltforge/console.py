@@ -1,0 +1,110 @@
+"""Everything a person sees: steps, notes, live lines and progress bars, tables, and one red line for a problem."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from voltforge.errors import VoltforgeError
+from voltforge.files import size
+
+PLAIN_INTERVAL = 10.0
+"""Seconds between two lines about the same work where there is no terminal to redraw."""
+
+screen = Console(highlight=False, soft_wrap=True)
+"""Where it is printed: standard output. rich honours NO_COLOR, FORCE_COLOR and TERM=dumb."""
+
+
+def step(text: str) -> None:
+    """A stage begins: ``* text``."""
+    screen.print(f"[bold green]*[/] {_plain(text)}")
+
+
+def note(text: str) -> None:
+    """A detail of the stage at hand."""
+    screen.print(f"  [dim]{_plain(text)}[/]")
+
+
+def warn(text: str) -> None:
+    """Something that the person should know, but that stops nothing."""
+    screen.print(f"[yellow]! {_plain(text)}[/]")
+
+
+def error(problem: VoltforgeError | str) -> None:
+    """What stopped the work, in red, and below it what to try."""
+    what, hint = (problem.what, problem.hint) if isinstance(problem, VoltforgeError) else (problem, "")
+    screen.print(f"[bold red]x {_plain(what)}[/]")
+    if hint:
+        screen.print(f"  try: {_plain(hint)}")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Rows under headings."""
+    sheet = Table(title=title or None, title_justify="left")
+    for column in columns:
+        sheet.add_column(column, overflow="fold")
+    for row in rows:
+        sheet.add_row(*(_plain(cell) for cell in row))
+    screen.print(sheet)
+
+
+@contextlib.contextmanager
+def download(label: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Progress of bytes: yields a function to be told how many more have come.
+
+    A bar with size, speed and time left on a terminal; a line every few seconds elsewhere.
+    """
+    if screen.is_terminal:
+        columns = (
+            TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=screen, transient=True) as bars:
+            bar = bars.add_task(_plain(label), total=total, completed=done)
+            yield lambda count: bars.advance(bar, count)
+        return
+    came, said, start = done, time.monotonic(), time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal came, said
+        came += count
+        now = time.monotonic()
+        if now - said >= PLAIN_INTERVAL:
+            said = now
+            of = f" of {size(total)}" if total else ""
+            note(f"{label}: {size(came)}{of}, {size((came - done) / (now - start))}/s")
+
+    yield advance
+
+
+@contextlib.contextmanager
+def live(label: str) -> Iterator[Callable[[str], None]]:
+    """One line about long work that changes as it goes on: yields a function to be told the newest text."""
+    if screen.is_terminal:
+        with screen.status(_plain(label)) as status:
+            yield lambda text: status.update(_plain(f"{label}: {text}"))
+        return
+    said = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= PLAIN_INTERVAL:
+            said = time.monotonic()
+            note(f"{label}: {text}")
+
+    yield tell
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")

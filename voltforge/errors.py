@@ -1,0 +1,26 @@
+"""What went wrong, where, and what to try: the errors that a person sees as one red line."""
+
+from __future__ import annotations
+
+
+class VoltforgeError(Exception):
+    """A problem that a person can act on.
+
+    Modules subclass it and keep the data of the problem as attributes; the command line prints
+    ``what`` in red, ``hint`` below it, and no traceback.
+    """
+
+    def __init__(self, what: str, *, hint: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        """What happened and where, in one sentence."""
+        self.hint = hint
+        """What to try next; may be empty."""
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  try: {self.hint}" if self.hint else self.what
+
+
+def listed(problems: list[str]) -> str:
+    """Several problems as an indented list, one a line, so that all of them are seen at once."""
+    return "".join(f"\n  - {problem}" for problem in problems)
