@@ -1,0 +1,77 @@
+"""PyTorch and vLLM wheels for NVIDIA Volta, from source: the graph. `./doit list` is its table of contents."""
+
+import sys
+from pathlib import Path
+
+from doit import get_var
+
+from voltforge import chores, doctor, tasks
+
+DOIT_CONFIG = {"default_tasks": ["about"], "reporter": tasks.Reporter, "verbosity": 2}
+ROOT = Path(__file__).parent
+PIPELINE = tasks.loaded(ROOT, get_var)
+
+
+def task_wheels():
+    """compile, check and keep the wheels: all of them, or one as wheels:vllm"""
+    yield from tasks.each(PIPELINE, "wheels")
+
+
+def task_verify():
+    """hold a wheel to its recipe: the one just built, or any with file=PATH.whl"""
+    if PIPELINE.settings.file:
+        return tasks.action(chores.verify_file, PIPELINE)
+    return tasks.each(PIPELINE, "verify")
+
+
+def task_doctor():
+    """say what this machine lacks, and the command that gets it"""
+    return tasks.action(doctor.report, PIPELINE)
+
+
+def task_test():
+    """run the tests, slow ones included"""
+    return tasks.action(chores.test, ROOT)
+
+
+def task_lock():
+    """pin every requirement anew, with hashes, for Python 3.10 to 3.13"""
+    return tasks.action(chores.lock, PIPELINE)
+
+
+def task_bench():
+    """measure stock sources against ours (an hour): the README's numbers"""
+    return tasks.action(chores.bench, ROOT)
+
+
+def task_about():
+    """say what voltforge can do (also: ./doit list, ./doit help)"""
+    return tasks.action(chores.about, sys.modules[__name__])
+
+
+# The stages, in the order that the data takes; `wheels` runs what it needs of them.
+
+
+def task_fetch():
+    """stage 1: the source, by its hash"""
+    yield from tasks.each(PIPELINE, "fetch")
+
+
+def task_tree():
+    """stage 2: the source unpacked, with the patch series applied"""
+    yield from tasks.each(PIPELINE, "tree")
+
+
+def task_toolchain():
+    """stage 3: a CUDA 12 toolkit that can target the arch (cuda=system|redist|distro picks one)"""
+    return tasks.of(PIPELINE.toolchain)
+
+
+def task_environment():
+    """stage 4: the locked Python environment that it is compiled in"""
+    yield from tasks.each(PIPELINE, "environment")
+
+
+def task_build():
+    """stage 5: the wheel, compiled and finished (jobs=N, sandbox=auto|require|off)"""
+    yield from tasks.each(PIPELINE, "build")

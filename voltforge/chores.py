@@ -1,0 +1,70 @@
+"""What a person asks for beside the wheels: the tests, new locks, the checks of any wheel, a table of contents."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from voltforge import console, environment, verify
+from voltforge.errors import VoltforgeError
+from voltforge.pipeline import Pipeline
+
+
+def verify_file(pipeline: Pipeline) -> None:
+    """Print what the checks find in the wheel that ``file=`` names.
+
+    Raises:
+        VoltforgeError: a check fails, or there is no such wheel.
+    """
+    path = Path(pipeline.settings.file)
+    console.step(f"verify {path.name}")
+    findings = pipeline.verify_file(path)
+    verify.report(findings)
+    if broken := verify.failed(findings):
+        raise VoltforgeError(f"{path.name} fails {len(broken)} checks", hint="the table above names each")
+
+
+def test(root: Path) -> None:
+    """Run linter, type checker and tests as CI does.
+
+    Raises:
+        VoltforgeError: one of them found something.
+    """
+    for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["pytest"]):
+        console.step(" ".join(words))
+        status = os.spawnve(os.P_WAIT, sys.executable, [sys.executable, "-m", *words], {**os.environ, "PYTHONPATH": str(root)})
+        if status:
+            raise VoltforgeError(f"{words[0]} failed with status {status}", hint=f"python -m {' '.join(words)}")
+
+
+def lock(pipeline: Pipeline) -> None:
+    """Make ``requirements.txt`` and every lock of the recipes anew from the ``.in`` files beside them.
+
+    Raises:
+        EnvironmentError: one of them has no solution.
+    """
+    root = pipeline.root
+    for wanted in [root / "requirements.in", *sorted((root / "recipes" / "locks").glob("*.in"))]:
+        console.step(f"lock {wanted.relative_to(root)}")
+        environment.lock(wanted, wanted.with_suffix(".txt"), pipeline.store.indexes)
+
+
+def bench(root: Path) -> None:
+    """Run the benchmark of the build.
+
+    Raises:
+        VoltforgeError: it failed.
+    """
+    status = os.spawnve(os.P_WAIT, sys.executable, [sys.executable, str(root / "bench" / "build_vllm.py")], {**os.environ})
+    if status:
+        raise VoltforgeError(f"bench/build_vllm.py failed with status {status}")
+
+
+def about(graph: ModuleType) -> None:
+    """Print the tasks of the graph in its own order, with what each is for."""
+    tasks = {name.removeprefix("task_"): made for name, made in vars(graph).items() if name.startswith("task_")}
+    console.table(
+        (graph.__doc__ or "").split(":")[0], ("./doit …", ""), [(name, (made.__doc__ or "").strip()) for name, made in tasks.items()]
+    )

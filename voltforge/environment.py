@@ -1,0 +1,121 @@
+"""A locked Python environment: exactly the files that a lock names, by hash, made by uv."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from uv import find_uv_bin
+
+from voltforge import console, files
+from voltforge.errors import VoltforgeError
+from voltforge.index import Indexes
+from voltforge.process import Completed, ProgramFailed, run
+
+
+class EnvironmentError(VoltforgeError):  # noqa: A001 - the noun of this module; nobody needs the old alias of OSError
+    """A lock that cannot be installed; ``output`` holds what uv said."""
+
+    def __init__(self, lock: Path, output: str) -> None:
+        said = [line.strip() for line in output.splitlines() if line.strip()]
+        super().__init__(
+            f"{lock.name} could not be installed: {' '.join(said[-6:])[:800]}",
+            hint="./doit doctor asks whether the package index can be reached; ./doit lock makes the locks anew",
+        )
+        self.lock = lock
+        self.output = output
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment that holds what one lock names."""
+
+    path: Path
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.path / "bin" / "python"
+
+    @property
+    def site_packages(self) -> Path:
+        """The folder that its packages are installed in."""
+        return self.path / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+
+
+def interpreter() -> str:
+    """Which Python environments are made with: the one that runs, as ``cpython-3.11.7``."""
+    return f"{platform.python_implementation().lower()}-{platform.python_version()}"
+
+
+def create(lock: Path, path: Path, indexes: Indexes, *, offline: bool = False) -> Environment:
+    """A new environment at ``path`` with what ``lock`` names, complete or not at all.
+
+    It can be moved (and seen at another path by a sandbox): its scripts find their interpreter beside them.
+
+    Raises:
+        EnvironmentError: a file of the lock cannot be had, or has another hash.
+    """
+    with files.replacing_folder(path) as beside:
+        uv(lock, ["venv", "--quiet", "--allow-existing", "--relocatable", "--no-project", "--python", sys.executable, beside])
+        _install(lock, ["--python", Environment(beside).python], indexes, offline)
+    return Environment(path)
+
+
+def unpack(lock: Path, folder: Path, indexes: Indexes, *, offline: bool = False) -> None:
+    """Put the packages that ``lock`` names into ``folder``, without an interpreter around them.
+
+    Raises:
+        EnvironmentError: as :func:`create`.
+    """
+    _install(lock, ["--target", folder, "--python", sys.executable], indexes, offline)
+
+
+def add(environment: Environment, wheel: Path) -> None:
+    """Install one wheel into an environment, without what it requires.
+
+    Raises:
+        EnvironmentError: uv refuses the wheel.
+    """
+    uv(wheel, ["pip", "install", "--no-deps", "--no-index", "--offline", "--python", environment.python, wheel])
+
+
+def unmet(environment: Environment) -> list[str]:
+    """The requirements of installed packages that the environment does not meet, in uv's words."""
+    output = run([find_uv_bin(), "pip", "check", "--python", environment.python], ok=(0, 1)).output
+    return [line.strip() for line in output.splitlines() if line.startswith("The package")]
+
+
+def lock(wanted: Path, locked: Path, indexes: Indexes) -> None:
+    """Resolve the requirements in ``wanted`` for Python 3.10 and later and pin them, with hashes, in ``locked``.
+
+    Raises:
+        EnvironmentError: there is no solution.
+    """
+    words = ["pip", "compile", "--quiet", "--universal", "--python-version", "3.10", "--generate-hashes", "--upgrade",
+             "--custom-compile-command", "./doit lock", "--no-emit-index-url", "--no-emit-find-links"]  # fmt: skip
+    uv(wanted, [*words, *indexes.uv_arguments(), wanted.name, "--output-file", locked.name], indexes, wanted.parent)
+
+
+def uv(
+    lock: Path, words: Sequence[str | Path], indexes: Indexes | None = None, folder: Path | None = None
+) -> Completed:
+    """Run uv with the configuration of the machine's indexes.
+
+    Raises:
+        EnvironmentError: it failed; ``lock`` is what the error names.
+    """
+    environment = indexes.uv_environment() if indexes else None
+    with console.live(lock.name) as tell:
+        try:
+            return run([find_uv_bin(), *words], cwd=folder, env=environment, watch=lambda line, _: tell(line) if line else None)
+        except ProgramFailed as error:
+            raise EnvironmentError(lock, error.output or error.what) from error
+
+
+def _install(lock: Path, where: Sequence[str | Path], indexes: Indexes, offline: bool) -> None:
+    words = ["pip", "install", "--require-hashes", "--only-binary", ":all:", "--requirements", lock, *where]
+    uv(lock, [*words, *indexes.uv_arguments(), *(["--offline"] if offline else [])], indexes)

@@ -1,0 +1,263 @@
+"""What is built, read from ``recipes/*.toml``: checked at load, every problem named at once, unknown keys refused."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from packaging.utils import is_normalized_name
+from packaging.version import InvalidVersion, Version
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from voltforge.errors import VoltforgeError, listed
+from voltforge.fetch import Artifact
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+PLACEHOLDERS = ("version", "arch", "cuda")
+"""What ``{…}`` in a build variable may name: the recipe's version and archs, the toolkit's tag (``cu124``)."""
+
+
+class RecipeError(VoltforgeError):
+    """A recipe that cannot be used; ``problems`` holds all of them, each with its key."""
+
+    def __init__(self, path: Path, problems: list[str]) -> None:
+        super().__init__(f"{path} cannot be used:{listed(problems)}", hint="mend the keys named; docs/recipes.md lists all")
+        self.path = path
+        self.problems = problems
+
+
+def _bytes(text: Any) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(B|kB|MB|GB|KiB|MiB|GiB)", str(text))
+    if not match:
+        raise ValueError("not a size such as '20 MB' or '1.5 GiB'")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _name(text: str) -> str:
+    if not is_normalized_name(text):
+        raise ValueError("not a normalized project name (PEP 503: lower case, digits and single hyphens)")
+    return text
+
+
+def _version(text: str) -> str:
+    try:
+        Version(text)
+    except InvalidVersion:
+        raise ValueError("not a version (PEP 440)") from None
+    return text
+
+
+def _relative(text: str) -> str:
+    if text.startswith("/") or ".." in Path(text).parts:
+        raise ValueError("not a path inside the recipes folder")
+    return text
+
+
+Size = Annotated[int, BeforeValidator(_bytes)]
+"""Bytes, written with a unit: ``20 MB``, ``1.5 GiB``."""
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""A hexadecimal SHA-256."""
+Name = Annotated[str, AfterValidator(_name)]
+VersionText = Annotated[str, AfterValidator(_version)]
+Arch = Annotated[str, Field(pattern=r"^[1-9][0-9]*\.[0-9]$")]
+"""A compute capability: ``7.0``."""
+RelativePath = Annotated[str, AfterValidator(_relative)]
+
+
+class Section(BaseModel):
+    """A table of a recipe: immutable, and with no key that is not declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Source(Section):
+    """One file by its hash, and where it can be had; mirrors and the downloads folder are always asked first."""
+
+    file: Annotated[str, Field(pattern=r"^[^/\s]+$")]
+    """Its name, as it is published."""
+    sha256: Digest
+    size: int | None = None
+    """Bytes, if known: a download that grows beyond it is stopped."""
+    index: Name | None = None
+    """A project on the configured package index that publishes it."""
+    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    """An upstream address of the file itself."""
+    pool: Annotated[str, Field(pattern=r"^pool/")] | None = None
+    """A path in the archive of the Linux distribution, on whatever mirror the machine is configured for."""
+
+    @model_validator(mode="after")
+    def _has_one_place(self) -> Source:
+        if sum(place is not None for place in (self.index, self.url, self.pool)) != 1:
+            raise ValueError("needs exactly one of index, url and pool")
+        return self
+
+    @property
+    def artifact(self) -> Artifact:
+        """The file as :mod:`voltforge.fetch` asks for it."""
+        return Artifact(**self.model_dump())
+
+
+class Build(Section):
+    """How the wheel is compiled."""
+
+    lock: RelativePath
+    """The hash-locked environment that it is compiled in, relative to the recipe."""
+    env: Mapping[str, str] = {}
+    """Variables for the build; ``{version}``, ``{arch}`` and ``{cuda}`` are filled in."""
+    memory_per_job: Size = _bytes("1.5 GiB")
+    """The most that one compile job is expected to hold at once; with the free memory it bounds the jobs."""
+
+    @model_validator(mode="after")
+    def _knows_its_placeholders(self) -> Build:
+        for key, value in self.env.items():
+            for name in re.findall(r"\{(\w*)\}", value):
+                if name not in PLACEHOLDERS:
+                    raise ValueError(f"env.{key} has {{{name}}}; known are {', '.join(PLACEHOLDERS)}")
+        return self
+
+    def variables(self, **values: str) -> dict[str, str]:
+        """The build's variables with the placeholders filled in."""
+        return {key: value.format(**values) for key, value in self.env.items()}
+
+
+class Finish(Section):
+    """What is done to the wheel once it is compiled."""
+
+    runpath: Mapping[str, tuple[Annotated[str, Field(pattern=r"^\$ORIGIN(/|$)")], ...]] = {}
+    """RUNPATH entries by the pattern of the extension's name; each begins with ``$ORIGIN``."""
+
+
+class Expect(Section):
+    """What the finished wheel is held to."""
+
+    lock: RelativePath
+    """The hash-locked environment that it is installed and imported in, relative to the recipe."""
+    extensions: tuple[str, ...] = ()
+    """Extension modules that must be in it."""
+    absent: tuple[str, ...] = ()
+    """Patterns of files that must not be in it."""
+    requires: tuple[str, ...] = ()
+    """Requirements that its metadata must have, as written there."""
+    requires_not: tuple[str, ...] = ()
+    """Projects that its metadata must not require."""
+    imports: tuple[str, ...] = ()
+    """Modules that must import in a fresh environment, without a GPU."""
+    ops: RelativePath | None = None
+    """A file of torch operators, a ``namespace::name`` a line, that those imports must register."""
+    max_size: Size | None = None
+
+
+class Recipe(Section):
+    """One package: where its source is, how it is built, what the wheel must be."""
+
+    name: Name
+    version: VersionText
+    summary: str = ""
+    arch: tuple[Arch, ...] = ()
+    """Compute capabilities of the device code; empty for a package without any."""
+    source: Source
+    build: Build
+    finish: Finish = Finish()
+    expect: Expect
+
+    path: Path = Field(exclude=True)
+    """Where it was read from."""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What the placeholders stand for, but for the toolkit's tag, which the toolchain knows."""
+        return {"version": self.version, "arch": ";".join(self.arch)}
+
+    def beside(self, relative: str) -> Path:
+        """A file that the recipe names, relative to itself."""
+        return self.path.parent / relative
+
+
+class Provision(Section):
+    """A compiler that is fetched: its archives, and the wheels with the headers and libraries of the same release."""
+
+    version: VersionText
+    """nvcc's own version."""
+    lock: RelativePath
+    archives: Annotated[tuple[Source, ...], Field(min_length=1)]
+
+
+class CudaRecipe(Section):
+    """Which CUDA toolkits can build for the archs wanted, and two that can be fetched."""
+
+    name: Literal["cuda"]
+    at_least: VersionText
+    below: VersionText
+    below_because: str
+    redist: Provision
+    distro: Provision
+    path: Path = Field(exclude=True)
+
+    def beside(self, relative: str) -> Path:
+        """A file that the recipe names, relative to itself."""
+        return self.path.parent / relative
+
+
+Model = TypeVar("Model", Recipe, CudaRecipe)
+
+
+def load(path: Path) -> Recipe:
+    """The package recipe at ``path``.
+
+    Raises:
+        RecipeError: the file cannot be read, is not TOML, or breaks a rule; it names every key at fault.
+    """
+    recipe = _load(Recipe, path)
+    if recipe.name != path.stem:
+        raise RecipeError(path, [f"name: is {recipe.name!r}, but the file is called {path.name}"])
+    named = {"build.lock": recipe.build.lock, "expect.lock": recipe.expect.lock, "expect.ops": recipe.expect.ops}
+    absent = [f"{key}: there is no {recipe.beside(file)}" for key, file in named.items() if file and not recipe.beside(file).is_file()]
+    if absent:
+        raise RecipeError(path, absent)
+    return recipe
+
+
+def load_cuda(path: Path) -> CudaRecipe:
+    """The toolkit recipe at ``path``; raises as :func:`load` does."""
+    return _load(CudaRecipe, path)
+
+
+def load_all(folder: Path) -> dict[str, Recipe]:
+    """Every package recipe of a folder by its name, in alphabetical order.
+
+    Raises:
+        RecipeError: for the first file with problems, naming all of its problems.
+    """
+    return {path.stem: load(path) for path in sorted(folder.glob("*.toml")) if path.stem != "cuda"}
+
+
+def _load(model: type[Model], path: Path) -> Model:
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(path, [f"cannot be read: {error.strerror}"]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(path, [f"is not TOML: {error}"]) from error
+    if "path" in data:
+        raise RecipeError(path, ["path: is not a key of a recipe"])
+    try:
+        return model.model_validate({**data, "path": path})
+    except ValidationError as error:
+        raise RecipeError(path, [_said(problem) for problem in error.errors()]) from error
+
+
+def _said(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "the file"
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: is not a key of a recipe"
+    if problem["type"] == "missing":
+        return f"{key}: is missing"
+    return f"{key}: {problem['msg'].removeprefix('Value error, ')} (it is {problem['input']!r})"

@@ -1,0 +1,94 @@
+"""What doit sees: a task per stage and package, one red line for a problem, no traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from doit.exceptions import BaseFail, InvalidDodoFile, TaskFailed
+from doit.reporter import ConsoleReporter
+
+from voltforge import console
+from voltforge.errors import VoltforgeError
+from voltforge.pipeline import Pipeline, Settings
+from voltforge.stage import Stage
+
+INTERRUPTED = 130
+"""The exit status of a program that Ctrl-C ended, as shells give it."""
+Result = TypeVar("Result")
+
+
+class Reporter(ConsoleReporter):  # type: ignore[misc]
+    """Says what failed, once; the stages themselves say what they do."""
+
+    desc = "voltforge's own"
+
+    def execute_task(self, task: Any) -> None:
+        """Nothing: a stage announces itself when it has something to do."""
+
+    def skip_uptodate(self, task: Any) -> None:
+        """Only what was asked for is said to be current, not the stages below it."""
+        if task.name.startswith(("wheels:", "lock")):
+            console.note(f"{task.name} is current")
+
+    def _write_failure(self, result: Any, write_exception: bool = True) -> None:
+        failed: BaseFail = result["exception"]
+        problem = getattr(failed, "problem", None)
+        console.error(problem or f"{result['task'].name}: {failed.get_msg()}")
+
+    def complete_run(self) -> None:
+        """Nothing more: each failure was said when it came."""
+
+
+def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
+    """The pipeline of a checkout with the command line's ``name=value``.
+
+    Raises:
+        InvalidDodoFile: a recipe cannot be used, or a variable is not one of :class:`Settings`.
+    """
+    known = [field.name for field in fields(Settings)]
+    given = [word.split("=", 1)[0] for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    if unknown := [name for name in given if name not in known]:
+        raise InvalidDodoFile(f"{', '.join(unknown)}: no such variable; there are {', '.join(f'{name}=' for name in known)}")
+    try:
+        return Pipeline.load(root, Settings(**{name: variable(name, getattr(Settings, name)) for name in known}))
+    except VoltforgeError as error:
+        raise InvalidDodoFile(str(error)) from error
+
+
+def each(pipeline: Pipeline, kind: str) -> Iterator[dict[str, Any]]:
+    """A task for every package's stage of that kind."""
+    for recipe in pipeline.recipes.values():
+        yield {**of(pipeline.stage(kind, recipe)), "name": recipe.name, "doc": recipe.summary}
+
+
+def of(stage: Stage) -> dict[str, Any]:
+    """The task of one stage: it runs unless the stage's own record says that there is nothing to do."""
+    return {**action(stage.run), "uptodate": [lambda: stage.current()], "task_dep": list(stage.after)}
+
+
+def action(work: Callable[..., Any], *words: Any) -> dict[str, Any]:
+    """A task that does one thing, and whose problems are a sentence."""
+
+    def guarded() -> TaskFailed | None:
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            work(*words)
+        except VoltforgeError as error:
+            failed = TaskFailed(error.what)
+            failed.problem = error
+            return failed
+        except KeyboardInterrupt:
+            console.warn("interrupted: what was finished is kept, the next run goes on from there")
+            raise SystemExit(INTERRUPTED) from None
+        return None
+
+    return {"actions": [guarded], "verbosity": 2, "io": {"capture": False}}
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,122 @@
+"""The wheelhouse: verified wheels, the receipts that say what each was made of, and a package index over them."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from voltforge import files, wheel
+from voltforge.errors import VoltforgeError
+
+API_VERSION = "1.1"
+"""Of the simple repository API (PEP 700)."""
+
+
+class WheelhouseError(VoltforgeError):
+    """The wheelhouse cannot be written, or holds what its receipts do not."""
+
+
+@dataclass(frozen=True)
+class Wheelhouse:
+    """A folder of wheels, with ``simple/`` (the index) and ``receipts/``."""
+
+    path: Path
+
+    def receipt(self, name: str) -> Path:
+        """Where the receipt of a project's newest wheel is."""
+        return self.path / "receipts" / f"{name}.json"
+
+    def holds(self, results: Mapping[str, Any]) -> bool:
+        """Whether the wheel of a receipt is here, byte for byte, and in the index."""
+        file = self.path / str(results["file"])
+        page = self.path / "simple" / str(results["name"]) / "index.html"
+        return file.is_file() and page.is_file() and files.sha256(file) == results["sha256"]
+
+    def add(self, verified: Path) -> dict[str, Any]:
+        """Take a verified wheel in, drop the project's wheels of other versions, and renew the index.
+
+        Gives what the receipt says of it: file, name, version, sha256, size.
+
+        Raises:
+            WheelhouseError: the folder cannot be written.
+        """
+        made = wheel.Wheel.read(verified)
+        target = self.path / verified.name
+        try:
+            with verified.open("rb") as source, files.replacing(target) as beside:
+                shutil.copyfileobj(source, beside, files.BLOCK)
+            for older in self.wheels():
+                if older.name == made.name and older.path != target:
+                    files.remove(older.path)
+            self.index()
+        except OSError as error:
+            raise WheelhouseError(f"{self.path} could not be written: {error.strerror}", hint="check its owner and the disk's free space") from error
+        return {"file": target.name, "name": made.name, "version": str(made.version), "sha256": files.sha256(target),
+                "size": target.stat().st_size}  # fmt: skip
+
+    def wheels(self) -> list[wheel.Wheel]:
+        """The wheels that are here, by file name.
+
+        Raises:
+            WheelError: one of them is malformed.
+        """
+        return [wheel.Wheel.read(path) for path in sorted(self.path.glob("*.whl"))]
+
+    def index(self) -> None:
+        """Write ``simple/``: HTML (PEP 503) and JSON (PEP 691) pages with hashes, and the metadata files of PEP 658."""
+        projects: dict[str, list[dict[str, Any]]] = {}
+        for made in self.wheels():
+            metadata = wheel.metadata_bytes(made.path)
+            files.write(self.path / f"{made.path.name}.metadata", metadata)
+            projects.setdefault(made.name, []).append(_entry(made, files.sha256_bytes(metadata)))
+        for stale in self.path.glob("*.metadata"):
+            if not stale.with_suffix("").exists():
+                stale.unlink()
+        simple = self.path / "simple"
+        with files.replacing_folder(simple) as beside:
+            _page(beside, "Simple index", [(name, f"{name}/", {}) for name in projects],
+                  {"projects": [{"name": name} for name in projects]})  # fmt: skip
+            for name, entries in projects.items():
+                links = [(entry["filename"], f"{entry['url']}#sha256={entry['hashes']['sha256']}", _attributes(entry)) for entry in entries]
+                versions = sorted({str(entry.pop("version")) for entry in entries})
+                _page(beside / name, f"Links for {name}", links, {"name": name, "files": entries, "versions": versions})
+
+
+def _entry(made: wheel.Wheel, metadata: str) -> dict[str, Any]:
+    """A file of a project page, in the words of PEP 691 (and 700, 714)."""
+    entry: dict[str, Any] = {
+        "filename": made.path.name,
+        "url": f"../../{made.path.name}",
+        "hashes": {"sha256": files.sha256(made.path)},
+        "size": made.path.stat().st_size,
+        "core-metadata": {"sha256": metadata},
+        "dist-info-metadata": {"sha256": metadata},
+        "version": str(made.version),
+    }
+    if made.metadata.requires_python:
+        entry["requires-python"] = str(made.metadata.requires_python)
+    return entry
+
+
+def _attributes(entry: Mapping[str, Any]) -> dict[str, str]:
+    hashed = f"sha256={entry['core-metadata']['sha256']}"
+    attributes = {"data-core-metadata": hashed, "data-dist-info-metadata": hashed}
+    if "requires-python" in entry:
+        attributes["data-requires-python"] = entry["requires-python"]
+    return attributes
+
+
+def _page(folder: Path, title: str, links: list[tuple[str, str, dict[str, str]]], answer: dict[str, Any]) -> None:
+    lines = []
+    for text, address, attributes in links:
+        extra = "".join(f' {key}="{html.escape(value)}"' for key, value in attributes.items())
+        lines.append(f'    <a href="{html.escape(address)}"{extra}>{html.escape(text)}</a><br>')
+    head = f'<meta name="pypi:repository-version" content="{API_VERSION}"><title>{html.escape(title)}</title>'
+    body = "\n".join(["<!DOCTYPE html>", "<html>", f"  <head>{head}</head>", "  <body>", *lines, "  </body>", "</html>", ""])
+    files.write(folder / "index.html", body)
+    files.write(folder / "index.json", json.dumps({"meta": {"api-version": API_VERSION}, **answer}, indent=2) + "\n")
