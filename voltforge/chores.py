@@ -43,7 +43,7 @@ def lock(pipeline: Pipeline) -> None:
     """Make ``requirements.txt`` and every lock of the recipes anew from the ``.in`` files beside them.
 
     Raises:
-        EnvironmentError: one of them has no solution.
+        InstallError: one of them has no solution.
     """
     root = pipeline.root
     for wanted in [root / "requirements.in", *sorted((root / "recipes" / "locks").glob("*.in"))]:

@@ -16,7 +16,7 @@ from voltforge.index import Indexes
 from voltforge.process import Completed, ProgramFailed, run
 
 
-class EnvironmentError(VoltforgeError):  # noqa: A001 - the noun of this module; nobody needs the old alias of OSError
+class InstallError(VoltforgeError):
     """A lock that cannot be installed; ``output`` holds what uv said."""
 
     def __init__(self, lock: Path, output: str) -> None:
@@ -57,7 +57,7 @@ def create(lock: Path, path: Path, indexes: Indexes, *, offline: bool = False) -
     It can be moved (and seen at another path by a sandbox): its scripts find their interpreter beside them.
 
     Raises:
-        EnvironmentError: a file of the lock cannot be had, or has another hash.
+        InstallError: a file of the lock cannot be had, or has another hash.
     """
     with files.replacing_folder(path) as beside:
         uv(lock, ["venv", "--quiet", "--allow-existing", "--relocatable", "--no-project", "--python", sys.executable, beside])
@@ -69,7 +69,7 @@ def unpack(lock: Path, folder: Path, indexes: Indexes, *, offline: bool = False)
     """Put the packages that ``lock`` names into ``folder``, without an interpreter around them.
 
     Raises:
-        EnvironmentError: as :func:`create`.
+        InstallError: as :func:`create`.
     """
     _install(lock, ["--target", folder, "--python", sys.executable], indexes, offline)
 
@@ -78,7 +78,7 @@ def add(environment: Environment, wheel: Path) -> None:
     """Install one wheel into an environment, without what it requires.
 
     Raises:
-        EnvironmentError: uv refuses the wheel.
+        InstallError: uv refuses the wheel.
     """
     uv(wheel, ["pip", "install", "--no-deps", "--no-index", "--offline", "--python", environment.python, wheel])
 
@@ -93,7 +93,7 @@ def lock(wanted: Path, locked: Path, indexes: Indexes) -> None:
     """Resolve the requirements in ``wanted`` for Python 3.10 and later and pin them, with hashes, in ``locked``.
 
     Raises:
-        EnvironmentError: there is no solution.
+        InstallError: there is no solution.
     """
     words = ["pip", "compile", "--quiet", "--universal", "--python-version", "3.10", "--generate-hashes", "--upgrade",
              "--custom-compile-command", "./doit lock", "--no-emit-index-url", "--no-emit-find-links"]  # fmt: skip
@@ -106,14 +106,14 @@ def uv(
     """Run uv with the configuration of the machine's indexes.
 
     Raises:
-        EnvironmentError: it failed; ``lock`` is what the error names.
+        InstallError: it failed; ``lock`` is what the error names.
     """
     environment = indexes.uv_environment() if indexes else None
     with console.live(lock.name) as tell:
         try:
             return run([find_uv_bin(), *words], cwd=folder, env=environment, watch=lambda line, _: tell(line) if line else None)
         except ProgramFailed as error:
-            raise EnvironmentError(lock, error.output or error.what) from error
+            raise InstallError(lock, error.output or error.what) from error
 
 
 def _install(lock: Path, where: Sequence[str | Path], indexes: Indexes, offline: bool) -> None:

@@ -17,6 +17,7 @@ from voltforge.fetch import Store
 from voltforge.recipe import CudaRecipe, Recipe, load_all, load_cuda
 from voltforge.stage import Stage, Values
 from voltforge.toolchain import HostCompiler, Toolchain
+from voltforge.verify import Finding
 from voltforge.wheelhouse import Wheelhouse
 
 STAGES = ("fetch", "tree", "toolchain", "environment", "build", "verify", "wheels")
@@ -61,9 +62,9 @@ class Pipeline:
         """
         return cls(root, settings, load_all(root / "recipes"), load_cuda(root / "recipes" / "cuda.toml"))
 
-    def stage(self, kind: str, recipe: Recipe) -> Stage:
-        """The stage of that kind, one of :data:`STAGES`, for a recipe."""
-        return _Package(self, recipe).stage(kind)
+    def package(self, recipe: Recipe) -> Package:
+        """The stages of one recipe."""
+        return Package(self, recipe)
 
     @functools.cached_property
     def toolchain(self) -> Stage:
@@ -85,7 +86,7 @@ class Pipeline:
 
         return Stage("toolchain", self.scratch / "stages" / "toolchain.json", inputs, make, intact)
 
-    def verify_file(self, path: Path) -> list[verify.Finding]:
+    def verify_file(self, path: Path) -> list[Finding]:
         """What the checks find in any wheel, held to the recipe of its project if there is one.
 
         Raises:
@@ -98,11 +99,11 @@ class Pipeline:
             console.note(f"no recipe is called {name}: only what holds for every wheel is checked")
             return verify.verify(path, verify.Expectation())
         self.toolchain.run()
-        return _Package(self, self.recipes[name]).check(path, None)
+        return self.package(self.recipes[name]).check(path, None)
 
 
-class _Package:
-    """The stages of one recipe."""
+class Package:
+    """The stages of one recipe: what each is made of, and what it does."""
 
     def __init__(self, pipeline: Pipeline, recipe: Recipe) -> None:
         self.pipeline = pipeline
@@ -110,6 +111,7 @@ class _Package:
         self.scratch = pipeline.scratch
 
     def stage(self, kind: str) -> Stage:
+        """The stage of that kind, one of :data:`STAGES` but for the toolchain, which all packages share."""
         name = self.recipe.name
         record = self.scratch / "stages" / f"{kind}-{name}.json"
         wheels = (self.pipeline.wheelhouse.receipt(name), self.picture, self.keep, self.pipeline.wheelhouse.holds)
@@ -170,8 +172,8 @@ class _Package:
         return tree.Tree(Path(kept["path"]), kept["epoch"])
 
     def toolchain(self) -> Toolchain:
-        kept = dict(self.pipeline.toolchain.results())
-        host = HostCompiler(**{key: value if key == "version" else Path(value) for key, value in kept["host"].items()})
+        kept = self.pipeline.toolchain.results()
+        host = HostCompiler(Path(kept["host"]["cxx"]), Path(kept["host"]["cc"]), kept["host"]["version"])
         return Toolchain(Path(kept["home"]), kept["origin"], kept["version"], host, Path(kept["driver_stub"]), kept["identity"])
 
     # What the stages do.
@@ -232,7 +234,7 @@ class _Package:
             )
         return {"findings": [_plain(asdict(finding)) for finding in findings]}
 
-    def check(self, path: Path, linked: Mapping[str, int] | None) -> list[verify.Finding]:
+    def check(self, path: Path, linked: Mapping[str, int] | None) -> list[Finding]:
         """All findings on a wheel, which is installed in a fresh environment for it."""
         expect, chosen = self.recipe.expect, self.toolchain()
         ops = self.recipe.beside(expect.ops).read_text().split() if expect.ops else []
@@ -244,7 +246,7 @@ class _Package:
             path, wanted, linked=linked, environment=fresh.python, driver_stub=chosen.driver_stub,
             forbidden_paths=sorted({str(path.resolve()) for path in hidden}),
         )  # fmt: skip
-        findings += [verify.Finding("requirements", "fail", line) for line in environment.unmet(fresh)]
+        findings += [Finding("requirements", "fail", line) for line in environment.unmet(fresh)]
         files.remove(fresh.path)
         return findings
 

@@ -63,7 +63,7 @@ def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
 def each(pipeline: Pipeline, kind: str) -> Iterator[dict[str, Any]]:
     """A task for every package's stage of that kind."""
     for recipe in pipeline.recipes.values():
-        yield {**of(pipeline.stage(kind, recipe)), "name": recipe.name, "doc": recipe.summary}
+        yield {**of(pipeline.package(recipe).stage(kind)), "name": recipe.name, "doc": recipe.summary}
 
 
 def of(stage: Stage) -> dict[str, Any]:

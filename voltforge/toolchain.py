@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from voltforge import console, environment, files, tree
 from voltforge.errors import VoltforgeError, listed
-from voltforge.fetch import Store
+from voltforge.fetch import NotFetchedError, Store
 from voltforge.process import ProgramFailed, run
 from voltforge.recipe import CudaRecipe, Provision
 
@@ -34,7 +34,7 @@ PLACES = (
     (r"^.*?/include/(.+)$", r"include/\1"),
 )
 """Where the files of archives and wheels go in a CUDA_HOME; the first pattern that matches the path decides."""
-NOT_PLACED = re.compile(r"/compute-sanitizer/|/usr/bin/nvcc$|/(?:gcc|g\+\+|nvcc\.profile|__init__\.py)$")
+NOT_PLACED = re.compile(r"/compute-sanitizer(?:/|$)|/usr/bin/nvcc$|/(?:gcc|g\+\+|nvcc\.profile|__init__\.py)$")
 """Among them Debian's wrappers, which call trixie's compilers by absolute paths."""
 NVCC_PROFILE = """\
 TOP                = $(_HERE_)/..
@@ -65,7 +65,7 @@ class ToolchainError(VoltforgeError):
 
 @dataclass(frozen=True)
 class HostCompiler:
-    """The C++ compiler that nvcc drives."""
+    """The C++ compiler that nvcc drives, and its C companion."""
 
     cxx: Path
     cc: Path
@@ -116,6 +116,10 @@ def select(recipe: CudaRecipe, choice: str, store: Store, folder: Path, environ:
     for origin in CHOICES[1:] if choice == "auto" else (choice,):
         try:
             return makers[origin]()
+        except NotFetchedError as error:
+            first = error.missing[0]
+            why = first.attempts[-1].outcome if first.attempts else "is not here"
+            reasons.append(f"{origin}: {first.artifact.file} could not be fetched, {why}")
         except ToolchainError as error:
             reasons += [f"{origin}: {reason}" for reason in error.reasons]
         except VoltforgeError as error:
@@ -237,6 +241,7 @@ def _provided(
     key = files.digest([[archive.sha256 for archive in provision.archives], libraries, NVCC_PROFILE])[:12]
     home = folder / f"{origin}-{provision.version}-{key}"
     if not home.is_dir():
+        store.get(provision.archives[0].artifact)  # a host that cannot be reached is asked once, not for every archive
         archives = store.get_all([archive.artifact for archive in provision.archives])
         console.note(f"putting CUDA {provision.version} together from {', '.join(path.name for path in archives)}")
         with files.replacing_folder(home) as beside:

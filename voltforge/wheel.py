@@ -27,6 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from auditwheel.error import AuditwheelError, NonPlatformWheelError  # type: ignore[import-untyped]
+from auditwheel.libc import Libc  # type: ignore[import-untyped]
 from auditwheel.wheel_abi import (  # type: ignore[import-untyped]
     WheelAbIInfo,
     analyze_wheel_abi,
@@ -222,7 +223,8 @@ def platform_tag(path: Path, exclude: Sequence[str] = PROVIDED) -> PlatformTag:
     Raises:
         WheelError: auditwheel cannot analyse it.
     """
-    # auditwheel remembers a wheel by its path, and one may have been written anew.
+    # CUDA exists for glibc alone; left to guess, auditwheel gives up on an extension that does not name its C library.
+    # And it remembers a wheel by its path, where another may have been written since.
     get_wheel_elfdata.cache_clear()
     try:
         found = analyze_wheel_abi(
@@ -470,3 +472,9 @@ def _encodes(text: str) -> bool:
         return bool(text.encode())
     except UnicodeEncodeError:
         return False
+
+
+def metadata_bytes(path: Path) -> bytes:
+    """The METADATA file of a wheel that :meth:`Wheel.read` accepts, byte for byte, as PEP 658 serves it."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA")))

@@ -1,0 +1,253 @@
+"""What a shared object needs and offers; the real gcc, the real strip and the real dynamic linker bear witness."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from samples import compiled
+
+from voltforge import elf
+from voltforge.elf import Elf, ElfError, Loader, Symbol
+
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def library(tmp_path):
+    return compiled(tmp_path / "libbase.so.1", "int base(void) { return 1; }", "-Wl,-soname,libbase.so.1")
+
+
+def loads(path: Path) -> bool:
+    """Whether the real dynamic linker loads a file and finds all its symbols."""
+    script = "import ctypes, os, sys; ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW)"
+    return subprocess.run([sys.executable, "-c", script, path], capture_output=True).returncode == 0
+
+
+def test_a_library_says_its_name_and_what_it_needs(tmp_path, library):
+    user = compiled(
+        tmp_path / "libuser.so", "int base(void); int use(void) { return base(); }", str(library),
+        "-Wl,-soname,libuser.so.2", "-Wl,-rpath,$ORIGIN:/opt/lib", "-Wl,--enable-new-dtags",
+    )  # fmt: skip
+    found = Elf.read(user)
+    assert found.soname == "libuser.so.2"
+    assert found.needed[0] == "libbase.so.1"
+    assert found.runpath == ("$ORIGIN", "/opt/lib")
+    assert found.rpath == ()
+    assert Symbol("base", None) in found.undefined
+    assert "use" in found.names
+
+
+def test_the_older_rpath_is_told_from_runpath(tmp_path):
+    old = compiled(tmp_path / "libold.so", "", "-Wl,-rpath,/opt/lib", "-Wl,--disable-new-dtags")
+    assert (Elf.read(old).rpath, Elf.read(old).runpath) == (("/opt/lib",), ())
+
+
+def test_symbols_carry_the_versions_asked_for_and_offered(tmp_path):
+    script = tmp_path / "versions"
+    script.write_text("OURS_1.0 { global: greet; local: *; };")
+    source = "#include <stdio.h>\nvoid hidden(void) {} void greet(char *text, FILE *to) { fputs(text, to); }"
+    found = Elf.read(compiled(tmp_path / "libgreet.so", source, f"-Wl,--version-script,{script}"))
+    assert Symbol("greet", "OURS_1.0") in found.defined
+    assert "hidden" not in found.names
+    asked = {symbol.name: symbol.version for symbol in found.undefined}
+    assert asked["fputs"].startswith("GLIBC_2.")
+    assert ("libc.so.6", asked["fputs"]) in found.needs
+
+
+def test_a_weak_need_is_no_need(tmp_path):
+    source = (
+        "__attribute__((weak)) int maybe(void); int must(void); int f(void) { return must() + (maybe ? maybe() : 0); }"
+    )
+    found = Elf.read(compiled(tmp_path / "libweak.so", source))
+    assert [symbol.name for symbol in found.undefined] == ["must"]
+
+
+def test_sections_say_where_their_bytes_are(library):
+    section = next(section for section in Elf.read(library).sections if section.name == ".dynstr")
+    assert b"libbase.so.1\0" in library.read_bytes()[section.offset : section.offset + section.size]
+
+
+def test_a_file_of_gigabytes_is_not_read_whole(library):
+    with library.open("ab") as file:
+        file.truncate(8 << 30)  # a hole: it takes no room, but reading it would take all memory
+    assert Elf.read(library).soname == "libbase.so.1"
+
+
+def test_stripping_removes_what_only_debuggers_read_the_same_way_each_time(tmp_path):
+    results = []
+    for name in ("a", "b"):
+        path = compiled(tmp_path / name / "lib.so", "static int secret; int f(void) { return secret; }", "-g")
+        assert not Elf.read(path).stripped
+        elf.strip(path)
+        assert Elf.read(path).stripped
+        assert "f" in Elf.read(path).names
+        results.append(path.read_bytes())
+    assert results[0] == results[1]
+
+
+def test_a_runpath_is_set_replaced_and_removed(tmp_path, library):
+    user = compiled(
+        tmp_path / "libuser.so", "int base(void); int use(void) { return base(); }", str(library),
+        "-Wl,-rpath,/build/lib", "-Wl,--disable-new-dtags",
+    )  # fmt: skip
+    assert not loads(user)
+    elf.strip(user)
+    elf.set_runpath(user, ["$ORIGIN/../torch/lib", "$ORIGIN"])
+    assert Elf.read(user).runpath == ("$ORIGIN/../torch/lib", "$ORIGIN")
+    assert Elf.read(user).rpath == ()
+    assert loads(user)
+    elf.set_runpath(user, [])
+    assert Elf.read(user).runpath == ()
+    assert not loads(user)
+
+
+def test_a_colon_cannot_be_part_of_a_runpath_entry(library):
+    with pytest.raises(ElfError, match="'a:b' as a RUNPATH entry"):
+        elf.set_runpath(library, ["a:b"])
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is empty"),
+        (b"#!/bin/sh\n", "is not an ELF file"),
+        (b"\x7fELF", "is not a well-formed ELF file"),
+        (b"\x7fELF\x02\x01\x01" + bytes(9) + b"\xff" * 48, "is not a well-formed ELF file"),
+        (b"\x7fELF\x01\x01\x01" + bytes(45), "is not a 64-bit little-endian ELF file"),
+    ],
+)
+def test_what_is_no_elf_file_is_refused_in_a_sentence(tmp_path, content, why):
+    path = tmp_path / "lib.so"
+    path.write_bytes(content)
+    with pytest.raises(ElfError, match=why):
+        Elf.read(path)
+
+
+def test_a_missing_file_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(ElfError, match="cannot be read: No such file"):
+        Elf.read(tmp_path / "lib.so")
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused_and_never_crashes(data, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    whole = folder / "whole.so"
+    if not whole.exists():
+        compiled(whole, "#include <stdio.h>\nvoid f(void) { puts(0); }")
+    content = bytearray(whole.read_bytes())
+    # Damage is put where structure is: the headers at both ends and the tables that follow the first.
+    places = st.one_of(st.integers(0, 0x600), st.integers(len(content) - 0x800, len(content) - 1))
+    for place, byte in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=12)):
+        content[place] = byte
+    damaged = folder / "damaged.so"
+    damaged.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    with contextlib.suppress(ElfError):
+        Elf.read(damaged)
+
+
+def test_programs_and_shared_objects_are_binaries_and_cubins_are_not(tmp_path, library):
+    cubin = bytearray(library.read_bytes())
+    cubin[18:20] = (190).to_bytes(2, "little")
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
+    (tmp_path / "short").write_bytes(b"\x7fELF")
+    assert elf.is_binary(library)
+    assert elf.is_binary(Path(sys.executable))
+    assert not elf.is_binary(tmp_path / "kernel.cubin")
+    assert not elf.is_binary(tmp_path / "short")
+    assert not elf.is_binary(Path(__file__))
+
+
+def test_a_library_is_found_through_the_runpath_as_the_dynamic_linker_finds_it(tmp_path, library):
+    source = "int base(void); int use(void) { return base(); }"
+    (tmp_path / "other").mkdir()
+    library.rename(tmp_path / "other" / library.name)
+    base = str(tmp_path / "other" / library.name)
+    with_runpath = compiled(tmp_path / "pkg" / "with.so", source, base, "-Wl,-rpath,$ORIGIN/../other")
+    without = compiled(tmp_path / "pkg" / "without.so", source, base)
+
+    found = Loader(tmp_path).resolve("pkg/with.so")
+    assert (found.missing, found.lent, found.unresolved) == ((), (), ())
+    assert loads(with_runpath)
+
+    found = Loader(tmp_path).resolve("pkg/without.so")
+    assert found.missing == ("libbase.so.1",)
+    assert found.unresolved == (Symbol("base", None),)
+    assert not loads(without)
+
+
+def test_a_library_that_something_else_loads_first_is_told_apart(tmp_path, library):
+    compiled(tmp_path / "pkg" / "user.so", "int base(void); int use(void) { return base(); }", str(library))
+    found = Loader(tmp_path, lent=(tmp_path,)).resolve("pkg/user.so")
+    assert (found.missing, found.lent, found.unresolved) == ((), ("libbase.so.1",), ())
+
+
+@pytest.mark.parametrize(("dtags", "reaches"), [("--disable-new-dtags", True), ("--enable-new-dtags", False)])
+def test_rpath_serves_what_a_library_loads_and_runpath_does_not(tmp_path, library, dtags, reaches):
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    library.rename(deep / library.name)
+    middle = compiled(
+        deep / "libmiddle.so", "int base(void); int middle(void) { return base(); }", str(deep / library.name)
+    )  # fmt: skip
+    top = compiled(
+        tmp_path / "top.so", "int middle(void); int base(void); int top(void) { return middle() + base(); }",
+        str(middle), "-Wl,-rpath,$ORIGIN/deep", f"-Wl,{dtags}", "-Wl,--unresolved-symbols=ignore-all",
+    )  # fmt: skip
+    # The test's gcc writes libmiddle.so under its path, for it has no SONAME; named by itself it must be searched for.
+    subprocess.run([elf._tool("patchelf", ""), "--replace-needed", str(middle), "libmiddle.so", top], check=True)
+    found = Loader(tmp_path).resolve("top.so")
+    assert found.missing == ()
+    assert found.beyond == (() if reaches else (("libmiddle.so", "libbase.so.1"),))
+    assert (not found.unresolved) == reaches
+    assert loads(top) == reaches
+
+
+def test_a_symbol_that_no_library_offers_is_named(tmp_path):
+    path = compiled(tmp_path / "broken.so", "int nowhere(void); int f(void) { return nowhere(); }")
+    assert Loader(tmp_path).resolve("broken.so").unresolved == (Symbol("nowhere", None),)
+    assert not loads(path)
+
+
+def test_a_version_that_the_library_does_not_have_is_not_found(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, version in ((old, "V_1"), (new, "V_2")):
+        folder.mkdir()
+        script = folder / "script"
+        script.write_text(version + " { global: f; };")
+        flags = ("-Wl,-soname,libf.so", f"-Wl,--version-script,{script}")
+        compiled(folder / "libf.so", "int f(void) { return 1; }", *flags)
+    source = "int f(void); int g(void) { return f(); }"
+    user = compiled(tmp_path / "user.so", source, f"{new}/libf.so", "-Wl,-rpath,$ORIGIN/old")
+    assert Loader(tmp_path).resolve("user.so").unresolved == (Symbol("f", "V_2"),)
+    assert not loads(user)
+    (new / "libf.so").replace(old / "libf.so")
+    assert Loader(tmp_path).resolve("user.so").unresolved == ()
+    assert loads(user)
+
+
+def test_the_program_offers_its_symbols(tmp_path):
+    program = compiled(
+        tmp_path / "program", "int offered(void) { return 1; } int main(void) { return 0; }", "-pie", "-rdynamic"
+    )
+    compiled(tmp_path / "plugin.so", "int offered(void); int f(void) { return offered(); }")
+    assert Loader(tmp_path).resolve("plugin.so").unresolved
+    assert not Loader(tmp_path, program=program).resolve("plugin.so").unresolved
+
+
+def test_an_unpacked_wheel_is_seen_as_if_it_were_installed(tmp_path, library):
+    site, staged = tmp_path / "site", tmp_path / "staged"
+    (site / "torch" / "lib").mkdir(parents=True)
+    library.rename(site / "torch" / "lib" / library.name)
+    source = "int base(void); int use(void) { return base(); }"
+    base = str(site / "torch" / "lib" / library.name)
+    compiled(staged / "vllm" / "_C.so", source, base, "-Wl,-rpath,$ORIGIN/../torch/lib")
+    assert Loader(site, staged=staged).resolve("vllm/_C.so").missing == ()
+
+
+def test_the_system_offers_its_c_library():
+    assert elf.system_libraries()["libc.so.6"].is_file()
