@@ -1,45 +1,14 @@
-"""What the tests share: the checkout, its toolchain, and small checkouts of their own with a small CUDA package."""
+"""What the tests share: the checkout, its toolchain, and a small checkout that nothing was built in yet."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tarfile
 from pathlib import Path
 
 import pytest
 
-from voltforge import files
+from tests.checkouts import ROOT, small_checkout
 from voltforge.pipeline import Pipeline, Settings
 from voltforge.toolchain import Toolchain
-
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ROOT / "tests" / "packages"
-
-SAXPY = """\
-name = "saxpy"
-version = "1.0"
-arch = ["7.0"]
-
-[source]
-index = "saxpy"
-file = "saxpy-1.0.tar.gz"
-sha256 = "{sha256}"
-
-[build]
-lock = "locks/saxpy.txt"
-memory_per_job = "500 MiB"
-env = {{ TORCH_CUDA_ARCH_LIST = "{{arch}}" }}
-
-[finish.runpath]
-"saxpy/*.so" = ["$ORIGIN/../nvidia/cuda_runtime/lib"]
-
-[expect]
-lock = "locks/saxpy.txt"
-extensions = ["saxpy/_C.abi3.so"]
-imports = ["saxpy._C"]
-max_size = "100 kB"
-"""
 
 
 @pytest.fixture(scope="session")
@@ -63,34 +32,3 @@ def saxpy(tmp_path: Path, toolchain: Toolchain) -> Pipeline:
     The toolchain is the checkout's: putting another together would test nothing more.
     """
     return small_checkout(tmp_path / "checkout")
-
-
-def small_checkout(root: Path, settings: Settings | None = None) -> Pipeline:
-    """A new checkout at ``root`` for the saxpy package, beside the toolchain of the real one."""
-    locks, downloads = root / "recipes" / "locks", root / "build" / "downloads"
-    for folder in (locks, downloads):
-        folder.mkdir(parents=True)
-    for lock in ("cuda-12.4.txt", "cuda-12.8.txt"):
-        shutil.copy(ROOT / "recipes" / "locks" / lock, locks)
-    shutil.copy(ROOT / "recipes" / "cuda.toml", root / "recipes")
-    shutil.copy(PACKAGES / "saxpy-build.txt", locks / "saxpy.txt")
-    (root / "build" / "toolchains").symlink_to(ROOT / "build" / "toolchains")
-    (root / "build" / "stages").mkdir()
-    os.link(ROOT / "build" / "stages" / "toolchain.json", root / "build" / "stages" / "toolchain.json")
-    sdist = pack(PACKAGES / "saxpy", downloads / "saxpy-1.0.tar.gz")
-    (root / "recipes" / "saxpy.toml").write_text(SAXPY.format(sha256=files.sha256(sdist)))
-    return Pipeline.load(root, settings or Settings())
-
-
-def pack(folder: Path, sdist: Path) -> Path:
-    """Make an sdist of ``folder``, the same bytes each time."""
-
-    def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
-        member.mtime, member.uid, member.gid, member.uname, member.gname = 1_700_000_000, 0, 0, "", ""
-        return member
-
-    with tarfile.open(sdist, "w") as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                archive.add(path, f"{folder.name}-1.0/{path.relative_to(folder)}", filter=plain)
-    return sdist

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ROOT, pack
+from tests.checkouts import PACKAGES, ROOT, pack
 from voltforge import build, files, wheel
 from voltforge.build import BuildFailed, Progress, first_error
 from voltforge.errors import VoltforgeError
@@ -40,7 +40,7 @@ def edited(pipeline: Pipeline, file: str, old: str, new: str) -> Pipeline:
     source = pipeline.root / "saxpy"
     if not source.exists():
         files.remove(pipeline.scratch / "downloads")
-        subprocess.run(["cp", "-r", ROOT / "tests/packages/saxpy", source], check=True)
+        subprocess.run(["cp", "-r", PACKAGES / "saxpy", source], check=True)
     text = (source / file).read_text()
     assert old in text
     (source / file).write_text(text.replace(old, new))
@@ -179,9 +179,7 @@ for kind in ("fetch", "tree", "environment", "build"):
 def test_ctrl_c_ends_every_compiler_within_two_seconds_and_the_next_run_resumes(saxpy: Pipeline, kind: str) -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT, str(saxpy.root), kind]
-    child = psutil.Process(
-        subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
-    )
+    child = psutil.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     compilers: list[psutil.Process] = []
     while not compilers and time.monotonic() < deadline:

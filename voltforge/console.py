@@ -16,6 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from voltforge.errors import VoltforgeError
 from voltforge.files import size
@@ -29,34 +30,34 @@ screen = Console(highlight=False, soft_wrap=True)
 
 def step(text: str) -> None:
     """A stage begins: ``* text``."""
-    screen.print(f"[bold green]*[/] {_plain(text)}")
+    _say(("*", "bold green"), f" {text}")
 
 
 def note(text: str) -> None:
     """A detail of the stage at hand."""
-    screen.print(f"  [dim]{_plain(text)}[/]")
+    _say("  ", (text, "dim"))
 
 
 def warn(text: str) -> None:
     """Something that the person should know, but that stops nothing."""
-    screen.print(f"[yellow]! {_plain(text)}[/]")
+    _say((f"! {text}", "yellow"))
 
 
 def error(problem: VoltforgeError | str) -> None:
     """What stopped the work, in red, and below it what to try."""
     what, hint = (problem.what, problem.hint) if isinstance(problem, VoltforgeError) else (problem, "")
-    screen.print(f"[bold red]x {_plain(what)}[/]")
+    _say((f"x {what}", "bold red"))
     if hint:
-        screen.print(f"  try: {_plain(hint)}")
+        _say(f"  try: {hint}")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Rows under headings."""
-    sheet = Table(title=title or None, title_justify="left")
+    sheet = Table(title=Text(title) if title else None, title_justify="left")
     for column in columns:
-        sheet.add_column(column, overflow="fold")
+        sheet.add_column(Text(column), overflow="fold")
     for row in rows:
-        sheet.add_row(*(_plain(cell) for cell in row))
+        sheet.add_row(*(Text(cell) for cell in row))
     screen.print(sheet)
 
 
@@ -68,10 +69,10 @@ def download(label: str, total: int | None, done: int = 0) -> Iterator[Callable[
     """
     if screen.is_terminal:
         columns = (
-            TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+            TextColumn("  {task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
         )  # fmt: skip
         with Progress(*columns, console=screen, transient=True) as bars:
-            bar = bars.add_task(_plain(label), total=total, completed=done)
+            bar = bars.add_task(label, total=total, completed=done)
             yield lambda count: bars.advance(bar, count)
         return
     came, said, start = done, time.monotonic(), time.monotonic()
@@ -92,8 +93,8 @@ def download(label: str, total: int | None, done: int = 0) -> Iterator[Callable[
 def live(label: str) -> Iterator[Callable[[str], None]]:
     """One line about long work that changes as it goes on: yields a function to be told the newest text."""
     if screen.is_terminal:
-        with screen.status(_plain(label)) as status:
-            yield lambda text: status.update(_plain(f"{label}: {text}"))
+        with screen.status(Text(label)) as status:
+            yield lambda text: status.update(Text(f"{label}: {text}"))
         return
     said = time.monotonic()
 
@@ -106,5 +107,6 @@ def live(label: str) -> Iterator[Callable[[str], None]]:
     yield tell
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+def _say(*parts: str | tuple[str, str]) -> None:
+    """One line of texts, or of texts and styles: as they are, for a path or a compiler's words may look like markup."""
+    screen.print(Text.assemble(*parts))

@@ -34,6 +34,7 @@ _KINDS: dict[int, Literal["ptx", "cubin"]] = {1: "ptx", 2: "cubin"}
 _LZ4, _ZSTD = 0x2000, 0x8000
 _VARIANTS = {0x100000: "a", 0x200000: "f"}
 _ALIGNMENT = 8
+_ZEROS = re.compile(rb"\0+")
 _KERNEL = re.compile(rb"(?<=\0)_Z[\w.$]+(?=\0)", re.ASCII)
 
 
@@ -126,8 +127,9 @@ def kernels(path: Path) -> frozenset[str]:
 def _images(path: Path, content: mmap.mmap, begin: int, end: int, relocatable: bool) -> Iterator[Image]:
     container, at = 0, begin
     while at < end:
-        if not any(content[at : at + _ALIGNMENT]):
-            at += _ALIGNMENT  # the linker's padding between two units
+        padding = _ZEROS.match(content, at, end)
+        if padding and len(padding[0]) >= _ALIGNMENT:
+            at += len(padding[0]) // _ALIGNMENT * _ALIGNMENT  # what the linker puts between two units
             continue
         if at + _CONTAINER.size > end:
             raise FatbinError(path, at, "is cut short within a container's header")

@@ -43,6 +43,8 @@ _DEFAULT, _PROTECTED = 0, 3
 """Visibilities of a symbol that other files can see: STV_DEFAULT, STV_PROTECTED."""
 _NAMELESS = 2
 """Version indices below this one, VER_NDX_LOCAL and VER_NDX_GLOBAL, stand for no version."""
+_MOST_VERSIONS = 0x10000
+"""More symbol versions, and libraries that offer them, than an index of 16 bits can tell apart."""
 _HIDDEN = 0x8000
 """Bit of a version index: an old version, kept for programs linked long ago."""
 
@@ -362,13 +364,18 @@ def _versions(found: dict[str, Any]) -> tuple[dict[int, str], frozenset[tuple[st
     """What each version index means, and the versions asked of other libraries."""
     meaning: dict[int, str] = {}
     needs: set[tuple[str, str]] = set()
+    steps = iter(range(_MOST_VERSIONS))
     if isinstance(asked := found.get(".gnu.version_r"), GNUVerNeedSection):
+        # Both chains are as long as the file claims; next() ends a claim of billions with an error.
         for library, versions in asked.iter_versions():
+            next(steps)
             for version in versions:
+                next(steps)
                 meaning[version["vna_other"]] = version.name
                 needs.add((str(library.name), version.name))
     if isinstance(offered := found.get(".gnu.version_d"), GNUVerDefSection):
         for definition, names in offered.iter_versions():
+            next(steps)
             meaning[definition["vd_ndx"]] = next(names).name
     return meaning, frozenset(needs)
 

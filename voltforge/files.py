@@ -43,7 +43,7 @@ def write(path: Path, data: bytes | str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Put ``value`` at ``path`` as JSON with sorted keys, so that equal values are equal bytes."""
-    write(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -56,26 +56,37 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A new folder that becomes ``path``, instead of what is there, only when the block ends well."""
+    """A new folder that becomes ``path``, instead of what is there, only when the block ends well.
+
+    What is there is moved aside whole and removed last, so that no kill leaves a part of it under its name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     beside.chmod(0o755)
+    aside = beside.with_name(f"{beside.name}.old")
     try:
         yield beside
-        if path.exists():
-            remove(path)
+        if os.path.lexists(path):
+            path.replace(aside)
         beside.replace(path)
         sync_folder(path.parent)
     except BaseException:
+        if os.path.lexists(aside) and not os.path.lexists(path):
+            aside.replace(path)
         remove(beside)
         raise
+    finally:
+        remove(aside)
 
 
 def remove(path: Path) -> None:
     """Remove a file, a link or a whole folder, read-only parts included; nothing there is fine."""
     if path.is_dir() and not path.is_symlink():
-        for folder, _, _ in os.walk(path):
-            os.chmod(folder, stat.S_IRWXU)
+        path.chmod(stat.S_IRWXU)
+        for parent, folders, _ in os.walk(path):
+            for folder in (Path(parent, name) for name in folders):
+                if not folder.is_symlink():
+                    folder.chmod(stat.S_IRWXU)  # before os.walk looks into it
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -106,14 +117,13 @@ def sha256_bytes(data: bytes) -> str:
 
 def digest(value: Any) -> str:
     """The hexadecimal SHA-256 of a JSON value's canonical form: equal values have equal digests."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return sha256_bytes(text.encode())
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def size(count: float) -> str:
     """A count of bytes for people: ``17.6 MB``."""
     for unit in ("B", "kB", "MB"):
-        if count < 1000:
+        if count < 999.95:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"

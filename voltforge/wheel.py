@@ -228,7 +228,7 @@ def platform_tag(path: Path, exclude: Sequence[str] = PROVIDED) -> PlatformTag:
     get_wheel_elfdata.cache_clear()
     try:
         found = analyze_wheel_abi(
-            None, None, path, frozenset(exclude), disable_isa_ext_check=False, allow_graft=False
+            Libc.GLIBC, None, path, frozenset(exclude), disable_isa_ext_check=False, allow_graft=False
         )  # fmt: skip
     except NonPlatformWheelError:
         return PlatformTag("any", "it holds no binaries", None, None)
