@@ -28,6 +28,8 @@ class Fault:
     """How many bytes of the body to send before the connection is dropped."""
     stall: bool = False
     """Whether to fall silent after ``cut`` bytes, with the connection open."""
+    hold: threading.Event | None = None
+    """What to wait for before the body is sent."""
     whole: bool = False
     """Whether to answer a range request with 200 and the whole file, as a server does that knows no ranges."""
 
@@ -138,6 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         part = body if fault.cut is None else body[: fault.cut]
         self.state.sent.append((self.path, start, len(part)))
+        if fault.hold:
+            fault.hold.wait(30)
         self.wfile.write(part)
         if fault.stall:
             self.wfile.flush()

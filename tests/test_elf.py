@@ -1,6 +1,7 @@
 """What a shared object needs and offers; the real gcc, the real strip and the real dynamic linker bear witness."""
 
 import contextlib
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,18 @@ def test_a_damaged_file_is_read_or_refused_and_never_crashes(data, tmp_path_fact
     damaged.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
     with contextlib.suppress(ElfError):
         Elf.read(damaged)
+
+
+def test_a_claim_of_billions_of_versions_is_refused_and_not_counted(tmp_path):
+    path = compiled(tmp_path / "lib.so", "#include <stdio.h>\nvoid f(void) { puts(0); }")
+    section = next(section for section in Elf.read(path).sections if section.name == ".gnu.version_r")
+    content = bytearray(path.read_bytes())
+    content[section.offset + 12 : section.offset + 16] = bytes(4)  # vn_next: the entry follows itself
+    header = content.index(struct.pack("<QQ", section.offset, section.size)) + 16
+    content[header + 4 : header + 8] = b"\xff\xff\xff\xff"  # sh_info: the number of entries
+    path.write_bytes(content)
+    with pytest.raises(ElfError, match="more symbol versions than there can be"):
+        Elf.read(path)
 
 
 def test_programs_and_shared_objects_are_binaries_and_cubins_are_not(tmp_path, library):

@@ -13,8 +13,8 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -247,9 +247,10 @@ def test_passwords_are_used_and_never_shown(tmp_path, server, said):
     private = artifact(server, url=server.url.replace("//", "//me:secret@") + PATH)
     assert store(tmp_path).get(private).read_bytes() == DATA
     lost = artifact(url=server.url.replace("//", "//me:secret@") + "/lost?signature=secret", file="lost")
-    error = problem(store(tmp_path, mirrors=(server.url.replace("//", "//me:secret@"),)), lost)
-    assert "secret" not in str(error) + said.getvalue()
-    assert "***@" in str(error)
+    for offline in (False, True):
+        error = problem(store(tmp_path, mirrors=(private.url,), offline=offline), lost)
+        assert "secret" not in str(error) + said.getvalue()
+        assert "***@" in str(error)
 
 
 # --- offline ---
@@ -338,6 +339,12 @@ def test_a_server_that_falls_silent_is_asked_for_the_rest(tmp_path, server, monk
     assert [start for _, start, _ in server.sent] == [0, 1000]
 
 
+def test_a_server_that_always_falls_silent_is_given_up(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(index, "TIMEOUT", (5, 0.1))
+    server.faults[PATH] = [Fault(cut=10, stall=True)] * 9
+    assert outcomes(problem(store(tmp_path), artifact(server))) == ["stopped sending, 4 times"]
+
+
 def test_a_server_that_always_breaks_off_is_given_up_and_its_part_serves_the_next_place(tmp_path, server, other):
     server.faults[PATH] = [Fault(cut=1000)] * 9
     assert store(tmp_path, mirrors=(server.url,)).get(artifact(other)).read_bytes() == DATA
@@ -350,13 +357,17 @@ def test_a_server_that_knows_no_ranges_starts_again_cleanly(tmp_path, server):
     assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
 
 
-def test_a_file_that_changes_between_two_answers_is_taken_whole(tmp_path, server):
+@pytest.mark.parametrize(
+    ("etag", "starts"),
+    [({}, [0, 0]), ({"ETag": ""}, [0, 1000, 0]), ({"ETag": 'W/"weak"'}, [0, 1000, 0])],
+    ids=["known by its ETag", "without an ETag", "with a weak ETag"],
+)
+def test_a_file_that_changes_between_two_answers_is_taken_whole(tmp_path, server, etag, starts):
     server.files[PATH] = DATA[::-1]
-    server.faults[PATH] = [Fault(cut=1000)]
-    one = replace(store(tmp_path), patience=_Changing(server, attempts=4, first=0))
+    server.faults[PATH] = [Fault(cut=1000, headers=etag)]
+    one = store(tmp_path, patience=_Changing(server, attempts=4, first=0))
     assert one.get(artifact(server)).read_bytes() == DATA
-    assert "If-Range" in server.asked[1][1]
-    assert [start for _, start, _ in server.sent] == [0, 0]
+    assert [start for _, start, _ in server.sent] == starts
 
 
 class _Changing(Patience):
@@ -371,8 +382,9 @@ class _Changing(Patience):
         return 0
 
 
-def test_bad_bytes_of_an_earlier_place_do_not_spoil_a_good_one(tmp_path, server):
-    part_of(tmp_path, artifact(server)).write_bytes(b"bad" * 100)
+@pytest.mark.parametrize("length", [300, len(DATA)])
+def test_bad_bytes_of_an_earlier_place_do_not_spoil_a_good_one(tmp_path, server, length):
+    part_of(tmp_path, artifact(server)).write_bytes(bytes(length))
     assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
     assert not (tmp_path / "rejected").exists()
 
@@ -415,8 +427,9 @@ def test_an_answer_without_end_is_stopped_at_the_size_that_is_known(tmp_path, se
 
 def test_a_file_that_is_sent_as_already_decoded_content_is_kept_as_it_is(tmp_path, server):
     # Some servers call a .tar.gz `Content-Encoding: gzip`; the client must not unpack it.
-    server.faults[PATH] = [Fault(headers={"Content-Encoding": "gzip"})]
+    server.faults[PATH] = [Fault(headers={"Content-Encoding": "gzip"})] * 9
     assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+    assert server.asked[0][1]["Accept-Encoding"] == "identity"
 
 
 def test_a_redirect_to_another_server_is_followed(tmp_path, server, other):
@@ -521,7 +534,9 @@ def test_the_archive_is_reached_the_way_that_apt_is_told_to(tmp_path, server, ot
     assert (server.paths(), other.paths()) == ([PATH], [PATH])
 
 
-def test_certificates_that_are_not_trusted_are_said_with_the_setting_that_decides(tmp_path):
+def test_certificates_that_are_not_trusted_are_said_at_once_with_the_setting_that_decides(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
     authority = trustme.CA()
     for name, issuer in (("good.pem", authority), ("other.pem", trustme.CA())):
         issuer.cert_pem.write_to_path(tmp_path / name)
@@ -531,7 +546,8 @@ def test_certificates_that_are_not_trusted_are_said_with_the_setting_that_decide
         server.files[PATH] = DATA
         for name in ("other.pem", "none.pem"):
             indexes = Indexes(None, certificate=str(tmp_path / name), certificate_from="SSL_CERT_FILE")
-            error = problem(store(tmp_path / "s", indexes), artifact(server))
+            error = problem(store(tmp_path / "s", indexes, patience=Patience()), artifact(server))
+            assert pauses == []
             assert f"{name}, which SSL_CERT_FILE names" in outcomes(error)[0]
         indexes = Indexes(None, certificate=str(tmp_path / "good.pem"))
         assert store(tmp_path / "s", indexes).get(artifact(server)).read_bytes() == DATA
@@ -559,11 +575,17 @@ store.get(Artifact("thing-1.0.tar.gz", sha256, url=url))
 
 def test_processes_that_want_the_same_file_fetch_it_once(tmp_path, server):
     argv = [sys.executable, "-c", FETCH, str(tmp_path), f"{server.url}{PATH}", artifact().sha256]
+    hold = threading.Event()
+    server.faults[PATH] = [Fault(hold=hold)]
     with contextlib.ExitStack() as stack:
-        children = [stack.enter_context(subprocess.Popen(argv, cwd=ROOT)) for _ in range(4)]
-        for child in children:
-            child.wait(timeout=60)
-    assert [child.returncode for child in children] == [0] * 4
+        first = stack.enter_context(subprocess.Popen(argv, cwd=ROOT))
+        while first.poll() is None and not server.asked:
+            time.sleep(0.01)
+        others = [stack.enter_context(subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE)) for _ in range(3)]
+        said = [child.stdout.readline().decode() for child in others]
+        hold.set()
+    assert said == [f"  {FILE}: another process is fetching it; waiting\n"] * 3
+    assert [child.returncode for child in (first, *others)] == [0] * 4
     assert server.sent == [(PATH, 0, len(DATA))]
     assert store(tmp_path, offline=True).get(artifact()).read_bytes() == DATA
 

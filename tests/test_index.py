@@ -154,6 +154,10 @@ def test_a_shown_address_never_holds_the_password_whatever_it_is_made_of(user, p
     assert shown.startswith("https://***@" + rest.partition("?")[0].partition("#")[0])
 
 
+def test_the_query_of_a_signed_address_is_not_shown():
+    assert redacted("https://s3.example/file?signature=x") == "https://s3.example/file?***"
+
+
 @pytest.mark.parametrize("address", ["https://pypi.example/simple/", "file:///srv/simple", "/srv/wheels", "C@D"])
 def test_an_address_without_credentials_is_shown_as_it_is(address):
     assert redacted(address) == address

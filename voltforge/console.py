@@ -69,7 +69,8 @@ def download(label: str, total: int | None, done: int = 0) -> Iterator[Callable[
     """
     if screen.is_terminal:
         columns = (
-            TextColumn("  {task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+            TextColumn("  {task.description}", markup=False), BarColumn(), DownloadColumn(),
+            TransferSpeedColumn(), TimeRemainingColumn(),
         )  # fmt: skip
         with Progress(*columns, console=screen, transient=True) as bars:
             bar = bars.add_task(label, total=total, completed=done)

@@ -27,8 +27,8 @@ INSTALLERS = (
 def mirrors(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """The base URLs, without a slash at the end, below which the archive's ``pool/`` may be: as apt is configured.
 
-    Each once, and those of one scheme in apt's order. Archives of security updates alone are left out: they do not hold the release's
-    own files. Nothing without apt. They may hold credentials.
+    Each once, those of one scheme in apt's order. Archives of security updates alone are left out: they do not
+    hold the release's own files. Nothing without apt. They may hold credentials.
     """
     # `apt-get indextargets` would be the tool for this, but it lists nothing before the first `apt-get update`.
     # This prints what such an update would ask for, from either form of sources, as any user, and asks for nothing.
@@ -96,5 +96,5 @@ def _expanded(base: str) -> list[str]:
         lines = Path(listing or "").read_text().splitlines()
     except OSError:
         return []
-    named = [line.split()[0].rstrip("/") for line in lines if line.strip() and not line.startswith("#")]
+    named = [line.split()[0].rstrip("/") for line in lines if line.strip()]
     return [url for url in named if url.startswith(("http://", "https://", "file:"))]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import mmap
 import os
 import platform
@@ -14,10 +15,10 @@ import shutil
 import struct
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
@@ -26,6 +27,8 @@ from elftools.elf.sections import SymbolTableSection
 
 from voltforge.errors import VoltforgeError
 from voltforge.process import run
+
+_T = TypeVar("_T")
 
 MAGIC = b"\x7fELF"
 
@@ -364,18 +367,22 @@ def _versions(found: dict[str, Any]) -> tuple[dict[int, str], frozenset[tuple[st
     """What each version index means, and the versions asked of other libraries."""
     meaning: dict[int, str] = {}
     needs: set[tuple[str, str]] = set()
-    steps = iter(range(_MOST_VERSIONS))
+    seen = itertools.count()
+
+    def bounded(chain: Iterable[_T]) -> Iterator[_T]:
+        # A chain is as long as the file claims, which may be billions.
+        for link in chain:
+            if next(seen) > _MOST_VERSIONS:
+                raise ValueError("it has more symbol versions than there can be")
+            yield link
+
     if isinstance(asked := found.get(".gnu.version_r"), GNUVerNeedSection):
-        # Both chains are as long as the file claims; next() ends a claim of billions with an error.
-        for library, versions in asked.iter_versions():
-            next(steps)
-            for version in versions:
-                next(steps)
+        for library, versions in bounded(asked.iter_versions()):
+            for version in bounded(versions):
                 meaning[version["vna_other"]] = version.name
                 needs.add((str(library.name), version.name))
     if isinstance(offered := found.get(".gnu.version_d"), GNUVerDefSection):
-        for definition, names in offered.iter_versions():
-            next(steps)
+        for definition, names in bounded(offered.iter_versions()):
             meaning[definition["vd_ndx"]] = next(names).name
     return meaning, frozenset(needs)
 

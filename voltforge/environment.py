@@ -117,5 +117,5 @@ def uv(
 
 
 def _install(lock: Path, where: Sequence[str | Path], indexes: Indexes, offline: bool) -> None:
-    words = ["pip", "install", "--require-hashes", "--only-binary", ":all:", "--requirements", lock, *where]
+    words = ["pip", "install", "--no-deps", "--require-hashes", "--only-binary", ":all:", "--requirements", lock, *where]
     uv(lock, [*words, *indexes.uv_arguments(), *(["--offline"] if offline else [])], indexes)

@@ -392,7 +392,6 @@ class _Transfer:
                 # Some earlier place, or an earlier version here, may have given the bad bytes: judge this one alone.
                 advance(-self.part.count)
                 self.part.restart()
-                self.whole, self.mixed = True, False
                 self._receive_all(advance)
         return self.part.sha256
 
@@ -449,7 +448,7 @@ class _Transfer:
 
     def _continues(self, response: requests.Response) -> bool:
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
-        if not match or self.whole or not self.part.count:
+        if not match:
             return False
         start, end, total = int(match[1]), int(match[2]), match[3]
         if total == "*":

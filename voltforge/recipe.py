@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal, TypeVar
 
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import is_normalized_name
 from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -29,16 +32,19 @@ class RecipeError(VoltforgeError):
     """A recipe that cannot be used; ``problems`` holds all of them, each with its key."""
 
     def __init__(self, path: Path, problems: list[str]) -> None:
-        super().__init__(f"{path} cannot be used:{listed(problems)}", hint="mend the keys named; docs/recipes.md lists all")
+        super().__init__(
+            f"{path} cannot be used:{listed(problems)}", hint="mend the keys named; docs/recipes.md lists all"
+        )
         self.path = path
         self.problems = problems
 
 
 def _bytes(text: Any) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(B|kB|MB|GB|KiB|MiB|GiB)", str(text))
-    if not match:
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?(B|kB|MB|GB|KiB|MiB|GiB)", str(text))
+    size = int(Fraction(match[1]) * UNITS[match[2]]) if match else 0
+    if not size:
         raise ValueError("not a size such as '20 MB' or '1.5 GiB'")
-    return int(float(match[1]) * UNITS[match[2]])
+    return size
 
 
 def _name(text: str) -> str:
@@ -56,8 +62,28 @@ def _version(text: str) -> str:
 
 
 def _relative(text: str) -> str:
-    if text.startswith("/") or ".." in Path(text).parts:
-        raise ValueError("not a path inside the recipes folder")
+    if text in ("", ".") or text.startswith("/") or ".." in Path(text).parts:
+        raise ValueError("not a path that stays inside its folder")
+    return text
+
+
+def _requirement(text: str) -> str:
+    try:
+        Requirement(text)
+    except InvalidRequirement:
+        raise ValueError("not a requirement (PEP 508)") from None
+    return text
+
+
+def _template(text: str) -> str:
+    try:
+        fields = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
+    except ValueError:
+        raise ValueError("has a brace that stands alone; one that is meant is written twice") from None
+    for name, form, conversion in fields:
+        if name not in PLACEHOLDERS or form or conversion:
+            known = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
+            raise ValueError(f"has a placeholder that is none of {known}; a brace that is meant is written twice")
     return text
 
 
@@ -69,7 +95,14 @@ Name = Annotated[str, AfterValidator(_name)]
 VersionText = Annotated[str, AfterValidator(_version)]
 Arch = Annotated[str, Field(pattern=r"^[1-9][0-9]*\.[0-9]$")]
 """A compute capability: ``7.0``."""
-RelativePath = Annotated[str, AfterValidator(_relative)]
+RelativePath = Annotated[str, Field(max_length=200), AfterValidator(_relative)]
+RequirementText = Annotated[str, AfterValidator(_requirement)]
+Module = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
+Pattern = Annotated[str, Field(min_length=1)]
+"""Of file names, as fnmatch(3) has them."""
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Template = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(_template)]
+"""The value of a variable, in which ``{version}``, ``{arch}`` and ``{cuda}`` stand for something."""
 
 
 class Section(BaseModel):
@@ -81,16 +114,16 @@ class Section(BaseModel):
 class Source(Section):
     """One file by its hash, and where it can be had; mirrors and the downloads folder are always asked first."""
 
-    file: Annotated[str, Field(pattern=r"^[^/\s]+$")]
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+~!%@-]{0,199}$")]
     """Its name, as it is published."""
     sha256: Digest
-    size: int | None = None
+    size: Annotated[int, Field(gt=0, strict=True)] | None = None
     """Bytes, if known: a download that grows beyond it is stopped."""
     index: Name | None = None
     """A project on the configured package index that publishes it."""
-    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/]+/\S+$")] | None = None
     """An upstream address of the file itself."""
-    pool: Annotated[str, Field(pattern=r"^pool/")] | None = None
+    pool: Annotated[RelativePath, Field(pattern=r"^pool/\S+$")] | None = None
     """A path in the archive of the Linux distribution, on whatever mirror the machine is configured for."""
 
     @model_validator(mode="after")
@@ -110,18 +143,10 @@ class Build(Section):
 
     lock: RelativePath
     """The hash-locked environment that it is compiled in, relative to the recipe."""
-    env: Mapping[str, str] = {}
+    env: Mapping[Variable, Template] = {}
     """Variables for the build; ``{version}``, ``{arch}`` and ``{cuda}`` are filled in."""
     memory_per_job: Size = _bytes("1.5 GiB")
     """The most that one compile job is expected to hold at once; with the free memory it bounds the jobs."""
-
-    @model_validator(mode="after")
-    def _knows_its_placeholders(self) -> Build:
-        for key, value in self.env.items():
-            for name in re.findall(r"\{(\w*)\}", value):
-                if name not in PLACEHOLDERS:
-                    raise ValueError(f"env.{key} has {{{name}}}; known are {', '.join(PLACEHOLDERS)}")
-        return self
 
     def variables(self, **values: str) -> dict[str, str]:
         """The build's variables with the placeholders filled in."""
@@ -131,7 +156,7 @@ class Build(Section):
 class Finish(Section):
     """What is done to the wheel once it is compiled."""
 
-    runpath: Mapping[str, tuple[Annotated[str, Field(pattern=r"^\$ORIGIN(/|$)")], ...]] = {}
+    runpath: Mapping[Pattern, tuple[Annotated[str, Field(pattern=r"^\$ORIGIN(/|$)")], ...]] = {}
     """RUNPATH entries by the pattern of the extension's name; each begins with ``$ORIGIN``."""
 
 
@@ -140,19 +165,20 @@ class Expect(Section):
 
     lock: RelativePath
     """The hash-locked environment that it is installed and imported in, relative to the recipe."""
-    extensions: tuple[str, ...] = ()
+    extensions: tuple[RelativePath, ...] = ()
     """Extension modules that must be in it."""
-    absent: tuple[str, ...] = ()
+    absent: tuple[Pattern, ...] = ()
     """Patterns of files that must not be in it."""
-    requires: tuple[str, ...] = ()
+    requires: tuple[RequirementText, ...] = ()
     """Requirements that its metadata must have, as written there."""
-    requires_not: tuple[str, ...] = ()
+    requires_not: tuple[Name, ...] = ()
     """Projects that its metadata must not require."""
-    imports: tuple[str, ...] = ()
+    imports: tuple[Module, ...] = ()
     """Modules that must import in a fresh environment, without a GPU."""
     ops: RelativePath | None = None
     """A file of torch operators, a ``namespace::name`` a line, that those imports must register."""
     max_size: Size | None = None
+    """The largest that it may be, with a unit."""
 
 
 class Recipe(Section):
@@ -161,6 +187,7 @@ class Recipe(Section):
     name: Name
     version: VersionText
     summary: str = ""
+    """A sentence for ``./doit list``."""
     arch: tuple[Arch, ...] = ()
     """Compute capabilities of the device code; empty for a package without any."""
     source: Source
@@ -216,18 +243,25 @@ def load(path: Path) -> Recipe:
         RecipeError: the file cannot be read, is not TOML, or breaks a rule; it names every key at fault.
     """
     recipe = _load(Recipe, path)
-    if recipe.name != path.stem:
-        raise RecipeError(path, [f"name: is {recipe.name!r}, but the file is called {path.name}"])
     named = {"build.lock": recipe.build.lock, "expect.lock": recipe.expect.lock, "expect.ops": recipe.expect.ops}
-    absent = [f"{key}: there is no {recipe.beside(file)}" for key, file in named.items() if file and not recipe.beside(file).is_file()]
-    if absent:
-        raise RecipeError(path, absent)
+    misnamed = f"name: is {recipe.name!r}, but the file is called {path.name}" if recipe.name != path.stem else ""
+    _refuse(path, [*filter(None, [misnamed]), *_absent(recipe, named)])
     return recipe
 
 
 def load_cuda(path: Path) -> CudaRecipe:
     """The toolkit recipe at ``path``; raises as :func:`load` does."""
-    return _load(CudaRecipe, path)
+    recipe = _load(CudaRecipe, path)
+    low, high = Version(recipe.at_least), Version(recipe.below)
+    provisions = {"redist": recipe.redist, "distro": recipe.distro}
+    problems = [] if low < high else [f"below: is {high}, which is not above at_least, {low}"]
+    problems += [
+        f"{key}.version: is {provision.version}, which is not from {low} up to {high}"
+        for key, provision in provisions.items()
+        if not low <= Version(provision.version) < high
+    ]
+    _refuse(path, problems + _absent(recipe, {f"{key}.lock": one.lock for key, one in provisions.items()}))
+    return recipe
 
 
 def load_all(folder: Path) -> dict[str, Recipe]:
@@ -244,7 +278,7 @@ def _load(model: type[Model], path: Path) -> Model:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(path, [f"cannot be read: {error.strerror}"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOML's own, not UTF-8, a number of 5,000 digits, 1,000 brackets
         raise RecipeError(path, [f"is not TOML: {error}"]) from error
     if "path" in data:
         raise RecipeError(path, ["path: is not a key of a recipe"])
@@ -254,10 +288,21 @@ def _load(model: type[Model], path: Path) -> Model:
         raise RecipeError(path, [_said(problem) for problem in error.errors()]) from error
 
 
+def _refuse(path: Path, problems: list[str]) -> None:
+    if problems:
+        raise RecipeError(path, problems)
+
+
+def _absent(recipe: Recipe | CudaRecipe, named: Mapping[str, str | None]) -> list[str]:
+    files = {key: recipe.beside(file) for key, file in named.items() if file}
+    return [f"{key}: there is no {file}" for key, file in files.items() if not file.is_file()]
+
+
 def _said(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "the file"
     if problem["type"] == "extra_forbidden":
         return f"{key}: is not a key of a recipe"
     if problem["type"] == "missing":
         return f"{key}: is missing"
-    return f"{key}: {problem['msg'].removeprefix('Value error, ')} (it is {problem['input']!r})"
+    said, given = problem["msg"].removeprefix("Value error, "), problem["input"]
+    return f"{key}: {said}" if isinstance(given, dict) else f"{key}: {said} (it is {given!r:.100})"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import calendar
+import contextlib
+import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -19,6 +25,11 @@ from voltforge.process import ProgramFailed, run
 
 MAX_UNPACKED = 20 * 10**9
 """Bytes that an archive may unpack to; PyTorch's release tarball is well below 3 GB."""
+BROKEN = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
+    EOFError, ValueError, OverflowError, RuntimeError,
+)  # fmt: skip
+"""What the standard library raises for a truncated, corrupt, encrypted or absurd archive, but for some OSErrors."""
 
 
 class ArchiveError(VoltforgeError):
@@ -72,7 +83,7 @@ def series(folder: Path) -> tuple[Patch, ...]:
     """
     patches = []
     for path in sorted(folder.glob("*.patch")):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
         subject = re.search(r"^Subject: (.+)$", text, re.MULTILINE)
         if not subject or not re.search(r"^--- .*\n\+\+\+ ", text, re.MULTILINE):
             raise PatchError(path, [("its header", "needs a line 'Subject: …' and a unified diff after it")])
@@ -110,13 +121,13 @@ def unpack(archive: Path, folder: Path) -> int:
             epoch = _unpack_deb(archive, folder)
         else:
             epoch = _unpack_tar(archive, folder)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+        _lift_single_folder(folder)
+    except BROKEN as error:
         raise ArchiveError(archive, [f"is broken: {error}"]) from error
     except OSError as error:
         if error.errno is not None:
-            raise ArchiveError(archive, [f"could not be written to {folder}: {error.strerror}"]) from error
-        raise ArchiveError(archive, [f"is broken: {error}"]) from error  # gzip and lzma say it so
-    _lift_single_folder(folder)
+            raise ArchiveError(archive, [f"{error.filename or folder}: {error.strerror}"]) from error
+        raise ArchiveError(archive, [f"is broken: {error}"]) from error  # gzip says it so
     return epoch
 
 
@@ -128,9 +139,10 @@ def apply(patch: Patch, folder: Path) -> None:
     """
     words = ["patch", "--strip=1", "--fuzz=0", "--force", "--no-backup-if-mismatch", "--reject-file=-",
              f"--directory={folder.absolute()}", f"--input={patch.path.absolute()}"]  # fmt: skip
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}  # without POSIXLY_CORRECT and its like
     try:
-        run([*words, "--dry-run"])
-        run(words)
+        run([*words, "--dry-run"], env=environment)
+        run(words, env=environment)
     except ProgramFailed as error:
         if error.status is None:
             raise VoltforgeError("GNU patch is not installed", hint="apt-get install patch") from error
@@ -149,13 +161,22 @@ def sync(tree: Path, folder: Path) -> None:
     brought = files.read_json(manifest) or []
     files.write_json(manifest, sorted({*brought, *names}))
     for name in set(brought) - set(names):
-        (folder / name).unlink(missing_ok=True)
+        _drop(folder, name)
     for name in names:
         if not _same(tree / name, folder / name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).unlink(missing_ok=True)
+            files.remove(folder / name)  # even a folder: of what was once a file's
             shutil.copy(tree / name, folder / name, follow_symlinks=False)
     files.write_json(manifest, names)
+
+
+def _drop(folder: Path, name: str) -> None:
+    """Remove a file and the folders that this leaves empty; what has become a folder by now holds newer files."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        (folder / name).unlink()
+    with contextlib.suppress(OSError):
+        for parent in (folder / name).relative_to(folder).parents[:-1]:
+            (folder / parent).rmdir()
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -200,14 +221,22 @@ def _unpack_tar(archive: Path, folder: Path, *, rooted: bool = False) -> int:
         _refuse(archive, _tar_problems(members))
         for member in members:
             member.mode = 0o755 if member.isdir() or member.mode & stat.S_IXUSR else 0o644
-        tar.extractall(folder, members, filter="data")
+            member.uid, member.gid, member.uname, member.gname = os.getuid(), os.getgid(), "", ""
+        # A second pair of eyes, where it exists: from Python 3.10.12 and 3.11.4 on (PEP 706), so not on Debian 12.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(folder, members)
+    links = [member.name for member in members if member.issym()]
+    outside = [name for name in links if not (folder / name).resolve().is_relative_to(folder.resolve())]
+    _refuse(archive, [f"{name}: links outside, by way of other links" for name in outside])
     return int(max((member.mtime for member in members), default=0))
 
 
 def _tar_problems(members: Sequence[tarfile.TarInfo]) -> list[str]:
     problems: list[str] = []
     seen: set[str] = set()
+    links = {os.path.normpath(member.name) for member in members if member.issym()}
     for member in members:
+        name = os.path.normpath(member.name)
         if problem := _unsafe(member.name):
             problems.append(problem)
         elif member.isdev():
@@ -217,8 +246,11 @@ def _tar_problems(members: Sequence[tarfile.TarInfo]) -> list[str]:
             target = os.path.normpath(base / member.linkname)
             if target.startswith(("/", "..")):
                 problems.append(f"{member.name}: links outside, to {member.linkname}")
+            elif member.islnk() and target in links | _below(links, target):
+                problems.append(f"{member.name}: links to {member.linkname}, by way of a link")
+        if through := _below(links, name):
+            problems.append(f"{member.name}: lies below a link, {min(through)}")
         if not member.isdir():
-            name = os.path.normpath(member.name)
             if name in seen:
                 problems.append(f"{member.name}: appears twice")
             seen.add(name)
@@ -227,21 +259,32 @@ def _tar_problems(members: Sequence[tarfile.TarInfo]) -> list[str]:
     return problems
 
 
+def _below(links: Set[str], name: str) -> set[str]:
+    """Those of ``links`` that a path goes through."""
+    return {parent for parent in map(str, PurePosixPath(name).parents) if parent in links}
+
+
 def _unpack_zip(archive: Path, folder: Path) -> int:
     with zipfile.ZipFile(archive) as bundle:
         members = bundle.infolist()
-        names = [member.filename for member in members]
-        problems = [problem for name in names if (problem := _unsafe(name))]
-        problems += [f"{name}: appears twice" for name in sorted({name for name in names if names.count(name) > 1})]
+        count = Counter(os.path.normpath(member.filename) for member in members if not member.is_dir())
+        problems = [problem for member in members if (problem := _unsafe(member.filename))]
+        problems += [f"{name}: appears twice" for name in sorted(count) if count[name] > 1]
         problems += [f"{m.filename}: is a link" for m in members if stat.S_ISLNK(m.external_attr >> 16)]
         if sum(member.file_size for member in members) > MAX_UNPACKED:
             problems.append(f"unpacks to more than {files.size(MAX_UNPACKED)}")
         _refuse(archive, problems)
-        bundle.extractall(folder)
         for member in members:
+            path = Path(bundle.extract(member, folder))
             if not member.is_dir():
-                (folder / member.filename).chmod(0o755 if (member.external_attr >> 16) & stat.S_IXUSR else 0o644)
-    return 0
+                path.chmod(0o755 if (member.external_attr >> 16) & stat.S_IXUSR else 0o644)
+    return max((_zip_time(member) for member in members), default=0)
+
+
+def _zip_time(member: zipfile.ZipInfo) -> int:
+    """Its time, which has no zone, as if in UTC; some writers leave it 0, which is no date."""
+    year, month, day, *clock = member.date_time
+    return calendar.timegm((year, max(month, 1), max(day, 1), *clock))
 
 
 def _unpack_deb(archive: Path, folder: Path) -> int:
@@ -249,6 +292,8 @@ def _unpack_deb(archive: Path, folder: Path) -> int:
 
     Its absolute links refer to the system that it would be installed on and are left out.
     """
+    if not shutil.which("ar"):
+        raise VoltforgeError("ar is not installed, which opens Debian packages", hint="apt-get install binutils")
     with tempfile.TemporaryDirectory() as scratch:
         try:
             data = next(part for part in run(["ar", "t", archive]).output.split() if part.startswith("data.tar"))
@@ -261,7 +306,9 @@ def _unpack_deb(archive: Path, folder: Path) -> int:
 def _lift_single_folder(folder: Path) -> None:
     entries = list(folder.iterdir())
     if len(entries) == 1 and entries[0].is_dir() and not entries[0].is_symlink():
-        single = entries[0].rename(folder / f".{entries[0].name}.lifted")
+        lifted = Path(tempfile.mkdtemp(dir=folder))  # so that the folder may hold one of its own name
+        single = entries[0].rename(lifted / "single")
         for entry in list(single.iterdir()):
             entry.rename(folder / entry.name)
         single.rmdir()
+        lifted.rmdir()
