@@ -69,3 +69,20 @@ def pack(folder: Path, sdist: Path) -> Path:
             if path.is_file() and "__pycache__" not in path.parts:
                 archive.add(path, f"{folder.name}-1.0/{path.relative_to(folder)}", filter=plain)
     return sdist
+
+
+def edited(pipeline: Pipeline, file: str, old: str, new: str) -> Pipeline:
+    """The same checkout after one file of the package's source was changed."""
+    source = pipeline.root / "saxpy"
+    if not source.exists():
+        files.remove(pipeline.scratch / "downloads")
+        shutil.copytree(PACKAGES / "saxpy", source)
+    text = (source / file).read_text()
+    assert old in text
+    (source / file).write_text(text.replace(old, new))
+    (pipeline.scratch / "downloads").mkdir(exist_ok=True)
+    sdist = pack(source, pipeline.scratch / "downloads" / "saxpy-1.0.tar.gz")
+    recipe = pipeline.root / "recipes" / "saxpy.toml"
+    before = pipeline.recipes["saxpy"].source.sha256
+    recipe.write_text(recipe.read_text().replace(before, files.sha256(sdist)))
+    return Pipeline.load(pipeline.root, pipeline.settings)

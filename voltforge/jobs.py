@@ -43,7 +43,8 @@ def count(asked: str, memory_per_job: int) -> tuple[int, str]:
     """
     if asked:
         if not asked.isdecimal() or not 1 <= int(asked) <= 1024:
-            raise VoltforgeError(f"jobs={asked} is no number of jobs", hint="jobs=N with N from 1 to 1024, or leave it out")
+            hint = "jobs=N with N from 1 to 1024, or leave it out"
+            raise VoltforgeError(f"jobs={asked} is no number of jobs", hint=hint)
         return int(asked), "as asked"
     by_memory = (free_memory() - RESERVE) // memory_per_job
     if by_memory < cores():

@@ -38,26 +38,30 @@ class Sandbox:
     def command(
         self, argv: Sequence[str | Path], *, writable: Mapping[str, Path], readable: Mapping[str, Path], cwd: Path
     ) -> list[str]:
-        """``argv`` wrapped so that it runs inside; folders by the names that :meth:`place` knows; ``cwd`` as seen inside."""
+        """``argv`` wrapped so that it runs inside.
+
+        The folders go by the names that :meth:`place` knows; ``cwd`` is as seen inside.
+        """
         words = [str(word) for word in argv]
         if self.kind == "none":
             return words
         if self.kind == "no network":
             return [*_unshare(), *words]
-        view = ["bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "build"]
+        view = ["bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+        view += ["--hostname", "build"]
         for folder in SYSTEM:
             if Path(folder).is_symlink():
                 view += ["--symlink", str(Path(folder).readlink()), folder]
             elif Path(folder).is_dir():
                 view += ["--ro-bind", folder, folder]
         view += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--dir", "/tmp/home"]
-        interpreter = Path(sys.base_prefix).resolve()
-        if not any(interpreter.is_relative_to(folder) for folder in SYSTEM):
-            view += ["--ro-bind", str(interpreter), str(interpreter)]
+        for interpreter in {Path(sys.base_prefix), Path(sys.base_prefix).resolve()}:  # an environment may name either
+            if not any(interpreter.is_relative_to(folder) for folder in SYSTEM):
+                view += ["--ro-bind", str(interpreter), str(interpreter)]
         for option, folders in (("--ro-bind", readable), ("--bind", writable)):
             for name, real in folders.items():
                 view += [option, str(real.absolute()), str(self.place(name, real))]
-        return [*view, "--chdir", str(cwd), "--", *words]
+        return [*view, "--remount-ro", "/", "--chdir", str(cwd), "--", *words]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ Values = Mapping[str, Any]
 """What JSON can hold, by name."""
 
 
-class NotRun(VoltforgeError):
+class NotRun(VoltforgeError):  # noqa: N818 - it says what happened
     """A stage whose results are asked for before it has run."""
 
 
@@ -41,13 +41,15 @@ class Stage:
     unless: Stage | None = None
     """A later stage that makes this one needless while it is current: a kept wheel needs no build tree."""
 
-    def key(self) -> str:
-        """The digest of the inputs and of the pipeline's version."""
-        return files.digest({"pipeline": PIPELINE_VERSION, "stage": self.name, "inputs": dict(self.inputs())})
+    def key(self, inputs: Values | None = None) -> str:
+        """The digest of the inputs, today's if none are given, and of the pipeline's version."""
+        inputs = dict(self.inputs() if inputs is None else inputs)
+        return files.digest({"pipeline": PIPELINE_VERSION, "stage": self.name, "inputs": inputs})
 
     def kept(self) -> Any:
-        """The record as it stands, or ``None``."""
-        return files.read_json(self.record)
+        """The record as it stands, or ``None`` where there is none that can be read."""
+        record = files.read_json(self.record)
+        return record if isinstance(record, dict) and isinstance(record.get("results"), dict) else None
 
     def results(self) -> Any:
         """What :attr:`make` gave when it last ran.
@@ -61,7 +63,10 @@ class Stage:
         return kept["results"]
 
     def current(self) -> bool:
-        """Whether there is nothing to do: what is kept, here or in the stage that makes this one needless, is of today's inputs."""
+        """Whether there is nothing to do.
+
+        Nothing is where what is kept, here or in the stage that makes this one needless, is of today's inputs.
+        """
         try:
             kept = self.kept()
             if kept and kept.get("key") == self.key() and self.intact(kept["results"]):
@@ -74,7 +79,8 @@ class Stage:
         """Do the work and keep the record, unless there is nothing to do."""
         if self.current():
             return
-        key, inputs = self.key(), dict(self.inputs())
+        inputs = dict(self.inputs())
+        key = self.key(inputs)
         self.record.unlink(missing_ok=True)
         results = self.make(key)
         files.write_json(self.record, {"stage": self.name, "key": key, "inputs": inputs, "results": dict(results)})

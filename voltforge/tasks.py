@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from doit.exceptions import BaseFail, InvalidDodoFile, TaskFailed
 from doit.reporter import ConsoleReporter
@@ -19,7 +21,8 @@ from voltforge.stage import Stage
 
 INTERRUPTED = 130
 """The exit status of a program that Ctrl-C ended, as shells give it."""
-Result = TypeVar("Result")
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a machine may refuse a program that makes no mistake."""
 
 
 class Reporter(ConsoleReporter):  # type: ignore[misc]
@@ -35,7 +38,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         if task.name.startswith(("wheels:", "lock")):
             console.note(f"{task.name} is current")
 
-    def _write_failure(self, result: Any, write_exception: bool = True) -> None:
+    def _write_failure(self, result: Any, **_: Any) -> None:
         failed: BaseFail = result["exception"]
         problem = getattr(failed, "problem", None)
         console.error(problem or f"{result['task'].name}: {failed.get_msg()}")
@@ -53,7 +56,8 @@ def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
     known = [field.name for field in fields(Settings)]
     given = [word.split("=", 1)[0] for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
     if unknown := [name for name in given if name not in known]:
-        raise InvalidDodoFile(f"{', '.join(unknown)}: no such variable; there are {', '.join(f'{name}=' for name in known)}")
+        there_are = ", ".join(f"{name}=" for name in known)
+        raise InvalidDodoFile(f"{', '.join(unknown)}: no such variable; there are {there_are}")
     try:
         return Pipeline.load(root, Settings(**{name: variable(name, getattr(Settings, name)) for name in known}))
     except VoltforgeError as error:
@@ -75,19 +79,36 @@ def action(work: Callable[..., Any], *words: Any) -> dict[str, Any]:
     """A task that does one thing, and whose problems are a sentence."""
 
     def guarded() -> TaskFailed | None:
-        signal.signal(signal.SIGTERM, _interrupt)
+        _end_like_ctrl_c()
         try:
             work(*words)
         except VoltforgeError as error:
-            failed = TaskFailed(error.what)
-            failed.problem = error
-            return failed
+            return _failed(error)
+        except OSError as error:
+            if error.errno not in MACHINE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            return _failed(VoltforgeError(f"{where}{error.strerror}", hint="check its owner and the disk's free space"))
         except KeyboardInterrupt:
             console.warn("interrupted: what was finished is kept, the next run goes on from there")
             raise SystemExit(INTERRUPTED) from None
         return None
 
     return {"actions": [guarded], "verbosity": 2, "io": {"capture": False}}
+
+
+def _failed(error: VoltforgeError) -> TaskFailed:
+    failed = TaskFailed(error.what)
+    failed.problem = error
+    return failed
+
+
+def _end_like_ctrl_c() -> None:
+    """Let SIGTERM and a closed terminal end the builds too, which have process groups of their own; nohup(1) stays."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _interrupt)
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -228,7 +228,7 @@ def _unpack_tar(archive: Path, folder: Path, *, rooted: bool = False) -> int:
     links = [member.name for member in members if member.issym()]
     outside = [name for name in links if not (folder / name).resolve().is_relative_to(folder.resolve())]
     _refuse(archive, [f"{name}: links outside, by way of other links" for name in outside])
-    return int(max((member.mtime for member in members), default=0))
+    return int(max((0, *(member.mtime for member in members))))
 
 
 def _tar_problems(members: Sequence[tarfile.TarInfo]) -> list[str]:
@@ -244,7 +244,7 @@ def _tar_problems(members: Sequence[tarfile.TarInfo]) -> list[str]:
         elif member.issym() or member.islnk():
             base = PurePosixPath(member.name).parent if member.issym() else PurePosixPath()
             target = os.path.normpath(base / member.linkname)
-            if target.startswith(("/", "..")):
+            if target == ".." or target.startswith(("/", "../")):
                 problems.append(f"{member.name}: links outside, to {member.linkname}")
             elif member.islnk() and target in links | _below(links, target):
                 problems.append(f"{member.name}: links to {member.linkname}, by way of a link")
@@ -278,7 +278,7 @@ def _unpack_zip(archive: Path, folder: Path) -> int:
             path = Path(bundle.extract(member, folder))
             if not member.is_dir():
                 path.chmod(0o755 if (member.external_attr >> 16) & stat.S_IXUSR else 0o644)
-    return max((_zip_time(member) for member in members), default=0)
+    return max((0, *(_zip_time(member) for member in members)))
 
 
 def _zip_time(member: zipfile.ZipInfo) -> int:

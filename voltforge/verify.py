@@ -414,7 +414,7 @@ def check_symbols(subject: Subject) -> Iterator[Finding]:
 def check_imports(subject: Subject) -> Iterator[Finding]:
     """The modules import where the wheel is installed, and register the operators that the recipe names."""
     expect, environment = subject.expect, subject.environment
-    if not expect.imports:
+    if not (expect.imports or expect.ops):
         return
     if not environment:
         yield Finding("imports", "note", "not checked: it needs an environment with the wheel installed")
@@ -428,7 +428,7 @@ def check_imports(subject: Subject) -> Iterator[Finding]:
         if answer:
             problems.append(f"import {module}: {answer}")
     yield from _judged("imports", problems, ", ".join(expect.imports))
-    if not problems and expect.ops:
+    if expect.ops and not problems:
         yield from _operators(subject, environment)
 
 

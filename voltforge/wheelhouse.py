@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from voltforge import files, wheel
 from voltforge.errors import VoltforgeError
@@ -38,7 +39,7 @@ class Wheelhouse:
         return file.is_file() and page.is_file() and files.sha256(file) == results["sha256"]
 
     def add(self, verified: Path) -> dict[str, Any]:
-        """Take a verified wheel in, drop the project's wheels of other versions, and renew the index.
+        """Take a verified wheel in, drop the project's other wheels, and renew the index.
 
         Gives what the receipt says of it: file, name, version, sha256, size.
 
@@ -55,7 +56,9 @@ class Wheelhouse:
                     files.remove(older.path)
             self.index()
         except OSError as error:
-            raise WheelhouseError(f"{self.path} could not be written: {error.strerror}", hint="check its owner and the disk's free space") from error
+            raise WheelhouseError(
+                f"{self.path} could not be written: {error.strerror}", hint="check its owner and the disk's free space"
+            ) from error
         return {"file": target.name, "name": made.name, "version": str(made.version), "sha256": files.sha256(target),
                 "size": target.stat().st_size}  # fmt: skip
 
@@ -82,7 +85,7 @@ class Wheelhouse:
             _page(beside, "Simple index", [(name, f"{name}/", {}) for name in projects],
                   {"projects": [{"name": name} for name in projects]})  # fmt: skip
             for name, entries in projects.items():
-                links = [(entry["filename"], f"{entry['url']}#sha256={entry['hashes']['sha256']}", _attributes(entry)) for entry in entries]
+                links = [(entry["filename"], _hashed(entry), _attributes(entry)) for entry in entries]
                 versions = sorted({str(entry.pop("version")) for entry in entries})
                 _page(beside / name, f"Links for {name}", links, {"name": name, "files": entries, "versions": versions})
 
@@ -91,7 +94,7 @@ def _entry(made: wheel.Wheel, metadata: str) -> dict[str, Any]:
     """A file of a project page, in the words of PEP 691 (and 700, 714)."""
     entry: dict[str, Any] = {
         "filename": made.path.name,
-        "url": f"../../{made.path.name}",
+        "url": f"../../{quote(made.path.name)}",  # some stores take a bare + for a space
         "hashes": {"sha256": files.sha256(made.path)},
         "size": made.path.stat().st_size,
         "core-metadata": {"sha256": metadata},
@@ -101,6 +104,10 @@ def _entry(made: wheel.Wheel, metadata: str) -> dict[str, Any]:
     if made.metadata.requires_python:
         entry["requires-python"] = str(made.metadata.requires_python)
     return entry
+
+
+def _hashed(entry: Mapping[str, Any]) -> str:
+    return f"{entry['url']}#sha256={entry['hashes']['sha256']}"
 
 
 def _attributes(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -117,6 +124,6 @@ def _page(folder: Path, title: str, links: list[tuple[str, str, dict[str, str]]]
         extra = "".join(f' {key}="{html.escape(value)}"' for key, value in attributes.items())
         lines.append(f'    <a href="{html.escape(address)}"{extra}>{html.escape(text)}</a><br>')
     head = f'<meta name="pypi:repository-version" content="{API_VERSION}"><title>{html.escape(title)}</title>'
-    body = "\n".join(["<!DOCTYPE html>", "<html>", f"  <head>{head}</head>", "  <body>", *lines, "  </body>", "</html>", ""])
-    files.write(folder / "index.html", body)
+    page = ["<!DOCTYPE html>", "<html>", f"  <head>{head}</head>", "  <body>", *lines, "  </body>", "</html>", ""]
+    files.write(folder / "index.html", "\n".join(page))
     files.write(folder / "index.json", json.dumps({"meta": {"api-version": API_VERSION}, **answer}, indent=2) + "\n")

@@ -1,0 +1,131 @@
+"""From recipe to wheelhouse: what is repeated, what is not, and what the receipt says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.checkouts import edited
+from voltforge import files
+from voltforge.errors import VoltforgeError
+from voltforge.pipeline import STAGES, Package, Pipeline, Settings
+from voltforge.stage import Stage
+
+
+def stages(pipeline: Pipeline) -> dict[str, Stage]:
+    package = pipeline.package(pipeline.recipes["saxpy"])
+    return {kind: pipeline.toolchain if kind == "toolchain" else package.stage(kind) for kind in STAGES}
+
+
+def run(pipeline: Pipeline) -> list[str]:
+    """Run every stage in order; gives those that had something to do."""
+    done = []
+    for kind, stage in stages(pipeline).items():
+        if not stage.current():
+            done.append(kind)
+        stage.run()
+    return done
+
+
+def saxpy_package(pipeline: Pipeline) -> Package:
+    return pipeline.package(pipeline.recipes["saxpy"])
+
+
+def rewritten(pipeline: Pipeline, old: str, new: str) -> Pipeline:
+    """The checkout after an edit of its recipe."""
+    path = pipeline.root / "recipes" / "saxpy.toml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    return Pipeline.load(pipeline.root, pipeline.settings)
+
+
+@pytest.mark.slow
+def test_a_second_run_does_nothing_and_a_comment_in_the_recipe_neither(saxpy: Pipeline) -> None:
+    assert run(saxpy) == ["fetch", "tree", "environment", "build", "verify", "wheels"]
+    assert run(saxpy) == []
+    assert run(rewritten(saxpy, 'name = "saxpy"', '# a comment\nname = "saxpy"')) == []
+
+
+@pytest.mark.slow
+def test_a_kept_wheel_outlives_the_build_folder(saxpy: Pipeline) -> None:
+    run(saxpy)
+    sdist = next((saxpy.scratch / "downloads").glob("*.tar.gz")).read_bytes()
+    toolchain = (saxpy.scratch / "stages" / "toolchain.json").read_bytes()
+    for entry in saxpy.scratch.iterdir():
+        files.remove(entry)
+    files.write(saxpy.scratch / "downloads" / "saxpy-1.0.tar.gz", sdist)
+    files.write(saxpy.scratch / "stages" / "toolchain.json", toolchain)
+    assert run(Pipeline.load(saxpy.root, Settings())) == ["fetch", "tree"]
+
+
+@pytest.mark.slow
+def test_what_depends_on_a_change_runs_again_and_nothing_else(saxpy: Pipeline) -> None:
+    run(saxpy)
+    patch = saxpy.root / "patches" / "saxpy" / "0001-comment.patch"
+    patch.parent.mkdir(parents=True)
+    patch.write_text(
+        "Subject: a comment\n---\n--- a/saxpy/__init__.py\n+++ b/saxpy/__init__.py\n"
+        '@@ -1 +1,2 @@\n """A small CUDA extension."""\n+# patched\n'
+    )
+    assert run(saxpy) == ["tree", "build", "verify", "wheels"]
+    assert run(rewritten(saxpy, 'max_size = "100 kB"', 'max_size = "90 kB"')) == ["verify", "wheels"]
+
+
+@pytest.mark.slow
+def test_a_wheel_that_vanished_or_rotted_is_made_again(saxpy: Pipeline) -> None:
+    run(saxpy)
+    (kept,) = saxpy.wheelhouse.path.glob("*.whl")
+    good = kept.read_bytes()
+    kept.write_bytes(good[:-1] + b"?")
+    assert run(saxpy) == ["wheels"]
+    assert kept.read_bytes() == good
+
+
+@pytest.mark.slow
+def test_the_receipt_says_what_the_wheel_was_made_of(saxpy: Pipeline) -> None:
+    run(saxpy)
+    receipt = json.loads(saxpy.wheelhouse.receipt("saxpy").read_text())
+    made_of, results = receipt["inputs"], receipt["results"]
+    assert made_of["source"]["sha256"] == saxpy.recipes["saxpy"].source.sha256
+    assert made_of["toolchain"]["nvvm/bin/cicc"]
+    assert made_of["environment"]["lock"]["saxpy.txt"] == files.sha256(saxpy.root / "recipes/locks/saxpy.txt")
+    assert made_of["variables"]["TORCH_CUDA_ARCH_LIST"] == "7.0"
+    assert results["sha256"] == files.sha256(saxpy.wheelhouse.path / results["file"])
+    assert {"check": "imports", "severity": "pass", "detail": "saxpy._C"} in results["findings"]
+    assert isinstance(results["hermetic"], bool)
+    assert str(saxpy.root) not in json.dumps(made_of), "a receipt is the same wherever the checkout lies"
+
+
+@pytest.mark.slow
+def test_a_wheel_that_fails_its_checks_is_not_kept_and_every_failure_is_told(saxpy: Pipeline) -> None:
+    strict = rewritten(saxpy, 'max_size = "100 kB"', 'max_size = "1 kB"\nrequires = ["torch==2.9.0"]')
+    with pytest.raises(VoltforgeError, match=r"fails 2 checks and was not kept") as caught:
+        run(strict)
+    assert "it does not require torch==2.9.0" in caught.value.what
+    assert "over the 1.0 kB" in caught.value.what
+    assert not list(strict.wheelhouse.path.glob("*.whl"))
+    assert not strict.wheelhouse.receipt("saxpy").exists()
+
+
+@pytest.mark.slow
+def test_any_wheel_can_be_held_to_the_recipe_of_its_project(saxpy: Pipeline) -> None:
+    run(saxpy)
+    (kept,) = saxpy.wheelhouse.path.glob("*.whl")
+    findings = saxpy.verify_file(kept)
+    assert {finding.severity for finding in findings} <= {"pass", "note"}
+    assert any(finding.check == "imports" for finding in findings)
+    with pytest.raises(VoltforgeError, match="there is no"):
+        saxpy.verify_file(Path("nowhere.whl"))
+
+
+@pytest.mark.slow
+def test_an_edited_source_without_its_hash_in_the_recipe_is_refused(saxpy: Pipeline) -> None:
+    before = saxpy.recipes["saxpy"].source.sha256
+    changed = edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] *= a + 1")
+    stale = rewritten(changed, changed.recipes["saxpy"].source.sha256, before)
+    with pytest.raises(VoltforgeError) as caught:
+        run(stale)
+    assert before in str(caught.value)
+    assert changed.recipes["saxpy"].source.sha256 in str(caught.value)
