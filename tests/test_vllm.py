@@ -1,0 +1,161 @@
+"""The main job on its real input: the vLLM sdist becomes a verified sm_70 wheel that pip and uv install."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from voltforge import tree, wheel
+from voltforge.environment import Environment, create
+from voltforge.index import configured
+from voltforge.pipeline import Pipeline, Settings
+from voltforge.tree import Tree
+
+pytestmark = pytest.mark.build
+
+
+def doit(repository: Path, *words: str) -> str:
+    """Run ./doit as a person would, and give what it printed."""
+    done = subprocess.run(["./doit", *words], cwd=repository, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def pipeline(repository: Path) -> Pipeline:
+    """The checkout after `./doit wheels:vllm`: ten minutes on two cores, nothing if it ran before."""
+    doit(repository, "wheels:vllm")
+    return Pipeline.load(repository, Settings())
+
+
+@pytest.fixture(scope="module")
+def receipt(pipeline: Pipeline) -> dict[str, dict[str, object]]:
+    found: dict[str, dict[str, object]] = json.loads(pipeline.wheelhouse.receipt("vllm").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(pipeline: Pipeline) -> wheel.Wheel:
+    (found,) = [one for one in pipeline.wheelhouse.wheels() if one.name == "vllm"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def patched(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """The sources as the series leaves them."""
+    recipe = pipeline.recipes["vllm"]
+    series = tree.series(pipeline.root / "patches" / "vllm")
+    return tree.grow(pipeline.store.get(recipe.source.artifact), series, tmp_path_factory.mktemp("vllm") / "tree")
+
+
+def called(folder: Path, pattern: str) -> Sequence[str]:
+    """The lines of the package's Python files that match, with their files."""
+    found = []
+    for path in sorted((folder / "vllm").rglob("*.py")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if re.search(pattern, line):
+                found.append(f"{path.relative_to(folder)}: {line.strip()}")
+    return found
+
+
+def test_the_wheel_is_vllm_with_the_toolkit_in_its_version_and_one_for_all_pythons(
+    made: wheel.Wheel, receipt: dict[str, dict[str, object]]
+) -> None:
+    assert re.fullmatch(r"0\.12\.0\+sm70\.cu12\d", str(made.version))
+    assert {(tag.interpreter, tag.abi) for tag in made.tags} == {("cp38", "abi3")}
+    assert made.path.stat().st_size < 20_000_000
+    assert receipt["results"]["linked"] == {
+        "vllm/_C.abi3.so": 27,
+        "vllm/_moe_C.abi3.so": 7,
+        "vllm/cumem_allocator.abi3.so": 0,
+    }
+
+
+def test_every_check_passed_and_the_receipt_has_them(receipt: dict[str, dict[str, object]]) -> None:
+    findings = receipt["results"]["findings"]
+    assert isinstance(findings, list)
+    assert not [finding for finding in findings if finding["severity"] == "fail"]
+    assert {"wheel", "tag", "extensions", "device code", "build paths", "RUNPATH", "symbols", "imports", "size"} <= {
+        finding["check"] for finding in findings if finding["severity"] == "pass"
+    }
+
+
+def test_a_second_run_says_that_it_is_current_and_builds_nothing(pipeline: Pipeline) -> None:
+    said = doit(pipeline.root, "wheels:vllm")
+    assert "wheels:vllm is current" in said
+    assert "* build" not in said
+
+
+def test_pip_picks_it_from_the_wheelhouse_beside_the_machines_own_index(pipeline: Pipeline, tmp_path: Path) -> None:
+    """The stock wheel of the same version is on that index: only the local part makes ours the newer."""
+    plain = configured()
+    assert plain.default
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "fresh"], check=True)
+    simple = (pipeline.wheelhouse.path / "simple").as_uri()
+    words = [
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--quiet",
+        "--report",
+        str(tmp_path / "report.json"),
+        "--index-url",
+        simple,
+    ]
+    environ = {**os.environ, "PIP_EXTRA_INDEX_URL": plain.default, "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+    subprocess.run([tmp_path / "fresh/bin/python", "-m", "pip", *words, "vllm==0.12.0"], check=True, env=environ)
+    (chosen,) = json.loads((tmp_path / "report.json").read_text())["install"]
+    assert "+sm70" in chosen["metadata"]["version"]
+    assert chosen["download_info"]["url"].startswith(pipeline.wheelhouse.path.as_uri())
+
+
+def test_installed_from_the_index_its_commands_run_without_a_gpu(pipeline: Pipeline, tmp_path: Path) -> None:
+    from uv import find_uv_bin
+
+    recipe = pipeline.recipes["vllm"]
+    fresh: Environment = create(recipe.beside(recipe.expect.lock), tmp_path / "fresh", pipeline.store.indexes)
+    simple = (pipeline.wheelhouse.path / "simple").as_uri()
+    words = ["pip", "install", "--python", str(fresh.python), "--default-index", simple, "--no-deps", "vllm==0.12.0"]
+    subprocess.run([find_uv_bin(), *words], check=True, capture_output=True)
+    subprocess.run([find_uv_bin(), "pip", "check", "--python", str(fresh.python)], check=True, capture_output=True)
+    stub = pipeline.package(recipe).toolchain().driver_stub
+    environ = {**os.environ, "LD_LIBRARY_PATH": str(stub), "HOME": str(tmp_path), "VLLM_NO_USAGE_STATS": "1"}
+    said = subprocess.run(
+        [fresh.path / "bin/vllm", "--version"], env=environ, capture_output=True, text=True, timeout=600
+    )
+    assert said.returncode == 0, said.stderr[-2000:]
+    assert "0.12.0+sm70" in said.stdout
+
+
+def test_nothing_on_cuda_reaches_the_kernels_that_were_left_out(patched: Tree) -> None:
+    calls = [line for line in called(patched.path, r"\bpaged_attention_v[12]\b") if "def " not in line]
+    elsewhere = ("_ipex_ops.py", "rocm_aiter_fa.py", "_custom_ops.py")
+    assert not [line for line in calls if not any(name in line for name in elsewhere)], calls
+    assert "paged_attention_v" not in (patched.path / "CMakeLists.txt").read_text()
+
+
+def test_the_build_downloads_nothing_for_7_0(patched: Tree) -> None:
+    text = (patched.path / "CMakeLists.txt").read_text()
+    assert "GIT_REPOSITORY" not in text
+    for module in ("qutlass", "vllm_flash_attn", "flashmla", "triton_kernels"):
+        assert f"include(cmake/external_projects/{module}.cmake)" not in text
+
+
+def test_what_sm_70_has_no_use_for_is_not_required(made: wheel.Wheel) -> None:
+    always = {one.name for one in made.requires if not one.marker or one.marker.evaluate({"extra": ""})}
+    assert {"torch", "triton", "numba", "torchvision"} <= always
+    assert not {"flashinfer-python", "ray", "torchaudio"} & always
+
+
+def test_each_patch_says_why_where_and_what_to_check_again(repository: Path) -> None:
+    for patch in tree.series(repository / "patches" / "vllm"):
+        header = patch.path.read_text().split("\n---\n")[0]
+        for field in ("Subject: ", "Why: ", "Upstream: ", "Re-check: "):
+            assert f"\n{field}" in f"\n{header}", f"{patch.path.name} lacks {field}"
