@@ -198,9 +198,10 @@ def test_an_error_of_the_watcher_ends_the_program(mark):
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from pathlib import Path
 from voltforge.process import run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started the tests with &
 try:
     run(sys.argv[2:], log=Path(sys.argv[1]))
 except KeyboardInterrupt:
@@ -239,9 +240,8 @@ def test_a_second_ctrl_c_leaves_nothing_behind_either(tmp_path, mark):
 
 def test_a_child_has_a_moment_to_tidy_up(tmp_path):
     tidy = tmp_path / "tidy"
-    code = f"import pathlib, signal, sys, time\nsignal.signal(15, lambda *_: (pathlib.Path({str(tidy)!r}).touch(), sys.exit()))\n"
     with pytest.raises(ProgramFailed):
-        run(python(code + "time.sleep(600)"), timeout=1.5)
+        run(["sh", "-c", "trap \"touch '$0'; exit\" TERM; sleep 600 & wait", str(tidy)], timeout=1)
     assert tidy.exists()
 
 
@@ -249,7 +249,8 @@ def test_a_child_has_a_moment_to_tidy_up(tmp_path):
 
 
 def test_usage_is_measured_over_all_processes():
-    hog = "x = bytearray(80_000_000); import time; end = time.process_time() + 0.4\nwhile time.process_time() < end: pass\n"
+    spin = "import time; end = time.process_time() + 0.4\nwhile time.process_time() < end: pass\n"
+    hog = f"x = bytearray(80_000_000); {spin}"
     both = f'"$0" -c "{hog}time.sleep(1)" & "$0" -c "{hog}time.sleep(1)"; wait'
     usage = run(["sh", "-c", both, sys.executable]).usage
     assert usage.cpu >= 0.8
@@ -274,7 +275,7 @@ def test_the_last_figure_is_what_is_held_now():
     held = []
     code = "x = bytearray(120_000_000); import time; time.sleep(1.2); del x; time.sleep(1.2)"
     run(python(code), watch=lambda _, usage: held.append(usage.now))
-    assert max(held) > 120_000_000 > held[-1] > 0
+    assert max(held) > 120_000_000 > held[-1]
 
 
 def test_the_command_in_the_log_can_be_pasted(tmp_path):

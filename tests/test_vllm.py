@@ -8,15 +8,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from uv import find_uv_bin
 
 from voltforge import tree, wheel
 from voltforge.environment import Environment, create
+from voltforge.fetch import Artifact
 from voltforge.index import configured
 from voltforge.pipeline import Pipeline, Settings
 from voltforge.tree import Tree
+from voltforge.verify import verify
 
 pytestmark = pytest.mark.build
 
@@ -117,8 +121,6 @@ def test_pip_picks_it_from_the_wheelhouse_beside_the_machines_own_index(pipeline
 
 
 def test_installed_from_the_index_its_commands_run_without_a_gpu(pipeline: Pipeline, tmp_path: Path) -> None:
-    from uv import find_uv_bin
-
     recipe = pipeline.recipes["vllm"]
     fresh: Environment = create(recipe.beside(recipe.expect.lock), tmp_path / "fresh", pipeline.store.indexes)
     simple = (pipeline.wheelhouse.path / "simple").as_uri()
@@ -159,3 +161,19 @@ def test_each_patch_says_why_where_and_what_to_check_again(repository: Path) -> 
         header = patch.path.read_text().split("\n---\n")[0]
         for field in ("Subject: ", "Why: ", "Upstream: ", "Re-check: "):
             assert f"\n{field}" in f"\n{header}", f"{patch.path.name} lacks {field}"
+
+
+def test_the_stock_wheel_is_found_to_be_what_it_is(pipeline: Pipeline, repository: Path) -> None:
+    """467 MB of real input for every check that needs no environment; its findings were recorded and read once."""
+    stock = pipeline.store.get(
+        Artifact(
+            file="vllm-0.12.0-cp38-abi3-manylinux_2_31_x86_64.whl",
+            sha256="596673edcac5ea8ab8cb2d9b0200052978cd91d78a054926d9d0c6895d34237f",
+            size=466_530_617,
+            index="vllm",
+        )
+    )
+    recipe = pipeline.recipes["vllm"]
+    expect = replace(pipeline.package(recipe).expectation(), ops=(), imports=())
+    found = [asdict(finding) for finding in verify(stock, expect)]
+    assert found == json.loads((repository / "tests" / "records" / "stock-vllm-0.12.0.json").read_text())

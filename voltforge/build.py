@@ -31,7 +31,7 @@ class BuildFailed(VoltforgeError):
 
     def __init__(self, name: str, excerpt: str, log: Path, why: str) -> None:
         shown = "".join(f"\n  | {line}" for line in excerpt.splitlines())
-        super().__init__(f"{name} {why}; the first error:{shown}", hint=f"the whole log is {log}; the next run resumes")
+        super().__init__(f"{name} was not built ({why}); the first error:{shown}", hint=f"the whole log is {log}; the next run resumes")
         self.excerpt = excerpt
         self.log = log
 

@@ -17,7 +17,7 @@ from voltforge.fetch import Store
 from voltforge.recipe import CudaRecipe, Recipe, load_all, load_cuda
 from voltforge.stage import Stage, Values
 from voltforge.toolchain import HostCompiler, Toolchain
-from voltforge.verify import Finding
+from voltforge.verify import Expectation, Finding
 from voltforge.wheelhouse import Wheelhouse
 
 STAGES = ("fetch", "tree", "toolchain", "environment", "build", "verify", "wheels")
@@ -154,6 +154,7 @@ class Package:
             "toolchain": dict(chosen.identity),
             "variables": build.variables(self.recipe, self.tree(), chosen, places),
             "finish": self.recipe.finish.model_dump(mode="json"),
+            "compression": wheel.DEFLATE,
         }
 
     def picture(self) -> Values:
@@ -234,24 +235,27 @@ class Package:
             )
         return {"findings": [_plain(asdict(finding)) for finding in findings]}
 
+    def expectation(self) -> Expectation:
+        """What the recipe holds its wheel to."""
+        expect = self.recipe.expect
+        ops = self.recipe.beside(expect.ops).read_text(encoding="utf-8").split() if expect.ops else []
+        entries = {entry for group in self.recipe.finish.runpath.values() for entry in group}
+        return Expectation(
+            **expect.model_dump(exclude={"lock", "ops"}), ops=tuple(ops), arch=self.recipe.arch, runpath=tuple(sorted(entries))
+        )
+
     def check(self, path: Path, linked: Mapping[str, int] | None) -> list[Finding]:
         """All findings on a wheel, which is installed in a fresh environment for it."""
-        expect, chosen = self.recipe.expect, self.toolchain()
-        ops = self.recipe.beside(expect.ops).read_text().split() if expect.ops else []
-        wanted = verify.Expectation(**expect.model_dump(exclude={"lock", "ops"}), ops=tuple(ops), arch=self.recipe.arch, runpath=self.runpaths())
-        fresh = self.settled(self.recipe.beside(expect.lock), f"{self.recipe.name}-verify")
+        fresh = self.settled(self.recipe.beside(self.recipe.expect.lock), f"{self.recipe.name}-verify")
         environment.add(fresh, path)
-        hidden = (self.pipeline.root, self.scratch, sandbox.ROOT, Path.home())
+        hidden = [self.pipeline.root.resolve(), *(sandbox.ROOT / name for name in build.FOLDERS)]
         findings = verify.verify(
-            path, wanted, linked=linked, environment=fresh.python, driver_stub=chosen.driver_stub,
-            forbidden_paths=sorted({str(path.resolve()) for path in hidden}),
+            path, self.expectation(), linked=linked, environment=fresh.python, driver_stub=self.toolchain().driver_stub,
+            forbidden_paths=sorted({str(folder) for folder in hidden}),
         )  # fmt: skip
         findings += [Finding("requirements", "fail", line) for line in environment.unmet(fresh)]
         files.remove(fresh.path)
         return findings
-
-    def runpaths(self) -> tuple[str, ...]:
-        return tuple(sorted({entry for entries in self.recipe.finish.runpath.values() for entry in entries}))
 
     def keep(self, _: str) -> Values:
         built, checked = self.stage("build").results(), self.stage("verify").results()

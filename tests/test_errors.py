@@ -1,0 +1,35 @@
+"""Errors carry what happened and what to try, and say all problems of one kind at once."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import voltforge
+from voltforge.errors import VoltforgeError, listed
+
+
+def test_an_error_says_what_happened_and_what_to_try():
+    error = VoltforgeError("the disk is full", hint="make room")
+    assert (error.what, error.hint) == ("the disk is full", "make room")
+    assert str(error) == "the disk is full\n  try: make room"
+
+
+def test_an_error_without_a_hint_is_its_one_sentence():
+    assert str(VoltforgeError("the disk is full")) == "the disk is full"
+
+
+def test_several_problems_stand_on_a_line_each():
+    assert listed(["one", "two"]) == "\n  - one\n  - two"
+    assert listed([]) == ""
+
+
+@pytest.mark.parametrize("module", [module.name for module in pkgutil.iter_modules(voltforge.__path__)])
+def test_every_error_of_the_pipeline_is_one_that_a_person_can_act_on(module):
+    defined = vars(importlib.import_module(f"voltforge.{module}")).values()
+    errors = [one for one in defined if inspect.isclass(one) and issubclass(one, Exception)]
+    ours = [one for one in errors if one.__module__.startswith("voltforge") and not one.__name__.startswith("_")]
+    assert all(issubclass(one, VoltforgeError) for one in ours)
