@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from voltforge import build, console, cubin, files, jobs, sandbox, tree, wheel  # noqa: E402
+from voltforge.checkout import Settings  # noqa: E402
 from voltforge.environment import Environment  # noqa: E402
-from voltforge.pipeline import Pipeline, Settings  # noqa: E402
+from voltforge.pipeline import Pipeline  # noqa: E402
 
 STOCK = ("0001-cut-downloads.patch", "0002-cutlass-stand-in.patch")
 
@@ -91,7 +92,9 @@ def show(stock, ours, count):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", default="", help="compile jobs at once (default: as a build would choose)")
-    parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench" / "build_vllm.json", help="where figures go")
+    parser.add_argument(
+        "--json", type=Path, default=ROOT / "build" / "bench" / "build_vllm.json", help="where figures go"
+    )
     words = parser.parse_args()
     pipeline = Pipeline.load(ROOT, Settings())
     recipe = pipeline.recipes["vllm"]

@@ -1,4 +1,4 @@
-"""Run `./doit wheels:vllm` again when nothing changed, and after one patch was touched; the wheel must be there already.
+"""Run `./doit wheels:vllm` again when nothing changed, and after one patch was touched; the wheel must be there.
 
 The patch is one that changes Python files only, so nothing is compiled again, and one that changes one CUDA source:
 both are put back afterwards, and the wheelhouse with them.

@@ -8,7 +8,8 @@ import tarfile
 from pathlib import Path
 
 from voltforge import files
-from voltforge.pipeline import Pipeline, Settings
+from voltforge.checkout import Settings
+from voltforge.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout that is tested."""

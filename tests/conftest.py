@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.checkouts import ROOT, small_checkout
-from voltforge.pipeline import Pipeline, Settings
+from voltforge.checkout import Settings
+from voltforge.pipeline import Pipeline
 from voltforge.toolchain import Toolchain
 
 

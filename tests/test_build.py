@@ -15,9 +15,11 @@ import pytest
 
 from tests.checkouts import ROOT, edited
 from voltforge import build, files, wheel
-from voltforge.build import BuildFailed, Progress, first_error
+from voltforge.build import BuildError, Progress, first_error
+from voltforge.checkout import Settings
 from voltforge.errors import VoltforgeError
-from voltforge.pipeline import Package, Pipeline, Settings
+from voltforge.package import Package
+from voltforge.pipeline import Pipeline
 from voltforge.process import Usage
 from voltforge.sandbox import Sandbox
 
@@ -105,7 +107,7 @@ def test_a_changed_source_compiles_its_own_object_again_and_gives_what_a_clean_b
 @pytest.mark.slow
 def test_a_compile_error_is_shown_with_the_log_and_the_next_run_goes_on(saxpy: Pipeline) -> None:
     broken = edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] *= nonsense")
-    with pytest.raises(BuildFailed) as caught:
+    with pytest.raises(BuildError) as caught:
         built(broken)
     assert 'identifier "nonsense" is undefined' in caught.value.excerpt
     assert caught.value.log.is_file()
@@ -149,7 +151,8 @@ def test_nothing_but_the_declared_variables_reaches_the_build(saxpy: Pipeline, m
 SCRIPT = """
 import sys
 from pathlib import Path
-from voltforge.pipeline import Pipeline, Settings
+from voltforge.checkout import Settings
+from voltforge.pipeline import Pipeline
 pipeline = Pipeline.load(Path(sys.argv[1]), Settings(jobs="2", sandbox=sys.argv[2]))
 package = pipeline.package(pipeline.recipes["saxpy"])
 for kind in ("fetch", "tree", "environment", "build"):

@@ -2,19 +2,16 @@
 
 import contextlib
 import hashlib
-import os
 import re
-import shutil
 import struct
 import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from samples import compiled, container, image, with_device_code
 
+from tests.samples import compiled, container, image, with_device_code
 from voltforge import cubin
 from voltforge.cubin import FatbinError
 from voltforge.elf import Elf
@@ -126,10 +123,8 @@ def test_kernels_are_found_by_their_names_and_operators_are_not(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_device_code_is_read_as_cuobjdump_reads_it(tmp_path):
-    nvcc = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin:{os.environ.get('PATH', '')}")
-    if not nvcc:
-        pytest.skip("there is no nvcc: set CUDA_HOME")
+def test_real_device_code_is_read_as_cuobjdump_reads_it(tmp_path, toolchain):
+    nvcc = toolchain.home / "bin" / "nvcc"
     codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     oldest, newest = codes[0], codes[-1]
     units = []
@@ -141,13 +136,14 @@ def test_real_device_code_is_read_as_cuobjdump_reads_it(tmp_path):
             f"-gencode=arch={code.replace('sm', 'compute')},code={code}" for code in dict.fromkeys([oldest, newest])
         ]
         ptx = oldest.replace("sm", "compute")
-        command = [nvcc, *arch, f"-gencode=arch={ptx},code={ptx}", "-Xcompiler", "-fPIC", "-c", source, "-o", units[-1]]
+        command = [nvcc, "-ccbin", toolchain.host.cxx, *arch, f"-gencode=arch={ptx},code={ptx}"]
+        command += ["-Xcompiler", "-fPIC", "-c", source, "-o", units[-1]]
         subprocess.run([*map(str, command)], check=True, cwd=tmp_path)
     path = tmp_path / "lib.so"
     subprocess.run(["gcc", "-shared", "-o", path, *units, "-Wl,--unresolved-symbols=ignore-all"], check=True)
     found = Counter(image.name for image in cubin.images(path))
     assert found == Counter({oldest: 2, newest: 2, ptx: 2})
     assert cubin.kernels(path) == {"_Z3onePi", "_Z3twoPi"}
-    if cuobjdump := shutil.which("cuobjdump", path=str(Path(nvcc).parent)):
-        listed = subprocess.run([cuobjdump, "-lelf", path], capture_output=True, text=True, check=True).stdout
-        assert Counter(re.findall(r"(sm_\w+)\.cubin", listed)) == Counter({oldest: 2, newest: 2})
+    words = [toolchain.home / "bin" / "cuobjdump", "-lelf", path]
+    listed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert Counter(re.findall(r"(sm_\w+)\.cubin", listed)) == Counter({oldest: 2, newest: 2})

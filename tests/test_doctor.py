@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from voltforge import doctor
+from voltforge.checkout import Settings
 from voltforge.doctor import Check
 from voltforge.errors import VoltforgeError
-from voltforge.pipeline import Pipeline, Settings
+from voltforge.pipeline import Pipeline
 
 
 @pytest.fixture
@@ -73,6 +74,6 @@ def test_a_toolkit_that_cannot_target_volta_is_told(
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    elsewhere = Pipeline(tmp_path, Settings(), pipeline.recipes, pipeline.cuda)
+    elsewhere = Pipeline(tmp_path, Settings(), pipeline.recipes, cuda=pipeline.cuda)
     check = found(elsewhere, "CUDA compiler")
     assert "CUDA 13 removed compute capability 7.0" in check.detail

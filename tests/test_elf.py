@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from samples import compiled
 
+from tests.samples import compiled
 from voltforge import elf
 from voltforge.elf import Elf, ElfError, Loader, Symbol
 

@@ -22,8 +22,8 @@ import trustme
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from servers import Fault, Server, serving
 
+from tests.servers import Fault, Server, serving
 from voltforge import console, index
 from voltforge.fetch import Artifact, FetchError, NotFetchedError, NotKeptError, Store
 from voltforge.index import Indexes, Patience

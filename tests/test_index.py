@@ -16,9 +16,9 @@ import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
-from servers import Fault, serving
 from uv import find_uv_bin
 
+from tests.servers import Fault, serving
 from voltforge import index
 from voltforge.index import Indexes, NotOnIndexError, Patience, configured, redacted
 from voltforge.process import run

@@ -9,8 +9,10 @@ import pytest
 
 from tests.checkouts import edited
 from voltforge import files
+from voltforge.checkout import Settings
 from voltforge.errors import VoltforgeError
-from voltforge.pipeline import STAGES, Package, Pipeline, Settings
+from voltforge.package import Package
+from voltforge.pipeline import STAGES, Pipeline
 from voltforge.stage import Stage
 
 

@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from samples import EPOCH, compiled, container, image, wheel, with_device_code
 
+from tests.samples import EPOCH, compiled, container, image, wheel, with_device_code
 from voltforge import console, elf, verify
 from voltforge.errors import VoltforgeError
 from voltforge.verify import Environment, Expectation, Finding

@@ -15,10 +15,11 @@ import pytest
 from uv import find_uv_bin
 
 from voltforge import tree, wheel
+from voltforge.checkout import Settings
 from voltforge.environment import Environment, create
 from voltforge.fetch import Artifact
 from voltforge.index import configured
-from voltforge.pipeline import Pipeline, Settings
+from voltforge.pipeline import Pipeline
 from voltforge.tree import Tree
 from voltforge.verify import verify
 

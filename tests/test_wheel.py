@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packaging.tags import Tag
 from packaging.version import Version
-from samples import EPOCH, METADATA, WHEEL, compiled, tree, unpacked, wheel
 
+from tests.samples import EPOCH, METADATA, WHEEL, compiled, tree, unpacked, wheel
 from voltforge import elf
 from voltforge.elf import Elf
 from voltforge.wheel import Wheel, WheelError, finish, normalise, platform_tag, record_problems, unpack

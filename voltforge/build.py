@@ -26,12 +26,15 @@ EXCERPT = 12
 """Lines of the log that are shown around the first error."""
 
 
-class BuildFailed(VoltforgeError):
+class BuildError(VoltforgeError):
     """A build that ended badly; ``excerpt`` holds the first error and its surroundings, ``log`` the whole."""
 
     def __init__(self, name: str, excerpt: str, log: Path, why: str) -> None:
         shown = "".join(f"\n  | {line}" for line in excerpt.splitlines())
-        super().__init__(f"{name} was not built ({why}); the first error:{shown}", hint=f"the whole log is {log}; the next run resumes")
+        super().__init__(
+            f"{name} was not built ({why}); the first error:{shown}",
+            hint=f"the whole log is {log}; the next run resumes",
+        )
         self.excerpt = excerpt
         self.log = log
 
@@ -54,7 +57,12 @@ def variables(recipe: Recipe, tree: Tree, toolchain: Toolchain, places: Mapping[
     """
     tools = places["environment"], places["toolchain"]
     site = Environment(places["environment"]).site_packages
-    maps = {places["tree"]: ".", site: "site-packages", places["environment"]: "environment", places["toolchain"]: "cuda"}
+    maps = {
+        places["tree"]: ".",
+        site: "site-packages",
+        places["environment"]: "environment",
+        places["toolchain"]: "cuda",
+    }
     mapped = [f"-ffile-prefix-map={path}={name}" for path, name in maps.items()]
     return {
         "PATH": ":".join([*(f"{folder}/bin" for folder in tools), str(toolchain.host.cxx.parent), "/usr/bin", "/bin"]),
@@ -81,14 +89,14 @@ def variables(recipe: Recipe, tree: Tree, toolchain: Toolchain, places: Mapping[
     }
 
 
-def compile(  # noqa: A001 - the verb of this module
+def compile(
     recipe: Recipe, tree: Tree, environment: Environment, toolchain: Toolchain,
     *, sandbox: Sandbox, jobs: int, work: Path, log: Path,
 ) -> Built:  # fmt: skip
     """Compile ``tree`` to a wheel in ``work``, which keeps the objects: a killed or repeated build goes on there.
 
     Raises:
-        BuildFailed: it failed; the first error is shown, the log named.
+        BuildError: it failed; the first error is shown, the log named.
     """
     source, dist, home = work / "tree", work / "dist", work / "home"
     for folder in (source, home):
@@ -107,17 +115,20 @@ def compile(  # noqa: A001 - the verb of this module
         readable={name: folders[name] for name in ("environment", "toolchain")},
         cwd=places["tree"],
     )  # fmt: skip
-    handed = variables(recipe, tree, toolchain, places) | {"MAX_JOBS": str(jobs), "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)}
+    handed = variables(recipe, tree, toolchain, places) | {
+        "MAX_JOBS": str(jobs),
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
+    }
     log.unlink(missing_ok=True)
     with console.live(recipe.name) as tell:
         progress = Progress()
         try:
             done = run(argv, cwd=source, env=handed, log=log, watch=lambda line, usage: tell(progress.see(line, usage)))
         except ProgramFailed as error:
-            raise BuildFailed(recipe.name, first_error(log), log, error.what.split(";")[0]) from error
+            raise BuildError(recipe.name, first_error(log), log, error.what.split(";")[0]) from error
     wheels = list(dist.glob("*.whl"))
     if len(wheels) != 1:
-        raise BuildFailed(recipe.name, done.output[-500:], log, f"left {len(wheels)} wheels where one was expected")
+        raise BuildError(recipe.name, done.output[-500:], log, f"left {len(wheels)} wheels where one was expected")
     ninja = environment.path / "bin" / "ninja"
     return Built(wheels[0], {name: _linked(ninja, source, name) for name in recipe.expect.extensions}, done.usage)
 

@@ -34,7 +34,9 @@ def test(root: Path) -> None:
     """
     for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["pytest"]):
         console.step(" ".join(words))
-        status = os.spawnve(os.P_WAIT, sys.executable, [sys.executable, "-m", *words], {**os.environ, "PYTHONPATH": str(root)})
+        status = os.spawnve(
+            os.P_WAIT, sys.executable, [sys.executable, "-m", *words], {**os.environ, "PYTHONPATH": str(root)}
+        )
         if status:
             raise VoltforgeError(f"{words[0]} failed with status {status}", hint=f"python -m {' '.join(words)}")
 
@@ -57,7 +59,9 @@ def bench(root: Path) -> None:
     Raises:
         VoltforgeError: it failed.
     """
-    status = os.spawnve(os.P_WAIT, sys.executable, [sys.executable, str(root / "bench" / "build_vllm.py")], {**os.environ})
+    status = os.spawnve(
+        os.P_WAIT, sys.executable, [sys.executable, str(root / "bench" / "build_vllm.py")], {**os.environ}
+    )
     if status:
         raise VoltforgeError(f"bench/build_vllm.py failed with status {status}")
 
@@ -66,5 +70,7 @@ def about(graph: ModuleType) -> None:
     """Print the tasks of the graph in its own order, with what each is for."""
     tasks = {name.removeprefix("task_"): made for name, made in vars(graph).items() if name.startswith("task_")}
     console.table(
-        (graph.__doc__ or "").split(":")[0], ("./doit …", ""), [(name, (made.__doc__ or "").strip()) for name, made in tasks.items()]
+        (graph.__doc__ or "").split(":")[0],
+        ("./doit …", ""),
+        [(name, (made.__doc__ or "").strip()) for name, made in tasks.items()],
     )

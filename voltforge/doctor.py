@@ -55,7 +55,11 @@ def report(pipeline: Pipeline) -> None:
     """
     checks = examine(pipeline)
     marks = {"ok": "ok", "note": "note", "missing": "MISSING"}
-    console.table("", ("", "what", "found"), [(marks[c.state], c.name, c.detail + (f"\n-> {c.hint}" if c.hint else "")) for c in checks])
+    console.table(
+        "",
+        ("", "what", "found"),
+        [(marks[c.state], c.name, c.detail + (f"\n-> {c.hint}" if c.hint else "")) for c in checks],
+    )
     if missing := [check.name for check in checks if check.state == "missing"]:
         raise VoltforgeError(f"missing: {', '.join(missing)}", hint="the lines above say what gets them")
 
@@ -71,20 +75,32 @@ def _python(_: Pipeline) -> Iterator[Check]:
 
 
 def _programs(_: Pipeline) -> Iterator[Check]:
-    needed = {"g++": "the C++ compiler", "ar": "unpacks Debian packages", "strip": "drops symbol tables", "patch": "applies the series"}
+    needed = {
+        "g++": "the C++ compiler",
+        "ar": "unpacks Debian packages",
+        "strip": "drops symbol tables",
+        "patch": "applies the series",
+    }
     packages = {"ar": "binutils", "strip": "binutils"}
     for program, why in needed.items():
         path = shutil.which(program)
         detail = path or f"not on PATH; it {why}" if program != "g++" else path or "not on PATH"
         if program == "g++" and path:
             detail = f"{path}, {_first_line([path, '--version'])}"
-        yield Check(program, "ok" if path else "missing", detail, "" if path else distro.install_command([packages.get(program, program)]))
+        yield Check(
+            program,
+            "ok" if path else "missing",
+            detail,
+            "" if path else distro.install_command([packages.get(program, program)]),
+        )
 
 
 def _disk(pipeline: Pipeline) -> Iterator[Check]:
     free = shutil.disk_usage(pipeline.root).free
     detail = f"{size(free)} free; a first build of vLLM takes up to {size(DISK)}"
-    yield Check("disk", "ok" if free >= DISK else "note", detail, "" if free >= DISK else "make room, or move the checkout")
+    yield Check(
+        "disk", "ok" if free >= DISK else "note", detail, "" if free >= DISK else "make room, or move the checkout"
+    )
 
 
 def _memory(pipeline: Pipeline) -> Iterator[Check]:
@@ -93,7 +109,9 @@ def _memory(pipeline: Pipeline) -> Iterator[Check]:
     yield Check("memory", state, f"{size(free)} free of {size(psutil.virtual_memory().total)}")
     for recipe in pipeline.recipes.values():
         count, why = jobs.count("", recipe.build.memory_per_job)
-        yield Check("jobs", "ok", f"{recipe.name}: {count} at once on {jobs.cores()} cores ({why}); jobs=N decides otherwise")
+        yield Check(
+            "jobs", "ok", f"{recipe.name}: {count} at once on {jobs.cores()} cores ({why}); jobs=N decides otherwise"
+        )
 
 
 def _namespaces(_: Pipeline) -> Iterator[Check]:
@@ -101,9 +119,14 @@ def _namespaces(_: Pipeline) -> Iterator[Check]:
     if found.hermetic:
         yield Check("sandbox", "ok", "bubblewrap: builds see only what was declared, and no network")
         return
-    said = {"no network": "builds have no network, but see the whole machine", "none": "builds see the machine and the network"}
+    said = {
+        "no network": "builds have no network, but see the whole machine",
+        "none": "builds see the machine and the network",
+    }
     hint = "" if shutil.which("bwrap") else distro.install_command(["bubblewrap"])
-    yield Check("sandbox", "note", said[found.kind], hint or "allow user namespaces: sysctl kernel.unprivileged_userns_clone=1")
+    yield Check(
+        "sandbox", "note", said[found.kind], hint or "allow user namespaces: sysctl kernel.unprivileged_userns_clone=1"
+    )
 
 
 def _driver(_: Pipeline) -> Iterator[Check]:
@@ -141,11 +164,17 @@ def _compiler(pipeline: Pipeline) -> Iterator[Check]:
         return
     kept = pipeline.toolchain.kept()
     if kept:
-        yield Check("CUDA compiler", "ok", f"CUDA {kept['results']['version']} ({kept['results']['origin']}), put together before")
+        yield Check(
+            "CUDA compiler",
+            "ok",
+            f"CUDA {kept['results']['version']} ({kept['results']['origin']}), put together before",
+        )
         return
     mirrors = distro.mirrors()
     detail = "; ".join([*passed, "one will be fetched: NVIDIA's archives, or the distribution's package"])
-    state, hint = ("ok", "") if mirrors else ("note", "without NVIDIA's download site: set CUDA_HOME, or VOLTFORGE_MIRRORS")
+    state, hint = (
+        ("ok", "") if mirrors else ("note", "without NVIDIA's download site: set CUDA_HOME, or VOLTFORGE_MIRRORS")
+    )
     yield Check("CUDA compiler", state, detail, hint)
 
 

@@ -60,7 +60,19 @@ def create(lock: Path, path: Path, indexes: Indexes, *, offline: bool = False) -
         InstallError: a file of the lock cannot be had, or has another hash.
     """
     with files.replacing_folder(path) as beside:
-        uv(lock, ["venv", "--quiet", "--allow-existing", "--relocatable", "--no-project", "--python", sys.executable, beside])
+        uv(
+            lock,
+            [
+                "venv",
+                "--quiet",
+                "--allow-existing",
+                "--relocatable",
+                "--no-project",
+                "--python",
+                sys.executable,
+                beside,
+            ],
+        )
         _install(lock, ["--python", Environment(beside).python], indexes, offline)
     return Environment(path)
 
@@ -111,11 +123,23 @@ def uv(
     environment = indexes.uv_environment() if indexes else None
     with console.live(lock.name) as tell:
         try:
-            return run([find_uv_bin(), *words], cwd=folder, env=environment, watch=lambda line, _: tell(line) if line else None)
+            return run(
+                [find_uv_bin(), *words], cwd=folder, env=environment, watch=lambda line, _: tell(line) if line else None
+            )
         except ProgramFailed as error:
             raise InstallError(lock, error.output or error.what) from error
 
 
 def _install(lock: Path, where: Sequence[str | Path], indexes: Indexes, offline: bool) -> None:
-    words = ["pip", "install", "--no-deps", "--require-hashes", "--only-binary", ":all:", "--requirements", lock, *where]
+    words = [
+        "pip",
+        "install",
+        "--no-deps",
+        "--require-hashes",
+        "--only-binary",
+        ":all:",
+        "--requirements",
+        lock,
+        *where,
+    ]
     uv(lock, [*words, *indexes.uv_arguments(), *(["--offline"] if offline else [])], indexes)

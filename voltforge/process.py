@@ -19,6 +19,7 @@ from typing import IO
 import psutil
 
 from voltforge.errors import VoltforgeError
+from voltforge.files import size
 
 GRACE = 1.0
 """Seconds between SIGTERM and SIGKILL when a program must end, and that its leftovers may hold its output open."""
@@ -56,6 +57,10 @@ class Usage:
     """Largest resident memory of any one process, in bytes (sampled, or the kernel's own figure if that is larger)."""
     now: int = 0
     """Resident memory of all processes together at the last sample, in bytes."""
+
+    def __str__(self) -> str:
+        memory = f"{size(self.peak)} at most, {size(self.peak_one)} in one process"
+        return f"{self.wall:.0f} s, {self.cpu:.0f} s of CPU, {memory}"
 
     def add(self, resources: resource.struct_rusage) -> None:
         """Take in what wait4(2) says of a program that has ended.

@@ -15,8 +15,9 @@ from doit.exceptions import BaseFail, InvalidDodoFile, TaskFailed
 from doit.reporter import ConsoleReporter
 
 from voltforge import console
+from voltforge.checkout import Settings
 from voltforge.errors import VoltforgeError
-from voltforge.pipeline import Pipeline, Settings
+from voltforge.pipeline import Pipeline
 from voltforge.stage import Stage
 
 INTERRUPTED = 130

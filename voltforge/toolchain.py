@@ -19,10 +19,17 @@ from voltforge.recipe import CudaRecipe, Provision
 
 CHOICES = ("auto", "system", "redist", "distro")
 COMPILERS = (
-    "bin/nvcc", "bin/cudafe++", "bin/ptxas", "bin/fatbinary", "bin/nvlink", "nvvm/bin/cicc", "nvvm/libdevice/libdevice.10.bc",
+    "bin/nvcc", "bin/cudafe++", "bin/ptxas", "bin/fatbinary", "bin/nvlink",
+    "nvvm/bin/cicc", "nvvm/libdevice/libdevice.10.bc",
 )  # fmt: skip
 """The files of a CUDA_HOME that decide which code comes out."""
-LIBRARIES = ("include/cuda.h", "include/cuda_runtime.h", "include/crt/host_config.h", "include/cublas_v2.h", "lib64/libcudart.so")
+LIBRARIES = (
+    "include/cuda.h",
+    "include/cuda_runtime.h",
+    "include/crt/host_config.h",
+    "include/cublas_v2.h",
+    "lib64/libcudart.so",
+)
 """The files that show that headers and libraries are there too."""
 HOST_PARTS = ("cc1plus", "as", "collect2", "ld")
 """The programs behind g++, by the names that ``-print-prog-name`` knows."""
@@ -59,7 +66,7 @@ class ToolchainError(VoltforgeError):
         self.reasons = tuple(reasons)
         super().__init__(
             f"no CUDA toolkit can compile this:{listed(list(self.reasons))}",
-            hint="set CUDA_HOME to a CUDA 12 toolkit, or put the files named above into a folder that VOLTFORGE_MIRRORS names",
+            hint="set CUDA_HOME to a CUDA 12 toolkit, or put what is named above into build/downloads/ or a mirror",
         )
 
 
@@ -97,7 +104,9 @@ class Toolchain:
         return f"CUDA {self.version} ({self.origin}), g++ {self.host.version}"
 
 
-def select(recipe: CudaRecipe, choice: str, store: Store, folder: Path, environ: Mapping[str, str] = os.environ) -> Toolchain:
+def select(
+    recipe: CudaRecipe, choice: str, store: Store, folder: Path, environ: Mapping[str, str] = os.environ
+) -> Toolchain:
     """The first toolkit that will do: the machine's own, NVIDIA's archives, the distribution's package.
 
     ``choice`` picks one of them by name, or ``auto`` for this order. What is passed over is said, with the reason.

@@ -27,7 +27,7 @@ MAX_UNPACKED = 20 * 10**9
 """Bytes that an archive may unpack to; PyTorch's release tarball is well below 3 GB."""
 BROKEN = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
-    EOFError, ValueError, OverflowError, RuntimeError,
+    EOFError, KeyError, ValueError, OverflowError, RuntimeError,
 )  # fmt: skip
 """What the standard library raises for a truncated, corrupt, encrypted or absurd archive, but for some OSErrors."""
 
@@ -246,7 +246,7 @@ def _tar_problems(members: Sequence[tarfile.TarInfo]) -> list[str]:
             target = os.path.normpath(base / member.linkname)
             if target == ".." or target.startswith(("/", "../")):
                 problems.append(f"{member.name}: links outside, to {member.linkname}")
-            elif member.islnk() and target in links | _below(links, target):
+            elif member.islnk() and (target in links or _below(links, target)):
                 problems.append(f"{member.name}: links to {member.linkname}, by way of a link")
         if through := _below(links, name):
             problems.append(f"{member.name}: lies below a link, {min(through)}")

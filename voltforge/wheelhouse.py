@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,11 @@ class Wheelhouse:
         try:
             with verified.open("rb") as source, files.replacing(target) as beside:
                 shutil.copyfileobj(source, beside, files.BLOCK)
-            for older in self.wheels():
-                if older.name == made.name and older.path != target:
-                    files.remove(older.path)
-            self.index()
+            others = {one.path for one in self.wheels() if one.name == made.name and one.path != target}
+            self.index(without=others)
+            for path in others:
+                files.remove(path)
+                files.remove(_metadata(path))
         except OSError as error:
             raise WheelhouseError(
                 f"{self.path} could not be written: {error.strerror}", hint="check its owner and the disk's free space"
@@ -70,12 +71,17 @@ class Wheelhouse:
         """
         return [wheel.Wheel.read(path) for path in sorted(self.path.glob("*.whl"))]
 
-    def index(self) -> None:
-        """Write ``simple/``: HTML (PEP 503) and JSON (PEP 691) pages with hashes, and the metadata files of PEP 658."""
+    def index(self, *, without: Set[Path] = frozenset()) -> None:
+        """Write ``simple/``: HTML (PEP 503) and JSON (PEP 691) pages with hashes, and the metadata files of PEP 658.
+
+        Wheels ``without`` which it is to be are about to go: last, so that no page ever names what is not there.
+        """
         projects: dict[str, list[dict[str, Any]]] = {}
         for made in self.wheels():
+            if made.path in without:
+                continue
             metadata = wheel.metadata_bytes(made.path)
-            files.write(self.path / f"{made.path.name}.metadata", metadata)
+            files.write(_metadata(made.path), metadata)
             projects.setdefault(made.name, []).append(_entry(made, files.sha256_bytes(metadata)))
         for stale in self.path.glob("*.metadata"):
             if not stale.with_suffix("").exists():
@@ -88,6 +94,10 @@ class Wheelhouse:
                 links = [(entry["filename"], _hashed(entry), _attributes(entry)) for entry in entries]
                 versions = sorted({str(entry.pop("version")) for entry in entries})
                 _page(beside / name, f"Links for {name}", links, {"name": name, "files": entries, "versions": versions})
+
+
+def _metadata(path: Path) -> Path:
+    return path.with_name(f"{path.name}.metadata")
 
 
 def _entry(made: wheel.Wheel, metadata: str) -> dict[str, Any]:

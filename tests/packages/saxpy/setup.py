@@ -17,8 +17,9 @@ class CMakeBuild(build_ext):
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         arch = os.environ["TORCH_CUDA_ARCH_LIST"].replace(".", "")
-        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), f"-DCMAKE_CUDA_ARCHITECTURES={arch}-real"]
-        subprocess.check_call([*configure, f"-DPython_EXECUTABLE={sys.executable}"])
+        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
+        configure += [f"-DCMAKE_CUDA_ARCHITECTURES={arch}-real", f"-DPython_EXECUTABLE={sys.executable}"]
+        subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", str(folder), "-j", os.environ.get("MAX_JOBS", "1")])
         subprocess.check_call(["cmake", "--install", str(folder), "--prefix", str(target)])
 

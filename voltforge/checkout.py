@@ -1,0 +1,51 @@
+"""A checkout: its root, what a person chose on the command line, its downloads and its wheelhouse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from voltforge.fetch import Store
+from voltforge.wheelhouse import Wheelhouse
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a person may choose on the command line, as ``name=value``."""
+
+    cuda: str = "auto"
+    """Which toolkit: auto, system, redist or distro."""
+    jobs: str = ""
+    """Compile jobs at once; empty for as many as cores and memory allow."""
+    sandbox: str = "auto"
+    """auto, require or off."""
+    file: str = ""
+    """A wheel, for ``verify``."""
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """Where everything is. What is transient is under ``build/``: losing it costs time, never a result."""
+
+    root: Path
+    settings: Settings = Settings()
+
+    @property
+    def scratch(self) -> Path:
+        """``build/``."""
+        return self.root / "build"
+
+    @cached_property
+    def store(self) -> Store:
+        """The downloads, with the mirrors and indexes that the environment names."""
+        return Store.from_environment(self.scratch / "downloads")
+
+    @property
+    def wheelhouse(self) -> Wheelhouse:
+        """What came out."""
+        return Wheelhouse(self.root / "wheelhouse")
+
+    def record(self, stage: str) -> Path:
+        """Where a stage keeps what it made, by its name: ``tree:vllm``."""
+        return self.scratch / "stages" / f"{stage.replace(':', '-')}.json"
