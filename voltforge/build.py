@@ -18,7 +18,7 @@ from voltforge.sandbox import Sandbox
 from voltforge.toolchain import Toolchain
 from voltforge.tree import Tree, sync
 
-ERROR = re.compile(r"(?:\b(?:fatal )?error\b ?:|\bError:|ptxas fatal|undefined reference|No space left on device)")
+ERROR = re.compile(r"(?:\b(?:fatal )?error\b ?:|\bError:|ptxas fatal|undefined reference|cannot find -l|No space left on device)")
 """How gcc, nvcc, cicc, ptxas, ld, CMake and Python begin the line that matters."""
 FOLDERS = ("tree", "environment", "toolchain", "dist", "home")
 """What a build is shown, by name; the sandbox decides where."""
@@ -78,6 +78,7 @@ def variables(recipe: Recipe, tree: Tree, toolchain: Toolchain, places: Mapping[
         "NINJA_STATUS": "[%f/%t] ",
         "CC": str(toolchain.host.cc),
         "CXX": str(toolchain.host.cxx),
+        "LIBRARY_PATH": ":".join(f"{places['toolchain']}/{folder}" for folder in ("lib64", "lib64/stubs")),
         "CUDA_HOME": str(places["toolchain"]),
         "CUDACXX": f"{places['toolchain']}/bin/nvcc",
         "CUDAHOSTCXX": str(toolchain.host.cxx),
@@ -110,6 +111,7 @@ def compile(
     places = {name: sandbox.place(name, path) for name, path in folders.items()}
     argv = sandbox.command(
         [places["environment"] / "bin/python", "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check",
+         *(f"--config-setting={name}={value}" for name, value in recipe.build.config_settings.items()),
          "--outdir", places["dist"], places["tree"]],
         writable={name: folders[name] for name in ("tree", "dist", "home")},
         readable={name: folders[name] for name in ("environment", "toolchain")},
@@ -125,7 +127,7 @@ def compile(
         try:
             done = run(argv, cwd=source, env=handed, log=log, watch=lambda line, usage: tell(progress.see(line, usage)))
         except ProgramFailed as error:
-            raise BuildError(recipe.name, first_error(log), log, error.what.split(";")[0]) from error
+            raise BuildError(recipe.name, first_error(log), log, f"status {error.status}") from error
     wheels = list(dist.glob("*.whl"))
     if len(wheels) != 1:
         raise BuildError(recipe.name, done.output[-500:], log, f"left {len(wheels)} wheels where one was expected")

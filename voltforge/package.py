@@ -76,6 +76,7 @@ class Package:
             "environment": dict(self._locked()),
             "toolchain": dict(chosen.identity),
             "variables": build.variables(self.recipe, self.tree(), chosen, places),
+            "config_settings": dict(self.recipe.build.config_settings),
             "finish": self.recipe.finish.model_dump(mode="json"),
             "compression": wheel.DEFLATE,
         }

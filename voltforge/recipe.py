@@ -145,6 +145,8 @@ class Build(Section):
     """The hash-locked environment that it is compiled in, relative to the recipe."""
     env: Mapping[Variable, Template] = {}
     """Variables for the build; ``{version}``, ``{arch}`` and ``{cuda}`` are filled in."""
+    config_settings: Mapping[str, str] = {}
+    """Settings for the build backend (PEP 517), as ``pip --config-settings`` has them."""
     memory_per_job: Size = _bytes("1.5 GiB")
     """The most that one compile job is expected to hold at once; with the free memory it bounds the jobs."""
 

@@ -52,13 +52,17 @@ def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
     """The pipeline of a checkout with the command line's ``name=value``.
 
     Raises:
-        InvalidDodoFile: a recipe cannot be used, or a variable is not one of :class:`Settings`.
+        InvalidDodoFile: a recipe cannot be used, a variable is not one of :class:`Settings`, or nothing can be written.
     """
     known = [field.name for field in fields(Settings)]
     given = [word.split("=", 1)[0] for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
     if unknown := [name for name in given if name not in known]:
         there_are = ", ".join(f"{name}=" for name in known)
         raise InvalidDodoFile(f"{', '.join(unknown)}: no such variable; there are {there_are}")
+    try:
+        (root / "build").mkdir(exist_ok=True)  # where doit keeps its notes, before any stage has run
+    except OSError as error:
+        raise InvalidDodoFile(f"{root / 'build'}: {error.strerror}") from error
     try:
         return Pipeline.load(root, Settings(**{name: variable(name, getattr(Settings, name)) for name in known}))
     except VoltforgeError as error:

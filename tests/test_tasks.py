@@ -1,0 +1,324 @@
+"""`./doit` as a person types it, in a copy of this checkout with one small recipe: what it prints and how it exits."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import site
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import samples
+from tests.checkouts import pack
+from tests.servers import Fault, Server, serving
+from voltforge import files
+
+RED = "\x1b[1;31m"
+FAILED, MISUSED, INTERRUPTED = 1, 3, 130
+RECIPE = """\
+name = "thing"
+version = "1.0"
+summary = "a thing"
+
+[source]
+url = "{url}"
+file = "thing-1.0.tar.gz"
+sha256 = "{sha256}"
+
+[build]
+lock = "locks/thing.txt"
+
+[expect]
+lock = "locks/thing.txt"
+"""
+
+
+class Checkout:
+    """A copy of the files that git knows, with an environment that borrows the packages of this one."""
+
+    def __init__(self, root: Path, repository: Path) -> None:
+        self.root = root
+        known = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        wanted = re.compile(
+            r"voltforge/|dodo\.py|doit$|recipes/cuda|recipes/locks/cuda|requirements\.txt|pyproject\.toml"
+        )
+        for name in subprocess.run(
+            known, cwd=repository, capture_output=True, text=True, check=True
+        ).stdout.splitlines():
+            if wanted.match(name) and (repository / name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(repository / name, root / name)
+        self.env = {key: value for key, value in os.environ.items() if not key.startswith(("VOLTFORGE_", "PYTHONPATH"))}
+        self.env |= {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "100"}
+
+    def settle(self) -> None:
+        """Make `.venv` as the script would, but with the packages that run these tests, so that nothing is fetched."""
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.root / ".venv"], check=True)
+        [packages] = (self.root / ".venv" / "lib").glob("python*/site-packages")
+        (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()))
+        shutil.copy(self.root / "requirements.txt", self.root / ".venv")
+
+    def doit(self, *words: str, script: str = "./doit") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [script, *words], cwd=self.root, env=self.env, capture_output=True, text=True, check=False, timeout=120
+        )
+
+    def recipe(self, url: str, sha256: str, name: str = "thing") -> Path:
+        (self.root / "recipes" / "locks" / "thing.txt").touch()
+        path = self.root / "recipes" / f"{name}.toml"
+        path.write_text(RECIPE.format(url=url, sha256=sha256))
+        return path
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as one:
+        yield one
+
+
+@pytest.fixture
+def bare(tmp_path, repository) -> Checkout:
+    """A fresh clone, more or less."""
+    return Checkout(tmp_path / "a checkout", repository)
+
+
+@pytest.fixture
+def checkout(bare, server, tmp_path) -> Checkout:
+    """One that has its environment, and a recipe whose sdist a server on loopback has."""
+    bare.settle()
+    source = samples.tree(tmp_path / "thing", {"setup.py": "", "thing.py": "1\n"})
+    sdist = pack(source, tmp_path / "thing-1.0.tar.gz").read_bytes()
+    server.files["/thing-1.0.tar.gz"] = sdist
+    bare.recipe(f"{server.url}/thing-1.0.tar.gz", files.sha256_bytes(sdist))
+    return bare
+
+
+def red_lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if RED in line]
+
+
+# --- doing ---
+
+
+def test_stages_run_once_and_in_order(checkout, server):
+    first = checkout.doit("tree:thing")
+    assert first.returncode == 0, first.stdout + first.stderr
+    said = re.sub(r"\x1b\[[\d;]*m", "", first.stdout)
+    assert re.findall(r"^\* (\w+)", said, re.MULTILINE) == ["fetch", "unpack"]
+    assert (checkout.root / "build" / "trees" / "thing" / "thing.py").read_text() == "1\n"
+    second = checkout.doit("tree:thing")
+    assert (second.returncode, second.stdout) == (0, "")
+    assert server.paths() == ["/thing-1.0.tar.gz"]
+
+
+def test_a_patch_makes_the_tree_grow_again_but_fetches_nothing(checkout, server):
+    checkout.doit("tree:thing")
+    folder = checkout.root / "patches" / "thing"
+    folder.mkdir(parents=True)
+    (folder / "0001-two.patch").write_text("Subject: two\n---\n--- a/thing.py\n+++ b/thing.py\n@@ -1 +1 @@\n-1\n+2\n")
+    assert checkout.doit("tree:thing").returncode == 0
+    assert (checkout.root / "build" / "trees" / "thing" / "thing.py").read_text() == "2\n"
+    assert len(server.asked) == 1
+
+
+def test_list_is_a_table_of_contents_in_the_order_of_the_graph(checkout):
+    done = checkout.doit("list")
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == re.findall(r"^def task_(\w+)", (checkout.root / "dodo.py").read_text(), re.MULTILINE)
+    assert all(len(line.split()) > 2 for line in done.stdout.splitlines())
+
+
+def test_without_a_word_it_says_what_it_can_do(checkout):
+    done = checkout.doit()
+    assert done.returncode == 0, done.stderr
+    assert "wheels" in done.stdout
+
+
+# --- what a person gets wrong ---
+
+
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == MISUSED
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_variable_that_is_misspelt_is_refused_with_the_ones_there_are(checkout):
+    said = complaint(checkout.doit("jbos=3", "tree:thing"))
+    assert "jbos: no such variable; there are cuda=, jobs=, sandbox=, file=" in said
+    assert not (checkout.root / "build" / "trees").exists()
+
+
+def test_a_task_that_does_not_exist_is_refused(checkout):
+    assert "wheel:thing" in complaint(checkout.doit("wheel:thing"))
+
+
+def test_a_broken_recipe_is_one_message_with_all_its_problems(checkout):
+    path = checkout.recipe("ftp://example.org", "short")
+    said = complaint(checkout.doit("list"))
+    assert said.startswith(f"ERROR: {path} cannot be used:\n  - source.sha256: ")
+    assert "\n  - source.url: " in said
+    assert said.endswith("docs/recipes.md lists all\n")
+
+
+# --- what goes wrong ---
+
+
+def test_a_stage_that_fails_is_one_red_line_and_a_hint(checkout, server):
+    del server.files["/thing-1.0.tar.gz"]
+    done = checkout.doit("tree:thing")
+    assert done.returncode == FAILED
+    assert len(red_lines(done.stdout)) == 1
+    assert "thing-1.0.tar.gz" in red_lines(done.stdout)[0]
+    assert "  try: " in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_what_failed_is_tried_again_by_the_next_run(checkout, server):
+    sdist = server.files.pop("/thing-1.0.tar.gz")
+    assert checkout.doit("tree:thing").returncode == FAILED
+    server.files["/thing-1.0.tar.gz"] = sdist
+    assert checkout.doit("tree:thing").returncode == 0
+
+
+def test_a_patch_that_does_not_apply_names_file_and_hunk(checkout):
+    folder = checkout.root / "patches" / "thing"
+    folder.mkdir(parents=True)
+    (folder / "0001-two.patch").write_text("Subject: two\n---\n--- a/thing.py\n+++ b/thing.py\n@@ -1 +1 @@\n-7\n+2\n")
+    done = checkout.doit("tree:thing")
+    assert done.returncode == FAILED
+    assert "thing/0001-two.patch does not apply:" in red_lines(done.stdout)[0]
+    assert "thing.py: Hunk #1 FAILED at 1." in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_machine_that_refuses_is_a_sentence_too(checkout):
+    """A file where a folder should be would be a mistake of ours; a folder that cannot be written is not."""
+    (checkout.root / "sitecustomize.py").write_text(
+        "import errno, os, tempfile\n"
+        "def full(*_, **__): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/the/disk')\n"
+        "tempfile.mkdtemp = full\n"
+    )
+    checkout.env["PYTHONPATH"] = str(checkout.root)
+    done = checkout.doit("tree:thing")
+    assert done.returncode == FAILED
+    assert "x /the/disk: No space left on device" in red_lines(done.stdout)[0]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_run_exits_130_and_the_next_goes_on(checkout, server, number):
+    server.faults["/thing-1.0.tar.gz"] = [Fault(cut=100, stall=True)]
+    child = subprocess.Popen(
+        ["./doit", "tree:thing"], cwd=checkout.root, env=checkout.env, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also where & started the tests
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not server.sent and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(child.pid, number)
+    output = child.communicate(timeout=60)[0]
+    assert child.returncode == INTERRUPTED
+    assert "interrupted: what was finished is kept" in output
+    assert "Traceback" not in output
+    assert checkout.doit("tree:thing").returncode == 0
+
+
+# --- the script ---
+
+
+def fake_python(folder: Path, version: str) -> Path:
+    """A program that says that it is another Python. A fake: not every machine has an old one."""
+    folder.mkdir(exist_ok=True)
+    (folder / "python3").write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "Python {version}" || exit 1\n')
+    (folder / "python3").chmod(0o755)
+    return folder
+
+
+def only(folder: Path, *programs: str) -> Path:
+    """A folder for PATH with these programs of the machine."""
+    folder.mkdir(exist_ok=True)
+    for program in programs:
+        (folder / program).symlink_to(shutil.which(program) or program)
+    return folder
+
+
+def test_with_only_a_wrong_python_it_says_which_it_found_and_what_to_do(bare, tmp_path):
+    tools = only(fake_python(tmp_path / "bin", "3.8.20"), "dirname", "readlink", "cmp", "cp")
+    bare.env["PATH"] = str(tools)
+    done = bare.doit("list")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "needs Python 3.10 to 3.13" in done.stderr
+    assert f"{tools / 'python3'}: Python 3.8.20" in done.stderr
+    assert "try: apt-get install" in done.stderr
+    assert not (bare.root / ".venv").exists()
+
+
+def test_a_python_that_is_asked_for_is_not_silently_another(bare, tmp_path):
+    wrong = fake_python(tmp_path / "bin", "3.14.1") / "python3"
+    bare.env["VOLTFORGE_PYTHON"] = str(wrong)
+    done = bare.doit("list")
+    assert done.returncode == 1
+    assert f"{wrong}: Python 3.14.1" in done.stderr
+    assert not (bare.root / ".venv").exists()
+
+
+@pytest.fixture
+def stocked(bare, tmp_path) -> Checkout:
+    """One whose requirements are a single wheel on the disk: a doit that says so. A fake, for the real are many MB."""
+    module = "import sys; print('doit was given', sys.argv[1:])\n"
+    shelf = tmp_path / "shelf"
+    path = samples.wheel(shelf, {"doit/__init__.py": "", "doit/__main__.py": module}, name="doit", version="0.37.0")
+    (bare.root / "requirements.txt").write_text(f"doit==0.37.0 --hash=sha256:{files.sha256(path)}\n")
+    own = ("PIP_", "UV_")
+    bare.env = {key: value for key, value in bare.env.items() if not key.startswith(own)}
+    bare.env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(shelf)}
+    bare.env["VOLTFORGE_PYTHON"] = sys.executable
+    return bare
+
+
+@pytest.mark.slow
+def test_the_first_call_makes_the_environment_and_the_second_only_runs(stocked):
+    first = stocked.doit("list", "two words")
+    assert (first.returncode, first.stdout) == (0, "doit was given ['list', 'two words']\n")
+    assert first.stderr.startswith("* making .venv with Python 3.")
+    stocked.env |= {"PIP_FIND_LINKS": "/nowhere", "VOLTFORGE_PYTHON": "/nowhere"}
+    second = stocked.doit("list")
+    assert (second.returncode, second.stdout, second.stderr) == (0, "doit was given ['list']\n", "")
+    link = stocked.root.parent / "link"
+    link.symlink_to(stocked.root / "doit")
+    assert stocked.doit(script=str(link)).stdout == "doit was given []\n"
+    (stocked.root / ".venv" / "bin" / "python").unlink()  # as when the machine's Python is upgraded
+    third = stocked.doit("list")
+    assert "no /nowhere" in third.stderr
+
+
+@pytest.mark.slow
+def test_requirements_with_another_hash_are_not_installed_and_not_taken_for_installed(stocked):
+    requirements = stocked.root / "requirements.txt"
+    good = requirements.read_text()
+    requirements.write_text(re.sub(r"sha256:\w{8}", "sha256:00000000", good))
+    bad = stocked.doit("list")
+    assert bad.returncode != 0
+    assert "hash" in bad.stderr.lower()
+    assert bad.stdout == ""
+    assert stocked.doit("list").returncode != 0
+    requirements.write_text(good)
+    assert stocked.doit("list").returncode == 0
+
+
+def test_the_script_is_plain_posix_shell(repository):
+    script = (repository / "doit").read_text()
+    assert script.startswith("#!/bin/sh\n")
+    assert os.access(repository / "doit", os.X_OK)
+    shell = shutil.which("dash") or "/bin/sh"
+    assert subprocess.run([shell, "-n", repository / "doit"], check=False).returncode == 0
