@@ -101,6 +101,9 @@ Module = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 Pattern = Annotated[str, Field(min_length=1)]
 """Of file names, as fnmatch(3) has them."""
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Setting = Annotated[str, Field(pattern=r"^[^=\x00]+$")]
+Word = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+"""What a program can be given on its command line."""
 Template = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(_template)]
 """The value of a variable, in which ``{version}``, ``{arch}`` and ``{cuda}`` stand for something."""
 
@@ -145,7 +148,7 @@ class Build(Section):
     """The hash-locked environment that it is compiled in, relative to the recipe."""
     env: Mapping[Variable, Template] = {}
     """Variables for the build; ``{version}``, ``{arch}`` and ``{cuda}`` are filled in."""
-    config_settings: Mapping[str, str] = {}
+    config_settings: Mapping[Setting, Word] = {}
     """Settings for the build backend (PEP 517), as ``pip --config-settings`` has them."""
     memory_per_job: Size = _bytes("1.5 GiB")
     """The most that one compile job is expected to hold at once; with the free memory it bounds the jobs."""
