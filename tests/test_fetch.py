@@ -406,9 +406,7 @@ def test_a_range_that_was_not_asked_for_is_not_used(tmp_path, server, lie):
 
 def test_a_part_where_the_whole_was_asked_for_is_refused(tmp_path, server):
     server.faults[PATH] = [Fault(206, headers={"Content-Range": "bytes 0-9/10"}, body=DATA)]
-    assert outcomes(problem(store(tmp_path), artifact(server))) == [
-        "sent another range of the file than was asked for"
-    ]
+    assert outcomes(problem(store(tmp_path), artifact(server))) == ["sent another range of the file than was asked for"]
 
 
 def test_a_file_that_is_announced_with_another_size_is_not_even_begun(tmp_path, server):

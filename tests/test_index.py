@@ -281,9 +281,7 @@ def test_the_configured_certificates_are_trusted_even_where_requests_own_variabl
 def test_a_certificate_that_is_not_trusted_is_said_with_the_setting_that_decides(private, tmp_path):
     trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
     for name, words in (("other.pem", "is not trusted by"), ("none.pem", "there is no")):
-        indexes = Indexes(
-            f"{private.url}/simple/", certificate=str(tmp_path / name), certificate_from="SSL_CERT_FILE"
-        )
+        indexes = Indexes(f"{private.url}/simple/", certificate=str(tmp_path / name), certificate_from="SSL_CERT_FILE")
         with pytest.raises(NotOnIndexError, match=f"{words} .*{name}, which SSL_CERT_FILE names"):
             indexes.find("small", SDIST)
 

@@ -18,7 +18,9 @@ from voltforge.sandbox import Sandbox
 from voltforge.toolchain import Toolchain
 from voltforge.tree import Tree, sync
 
-ERROR = re.compile(r"(?:\b(?:fatal )?error\b ?:|\bError:|ptxas fatal|undefined reference|cannot find -l|No space left on device)")
+ERROR = re.compile(
+    r"(?:\b(?:fatal )?error\b ?:|\bError:|ptxas fatal|undefined reference|cannot find -l|No space left on device)"
+)
 """How gcc, nvcc, cicc, ptxas, ld, CMake and Python begin the line that matters."""
 FOLDERS = ("tree", "environment", "toolchain", "dist", "home")
 """What a build is shown, by name; the sandbox decides where."""

@@ -16,7 +16,7 @@ import hashlib
 import mmap
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,7 @@ _LZ4, _ZSTD = 0x2000, 0x8000
 _VARIANTS = {0x100000: "a", 0x200000: "f"}
 _ALIGNMENT = 8
 _ZEROS = re.compile(rb"\0+")
+_ARCH = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
 _KERNEL = re.compile(rb"(?<=\0)_Z[\w.$]+(?=\0)", re.ASCII)
 
 
@@ -61,6 +62,8 @@ class Image:
     """``a`` for code of exactly this architecture (``sm_90a``), ``f`` for its family, else empty."""
     container: int
     """The number of its container in its section, from 0: a translation unit has one."""
+    begin: int
+    """Where its header begins in the file, in bytes; its payload ends the entry."""
     offset: int
     """Where its payload begins in the file, in bytes."""
     size: int
@@ -86,6 +89,37 @@ class Image:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Container:
+    """A fatbin: the device images of one translation unit, one after another."""
+
+    offset: int
+    """Where it begins in the file, in bytes."""
+    header: int
+    """The size of its own header, in bytes."""
+    size: int
+    """Its size, header and all entries, in bytes."""
+    relocatable: bool
+    """Whether it holds unlinked pieces."""
+    images: tuple[Image, ...]
+
+
+def names(archs: Iterable[str]) -> frozenset[str]:
+    """The names of the images that an architecture list asks for: ``9.0a+PTX`` for ``sm_90a`` and ``compute_90a``.
+
+    Raises:
+        VoltforgeError: one of them is no architecture.
+    """
+    found = set()
+    for text in archs:
+        match = _ARCH.fullmatch(text)
+        if not match:
+            raise VoltforgeError(f"{text!r} is no architecture", hint="write it as 7.0, 9.0a or 7.0+PTX")
+        major, minor, variant, ptx = match.groups()
+        found |= {f"{prefix}_{major}{minor}{variant}" for prefix in (["sm", "compute"] if ptx else ["sm"])}
+    return frozenset(found)
+
+
 def images(path: Path) -> list[Image]:
     """The device images of an ELF file, in file order; none if it has no device code.
 
@@ -95,14 +129,24 @@ def images(path: Path) -> list[Image]:
         ElfError: ``path`` is not a well-formed ELF file.
         FatbinError: its device code is laid out in a way not understood here.
     """
+    return [image for container in containers(path) for image in container.images]
+
+
+def containers(path: Path) -> list[Container]:
+    """The fatbins of an ELF file, in file order; see :func:`images`.
+
+    Raises:
+        ElfError: ``path`` is not a well-formed ELF file.
+        FatbinError: its device code is laid out in a way not understood here.
+    """
     with opened(path) as (file, content):
-        found: list[Image] = []
+        found: list[Container] = []
         for section in file.iter_sections():
             if section.name in SECTIONS:
                 begin, size = section["sh_offset"], section["sh_size"]
                 if begin + size > len(content):
                     raise FatbinError(path, begin, "ends beyond the file")
-                found += _images(path, content, begin, begin + size, SECTIONS[section.name])
+                found += _containers(path, content, begin, begin + size, SECTIONS[section.name])
         return found
 
 
@@ -124,8 +168,8 @@ def kernels(path: Path) -> frozenset[str]:
         return frozenset(name.decode() for name in _KERNEL.findall(b"\0" + section.data()))
 
 
-def _images(path: Path, content: mmap.mmap, begin: int, end: int, relocatable: bool) -> Iterator[Image]:
-    container, at = 0, begin
+def _containers(path: Path, content: mmap.mmap, begin: int, end: int, relocatable: bool) -> Iterator[Container]:
+    number, at = 0, begin
     while at < end:
         padding = _ZEROS.match(content, at, end)
         if padding and len(padding[0]) >= _ALIGNMENT:
@@ -140,8 +184,9 @@ def _images(path: Path, content: mmap.mmap, begin: int, end: int, relocatable: b
             raise FatbinError(path, at, f"is a container of version {version}, of which nothing is known here")
         if at + header + size > end:
             raise FatbinError(path, at, "is a container that ends beyond its section")
-        yield from _entries(path, content, at + header, at + header + size, container, relocatable)
-        container += 1
+        entries = tuple(_entries(path, content, at + header, at + header + size, number, relocatable))
+        yield Container(at, header, header + size, relocatable, entries)
+        number += 1
         at += header + size
 
 
@@ -166,6 +211,7 @@ def _entries(
             arch=arch,
             variant="".join(letter for flag, letter in _VARIANTS.items() if flags & flag),
             container=container,
+            begin=at,
             offset=at + header,
             size=size,
             uncompressed=uncompressed if compressed else size,

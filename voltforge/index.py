@@ -122,9 +122,7 @@ def _unresolved(error: BaseException | None) -> bool:
 
 
 class _Session(requests.Session):
-    def merge_environment_settings(
-        self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any
-    ) -> Any:
+    def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
         # requests lets REQUESTS_CA_BUNDLE win over the session's own `verify` unless each request repeats it.
         verify = self.verify if verify is None else verify
         return super().merge_environment_settings(url, proxies, stream, verify, cert)

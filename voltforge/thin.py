@@ -1,0 +1,322 @@
+"""A wheel with every device image removed but those of the archs that are asked for.
+
+For any wheel: its binaries with device code are thinned (see :mod:`voltforge.fatbin`), all are stripped, its version
+gets a local part that says so. What a project needs beyond that is data: :data:`STEPS`.
+Libraries of NVIDIA's are never changed, for their licence does not allow it.
+"""
+
+from __future__ import annotations
+
+import calendar
+import mmap
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from voltforge import console, cubin, elf, files
+from voltforge.elf import Elf
+from voltforge.errors import VoltforgeError, listed
+from voltforge.fatbin import ThinError, Thinned, thin_binary
+from voltforge.process import run
+from voltforge.wheel import Wheel, members, normalise, unpack
+
+__all__ = ["STEPS", "Steps", "Stub", "ThinError", "Thinned", "make_stub", "thin_binary", "thin_wheel"]
+
+NVIDIA = (
+    "libcuda[.-]*", "libcudart[.-]*", "libcublas*", "libcudnn*", "libcufft*", "libcufile*", "libcupti*", "libcurand*",
+    "libcusolver*", "libcusparse*", "libnccl[.-]*", "libnvJitLink*", "libnvrtc*", "libnvshmem*", "libnvToolsExt*",
+)  # fmt: skip
+"""File names of NVIDIA's libraries as wheels bundle them, ``libcudart-218eec4c.so.12`` among them: left as they are."""
+
+STUB_FLAGS = (
+    "-shared", "-fPIC", "-O1", "-std=c11", "-w", "-fno-builtin", "-fno-ident", "-fno-stack-protector",
+    "-fno-asynchronous-unwind-tables", "-fcf-protection=none", "-nostartfiles", "-Wl,-s", "-Wl,-z,now",
+    "-Wl,--build-id=none", "-Wl,--hash-style=gnu",
+)  # fmt: skip
+"""How gcc makes a stub: nothing of the machine goes into it but the compiler's version."""
+_STUB = """\
+extern long write(int, const void *, unsigned long);
+extern _Noreturn void abort(void);
+static _Noreturn void stop(const char *text, unsigned long size) { write(2, text, size); abort(); }
+#define STOPS(name, text) void name(void) { static const char said[] = text "\\n"; stop(said, sizeof said - 1); }
+#define ANSWERS(name, value) int name(void) { return value; }
+"""
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_DATA = ("_ZTI", "_ZTS", "_ZTT", "_ZTV", "_ZGV")
+"""How the names of C++ objects that are no functions begin (Itanium C++ ABI, 5.1.4)."""
+_ARCH_LIST = re.compile(rb"(?:(?:sm|compute)_\d+[af]? )+(?:sm|compute)_\d+[af]?(?=\0)")
+_VERSION_LINE = re.compile(r"^(__version__ = )(['\"]).*\2$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A library that is replaced by one that exports as much as the wheel's binaries import, and does nothing."""
+
+    folder: str
+    """Where in the wheel it goes: where the importing binaries' run path finds it."""
+    why: str
+    """What is said when a function is called that has no answer, as the rest of a sentence about it."""
+    prefix: str = ""
+    """How the names that are imported from it begin; of a library in the wheel itself it is known without."""
+    answers: Mapping[str, int] = field(default_factory=dict)
+    """Functions that return this instead of ending the program."""
+    requirement: str = ""
+    """The project that the wheel no longer requires."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What one project's wheel needs beyond what every wheel gets."""
+
+    drop: tuple[str, ...] = ()
+    """Files that go, as patterns of their paths; each must be there."""
+    stubs: Mapping[str, Stub] = field(default_factory=dict)
+    """By SONAME."""
+    lines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Lines that go from text files, each of which must be there once, spaces around it aside."""
+    version: str = ""
+    """The Python file that has ``__version__``."""
+    arch_list: str = ""
+    """The binary that has the list of archs as a string, with spaces between them."""
+
+
+STEPS: Mapping[str, Steps] = {
+    "torch": Steps(
+        # The same program twice; cmake files and users name the plain one.
+        drop=("torch/bin/protoc-*",),
+        stubs={
+            # cuSPARSELt 0.7.1 has code for 8.0 and later. torch calls cusparseLtInit before anything else and raises a
+            # RuntimeError for what it returns: 10 is CUSPARSE_STATUS_NOT_SUPPORTED of cusparse.h.
+            "libcusparseLt.so.0": Stub(
+                folder="torch/lib", prefix="cusparseLt", answers={"cusparseLtInit": 10},
+                why="which has no code for this GPU and is left out", requirement="nvidia-cusparselt-cu12",
+            ),
+            # Its device code is relocatable, which cannot be thinned, and the library behind it weighs 180 MB. torch
+            # asks is_nvshmem_available() before it uses anything of it, and has other ways for all that it does.
+            "libtorch_nvshmem.so": Stub(
+                folder="torch/lib", answers={"_ZN4c10d17nvshmem_extension20is_nvshmem_availableEv": 0},
+                why="which is left out together with NVSHMEM", requirement="nvidia-nvshmem-cu12",
+            ),
+        },
+        # What torch loads by hand where its run path finds no CUDA library; it gives up if one of them is missing.
+        lines={
+            "torch/__init__.py": (
+                '"cusparselt": "libcusparseLt.so.*[0-9]",', '"nvshmem": "libnvshmem_host.so.*[0-9]",',
+            ),
+        },
+        version="torch/version.py",
+        arch_list="torch/lib/libtorch_python.so",
+    ),
+}  # fmt: skip
+"""By normalised project name. cuFile stays a requirement of torch: it serves Volta too, and weighs 3 MB."""
+
+
+def thin_wheel(
+    wheel: Path,
+    out_dir: Path,
+    archs: Sequence[str],
+    *,
+    drop_foreign: bool = False,
+    steps: Mapping[str, Steps] = STEPS,
+) -> Path:
+    """Write ``wheel``, thinned to ``archs``, into ``out_dir``; equal wheels give equal bytes.
+
+    Its version gets a local part: ``2.9.0`` becomes ``2.9.0+sm70.thin``. Its tags stay.
+
+    Args:
+        wheel: a wheel of any project whose licence allows changes.
+        out_dir: where the result goes, and room for all that is in the wheel while it is made.
+        archs: as recipes have them: ``7.0``, ``9.0a``, ``7.0+PTX``.
+        drop_foreign: leave out binaries that have device code, but none for ``archs``; else they are an error.
+        steps: what single projects need.
+
+    Raises:
+        ThinError: one of its binaries cannot be thinned; it names all of them.
+        WheelError: it is no well-formed wheel.
+    """
+    names = cubin.names(archs)
+    stock = Wheel.read(wheel)
+    if stock.name.startswith("nvidia-"):
+        raise ThinError(wheel, "is NVIDIA's own, and its licence does not allow it to be changed")
+    special = steps.get(stock.name, Steps())
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".thin-", dir=out_dir) as scratch:
+        folder = Path(scratch) / "wheel"
+        unpack(wheel, folder)
+        _drop(wheel, folder, special.drop)
+        _replace_libraries(wheel, folder, special.stubs)
+        _thin_binaries(wheel, folder, archs, drop_foreign)
+        for name, lines in special.lines.items():
+            _drop_lines(wheel, folder / name, lines)
+        if special.arch_list:
+            _tell_archs(folder / special.arch_list, names)
+        version = _version(stock.version, archs)
+        if special.version:
+            _tell_version(folder / special.version, version)
+        _rename(folder, stock, version, [stub.requirement for stub in special.stubs.values() if stub.requirement])
+        tag = "-".join(wheel.stem.split("-")[-3:])
+        return normalise(folder, out_dir, tag=tag, epoch=_newest(wheel))
+
+
+def make_stub(path: Path, soname: str, symbols: Iterable[str], stub: Stub) -> None:
+    """Compile a library that exports ``symbols``: functions that answer, or say a sentence and end the program.
+
+    The sentence goes to standard error: which function was called, of which library, and the stub's ``why``.
+
+    Raises:
+        ThinError: a symbol cannot be a function.
+        ElfError: there is no gcc.
+        ProgramFailed: gcc does not make it.
+    """
+    source = _STUB
+    for symbol in sorted(symbols):
+        if not _IDENTIFIER.fullmatch(symbol) or symbol.startswith(_DATA):
+            raise ThinError(path, f"has {symbol}, which is no function, so that no stub can take its place")
+        if symbol in stub.answers:
+            source += f"ANSWERS({symbol}, {stub.answers[symbol]})\n"
+        else:
+            source += f'STOPS({symbol}, "{symbol} was called, a function of {soname}, {stub.why}.")\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="voltforge-") as scratch:
+        text = Path(scratch) / "stub.c"
+        text.write_text(source, encoding="ascii")
+        run([elf.tool("gcc", "install gcc"), *STUB_FLAGS, f"-Wl,-soname,{soname}", "-o", path, text], cwd=text.parent)
+
+
+def _drop(wheel: Path, folder: Path, patterns: Iterable[str]) -> None:
+    names = members(folder)
+    for pattern in patterns:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise ThinError(wheel, f"holds nothing that matches {pattern}, which should be dropped")
+        for name in matching:
+            (folder / name).unlink()
+
+
+def _replace_libraries(wheel: Path, folder: Path, stubs: Mapping[str, Stub]) -> None:
+    """Put the stubs in place, with the functions that the binaries import from the libraries that they stand for."""
+    if not stubs:
+        return
+    binaries = {name: Elf.read(folder / name) for name in _binaries(folder)}
+    for soname, stub in stubs.items():
+        place = f"{stub.folder}/{soname}"
+        replaced = binaries.pop(place, None)
+        asked = {symbol for binary in binaries.values() for symbol in binary.undefined}
+        if replaced:
+            others = {name for binary in binaries.values() for name in binary.names}
+            symbols = {symbol for symbol in asked if symbol.name in replaced.names - others}
+        else:
+            symbols = {symbol for symbol in asked if symbol.name.startswith(stub.prefix)}
+        if not symbols or not any(soname in binary.needed for binary in binaries.values()):
+            raise ThinError(wheel, f"imports nothing from {soname}, which should be replaced")
+        if versioned := sorted(str(symbol) for symbol in symbols if symbol.version):
+            raise ThinError(wheel, f"imports {versioned[0]} from {soname}, and no stub has versions")
+        make_stub(folder / place, soname, {symbol.name for symbol in symbols}, stub)
+
+
+def _thin_binaries(wheel: Path, folder: Path, archs: Sequence[str], drop_foreign: bool) -> None:
+    """Thin and strip every binary in place; all that stands against it is said at once."""
+    names = cubin.names(archs)
+    problems: list[str] = []
+    for name in _binaries(folder):
+        path = folder / name
+        if any(fnmatchcase(path.name, pattern) for pattern in NVIDIA):
+            continue
+        try:
+            images = cubin.images(path)
+            if images and not any(image.name in names for image in images):
+                if not drop_foreign:
+                    has = ", ".join(dict.fromkeys(image.name for image in images))
+                    problems.append(f"{name} has device code for {has} alone")
+                    continue
+                path.unlink()
+                console.note(f"left out {name}, which has no device code for {', '.join(archs)}")
+                continue
+            if images:
+                thinned = thin_binary(path, path, archs)
+                console.note(f"{name}: {files.size(thinned.before)} to {files.size(thinned.after)}")
+            elf.strip(path)
+        except VoltforgeError as error:
+            problems.append(error.what.replace(str(path), name))
+    if problems:
+        raise ThinError(wheel, f"holds binaries that cannot be:{listed(problems)}")
+
+
+def _binaries(folder: Path) -> list[str]:
+    return [name for name in sorted(members(folder)) if elf.is_binary(folder / name)]
+
+
+def _drop_lines(wheel: Path, path: Path, lines: Iterable[str]) -> None:
+    text = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for line in lines:
+        at = [number for number, found in enumerate(text) if found.strip() == line]
+        if len(at) != 1:
+            raise ThinError(wheel, f"has the line {line} {len(at)} times in {path.name}, not once")
+        del text[at[0]]
+    files.write(path, "".join(text))
+
+
+def _tell_archs(path: Path, names: frozenset[str]) -> None:
+    """Shorten the list of archs that is compiled into a library, filled up with spaces: torch splits it at those."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        found = list(_ARCH_LIST.finditer(content))
+        if len(found) != 1:
+            raise ThinError(path, f"holds {len(found)} lists of archs, not one")
+        begin, end = found[0].span()
+        kept = [name for name in found[0][0].split() if name.decode() in names]
+        del found
+        if not kept:
+            raise ThinError(path, "is a list of archs without any that is asked for", begin)
+        content[begin:end] = b" ".join(kept).ljust(end - begin)
+
+
+def _version(version: Version, archs: Iterable[str]) -> Version:
+    parts = [version.local] if version.local else []
+    parts += [name.replace("_", "") for arch in archs for name in sorted(cubin.names([arch]), reverse=True)]
+    return Version(f"{version.public}+{'.'.join([*dict.fromkeys(parts), 'thin'])}")
+
+
+def _tell_version(path: Path, version: Version) -> None:
+    text, count = _VERSION_LINE.subn(rf"\g<1>\g<2>{version}\g<2>", path.read_text(encoding="utf-8"))
+    if count != 1:
+        raise ThinError(path, f"says __version__ {count} times, not once")
+    files.write(path, text)
+
+
+def _rename(folder: Path, stock: Wheel, version: Version, dropped: Sequence[str]) -> None:
+    """Give the unpacked wheel its new version, in METADATA and in the names of its own folders, and fewer needs."""
+    for old in [path for path in folder.iterdir() if path.suffix in {".dist-info", ".data"}]:
+        old.rename(old.with_name(f"{old.stem.split('-')[0]}-{version}{old.suffix}"))
+    metadata = next(folder.glob("*.dist-info")) / "METADATA"
+    head, blank, body = metadata.read_bytes().decode().replace("\r\n", "\n").partition("\n\n")
+    lines, left = [], set(dropped)
+    for line in head.split("\n"):
+        key, _, value = line.partition(": ")
+        if key.lower() == "requires-dist" and (name := _project(value)) in dropped:
+            left.discard(name)
+            continue
+        lines.append(f"{key}: {version}" if key.lower() == "version" else line)
+    if left:
+        raise ThinError(stock.path, f"does not require {', '.join(sorted(left))}, which should no longer be required")
+    files.write(metadata, "\n".join(lines) + blank + body)
+
+
+def _project(requirement: str) -> str:
+    try:
+        return canonicalize_name(Requirement(requirement).name)
+    except InvalidRequirement:
+        return ""
+
+
+def _newest(wheel: Path) -> int:
+    """The time of its newest entry, in seconds since 1970."""
+    with zipfile.ZipFile(wheel) as archive:
+        return max(calendar.timegm((*entry.date_time, 0, 0, 0)) for entry in archive.infolist())
