@@ -18,10 +18,8 @@ def task_wheels():
 
 
 def task_verify():
-    """hold a wheel to its recipe: the one just built, or any with file=PATH.whl"""
-    if PIPELINE.settings.file:
-        return tasks.action(chores.verify_file, PIPELINE)
-    return tasks.each(PIPELINE, "verify")
+    """hold the wheels that were kept to their recipes again, or any wheel with file=PATH.whl"""
+    return tasks.action(chores.verify_wheels, PIPELINE)
 
 
 def task_doctor():
@@ -75,3 +73,8 @@ def task_environment():
 def task_build():
     """stage 5: the wheel, compiled and finished (jobs=N, sandbox=auto|require|off)"""
     yield from tasks.each(PIPELINE, "build")
+
+
+def task_check():
+    """stage 6: what the wheel holds, and whether it imports in a fresh environment"""
+    yield from tasks.each(PIPELINE, "check")

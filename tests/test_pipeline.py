@@ -45,7 +45,7 @@ def rewritten(pipeline: Pipeline, old: str, new: str) -> Pipeline:
 
 @pytest.mark.slow
 def test_a_second_run_does_nothing_and_a_comment_in_the_recipe_neither(saxpy: Pipeline) -> None:
-    assert run(saxpy) == ["fetch", "tree", "environment", "build", "verify", "wheels"]
+    assert run(saxpy) == ["fetch", "tree", "environment", "build", "check", "wheels"]
     assert run(saxpy) == []
     assert run(rewritten(saxpy, 'name = "saxpy"', '# a comment\nname = "saxpy"')) == []
 
@@ -71,8 +71,8 @@ def test_what_depends_on_a_change_runs_again_and_nothing_else(saxpy: Pipeline) -
         "Subject: a comment\n---\n--- a/saxpy/__init__.py\n+++ b/saxpy/__init__.py\n"
         '@@ -1 +1,2 @@\n """A small CUDA extension."""\n+# patched\n'
     )
-    assert run(saxpy) == ["tree", "build", "verify", "wheels"]
-    assert run(rewritten(saxpy, 'max_size = "100 kB"', 'max_size = "90 kB"')) == ["verify", "wheels"]
+    assert run(saxpy) == ["tree", "build", "check", "wheels"]
+    assert run(rewritten(saxpy, 'max_size = "100 kB"', 'max_size = "90 kB"')) == ["check", "wheels"]
 
 
 @pytest.mark.slow
@@ -115,11 +115,11 @@ def test_a_wheel_that_fails_its_checks_is_not_kept_and_every_failure_is_told(sax
 def test_any_wheel_can_be_held_to_the_recipe_of_its_project(saxpy: Pipeline) -> None:
     run(saxpy)
     (kept,) = saxpy.wheelhouse.path.glob("*.whl")
-    findings = saxpy.verify_file(kept)
+    findings = saxpy.examined(kept)
     assert {finding.severity for finding in findings} <= {"pass", "note"}
     assert any(finding.check == "imports" for finding in findings)
     with pytest.raises(VoltforgeError, match="there is no"):
-        saxpy.verify_file(Path("nowhere.whl"))
+        saxpy.examined(Path("nowhere.whl"))
 
 
 @pytest.mark.slow

@@ -12,18 +12,25 @@ from voltforge.errors import VoltforgeError
 from voltforge.pipeline import Pipeline
 
 
-def verify_file(pipeline: Pipeline) -> None:
-    """Print what the checks find in the wheel that ``file=`` names.
+def verify_wheels(pipeline: Pipeline) -> None:
+    """Print what the checks find in the wheel that ``file=`` names, or in every wheel of the wheelhouse.
 
     Raises:
-        VoltforgeError: a check fails, or there is no such wheel.
+        VoltforgeError: a check fails, or there is no wheel.
     """
-    path = Path(pipeline.settings.file)
-    console.step(f"verify {path.name}")
-    findings = pipeline.verify_file(path)
-    verify.report(findings)
-    if broken := verify.failed(findings):
-        raise VoltforgeError(f"{path.name} fails {len(broken)} checks", hint="the table above names each")
+    named = pipeline.settings.file
+    paths = [Path(named)] if named else [one.path for one in pipeline.wheelhouse.wheels()]
+    if not paths:
+        raise VoltforgeError("the wheelhouse is empty", hint="./doit wheels, or ./doit verify file=PATH.whl")
+    broken: list[str] = []
+    for path in paths:
+        console.step(f"verify {path.name}")
+        findings = pipeline.examined(path)
+        verify.report(findings)
+        if failures := verify.failed(findings):
+            broken.append(f"{path.name} fails {len(failures)} checks")
+    if broken:
+        raise VoltforgeError("; ".join(broken), hint="the table above names each")
 
 
 def test(root: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -24,7 +26,11 @@ from voltforge.files import size
 PLAIN_INTERVAL = 10.0
 """Seconds between two lines about the same work where there is no terminal to redraw."""
 
-screen = Console(highlight=False, soft_wrap=True)
+PLAIN_WIDTH = 120
+"""Columns of a table where there is no terminal that says how wide it is."""
+
+_known = sys.stdout.isatty() or "COLUMNS" in os.environ
+screen = Console(highlight=False, soft_wrap=True, width=None if _known else PLAIN_WIDTH)
 """Where it is printed: standard output. rich honours NO_COLOR, FORCE_COLOR and TERM=dumb."""
 
 

@@ -9,7 +9,8 @@ together at the section's beginning, the relocations' addends follow their conta
 behind them: every other address stays, and what follows moves towards the beginning of the file by whole pages
 (gABI, chapter 5: offset and address of a load segment are congruent modulo its alignment).
 
-That code may address a container otherwise is never assumed away: whatever else points into the section is refused.
+Whatever else the file's tables let point into the section is refused. What they cannot tell is whether an instruction
+addresses a container by its distance; nvcc makes none that does.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ _PAGE = 0x1000
 class ThinError(VoltforgeError):
     """A file that nothing can be removed from, because something in it is not understood or would be lost."""
 
-    def __init__(self, path: Path, why: str, offset: int | None = None) -> None:
+    def __init__(self, path: Path, why: str, offset: int | None = None, *, hint: str = "") -> None:
         subject = "it" if offset is None else f"what stands at byte {offset:#x}"
-        super().__init__(f"{path} cannot be thinned: {subject} {why}")
+        super().__init__(f"{path} cannot be thinned: {subject} {why}", hint=hint)
         self.path = path
         self.offset = offset
         """Where in the file, in bytes; ``None`` where it is about all of it."""
@@ -88,7 +89,7 @@ class Thinned:
     after: int
 
 
-def thin_binary(path: Path, out: Path, archs: Iterable[str]) -> Thinned:
+def thin_binary(path: Path, out: Path, archs: Iterable[str], *, drop_foreign: bool = False) -> Thinned:
     """Write the shared object ``path`` to ``out`` (which may be ``path``) with the device images of ``archs`` alone.
 
     Args:
@@ -96,6 +97,8 @@ def thin_binary(path: Path, out: Path, archs: Iterable[str]) -> Thinned:
         out: whole or not written at all.
         archs: as recipes have them: ``7.0``, ``9.0a``, ``7.0+PTX``. Each container must have an image for each
             capability; variants of one capability (``9.0`` and ``9.0a``) stand in for each other.
+        drop_foreign: let a container without an image for some capability pass. One that keeps none becomes empty, and
+            its kernels fail as they would if it had been left alone: there is no kernel image for the device.
 
     Raises:
         ThinError: an arch has no image in a container, or something in the file is not understood.
@@ -104,7 +107,7 @@ def thin_binary(path: Path, out: Path, archs: Iterable[str]) -> Thinned:
     try:
         with opened(path) as (file, content):
             containers = cubin.containers(path)
-            plan = _plan(path, file, content, containers, wanted) if containers else _Plan()
+            plan = _plan(path, file, content, containers, wanted, drop_foreign) if containers else _Plan()
             with files.replacing(out, stat.S_IMODE(path.stat().st_mode)) as sink:
                 plan.write(content, sink)
                 after = sink.tell()
@@ -215,7 +218,12 @@ def _copy(content: mmap.mmap, begin: int, end: int, sink: IO[bytes]) -> None:
 
 
 def _plan(
-    path: Path, file: ELFFile, content: mmap.mmap, containers: Sequence[Container], wanted: frozenset[str]
+    path: Path,
+    file: ELFFile,
+    content: mmap.mmap,
+    containers: Sequence[Container],
+    wanted: frozenset[str],
+    drop_foreign: bool,
 ) -> _Plan:
     _check_head(path, file)
     segments = [
@@ -223,7 +231,7 @@ def _plan(
         for number in range(file["e_phnum"])
     ]
     region = _region(path, file, len(content), segments)
-    packed = tuple(_packed(path, region, containers, wanted))
+    packed = tuple(_packed(path, region, containers, wanted, drop_foreign))
     used = packed[-1].offset + packed[-1].size - region.offset
     step = max(_PAGE, *(segment.alignment for segment in segments if segment.kind == _LOAD))
     plan = _Plan(region, packed, (region.size - used) // step * step)
@@ -294,14 +302,16 @@ def _overlap(begin: int, size: int, other: int, length: int) -> bool:
     return begin < other + length and other < begin + size
 
 
-def _packed(path: Path, region: _Region, containers: Sequence[Container], wanted: frozenset[str]) -> Iterator[_Packed]:
+def _packed(
+    path: Path, region: _Region, containers: Sequence[Container], wanted: frozenset[str], drop_foreign: bool
+) -> Iterator[_Packed]:
     """The containers one behind the other, each with what stays of it."""
     capabilities = {frozenset(name for name in wanted if _capability(name) == one) for one in map(_capability, wanted)}
     at = region.offset
     for number, container in enumerate(containers):
         kept = tuple(image for image in container.images if image.name in wanted)
         for asked in sorted(map(sorted, capabilities)):
-            if container.images and not any(image.name in asked for image in kept):
+            if container.images and not drop_foreign and not any(image.name in asked for image in kept):
                 has = ", ".join(dict.fromkeys(image.name for image in container.images))
                 raise ThinError(path, f"is container {number}, which has {has} and no {asked[0]}", container.offset)
         at += (container.offset - at) % region.alignment
@@ -332,7 +342,7 @@ def _references(
     tags = _dynamic(path, content, segments, region)
     values = _values(path, file, tags)
     unfilled, unused = dict(wrappers), dict(moved)
-    for at in _relocations(path, segments, tags):
+    for at in _relocations(path, segments, region, tags):
         place, info, addend = _RELA.unpack_from(content, at)
         symbol, kind = info >> 32, info & 0xFFFFFFFF
         if symbol >= len(values):
@@ -372,10 +382,12 @@ def _wrappers(
     places: dict[int, int | None] = {}
     for at in range(0, size, _WRAPPER.size):
         magic, version, address, more = _WRAPPER.unpack_from(content, offset + at)
-        if (magic, version, more) != (_WRAPPER_MAGIC, 1, 0):
+        if (magic, version) != (_WRAPPER_MAGIC, 1):
             raise ThinError(
                 path, f"is a wrapper {magic:#x} of version {version}, not {_WRAPPER_MAGIC:#x}, 1", offset + at
             )
+        if more:
+            raise ThinError(path, "is a wrapper that points to more than a container", offset + at)
         places[begin + at + _ADDRESS] = offset + at + _ADDRESS if address else None
     return places, begin, begin + size
 
@@ -410,13 +422,15 @@ def _values(path: Path, file: ELFFile, tags: Mapping[int, int]) -> list[int]:
     return [symbol[4] for symbol in _SYMBOL.iter_unpack(data[: len(data) // _SYMBOL.size * _SYMBOL.size])]
 
 
-def _relocations(path: Path, segments: Sequence[_Segment], tags: Mapping[int, int]) -> Iterator[int]:
+def _relocations(path: Path, segments: Sequence[_Segment], region: _Region, tags: Mapping[int, int]) -> Iterator[int]:
     """Where in the file each relocation stands."""
     if tags.get(_DT_PLTREL, _DT_RELA) != _DT_RELA or tags.get(_DT_RELAENT, _RELA.size) != _RELA.size:
         raise ThinError(path, "has relocations of an unknown size")
     for table, length in ((_DT_RELA, _DT_RELASZ), (_DT_JMPREL, _DT_PLTRELSZ)):
         if size := tags.get(length, 0):
             begin = _offset(path, segments, tags.get(table, 0), size)
+            if _overlap(begin, size, region.offset, region.size):
+                raise ThinError(path, "is a table of relocations that reaches into the device code", begin)
             yield from range(begin, begin + size // _RELA.size * _RELA.size, _RELA.size)
 
 

@@ -27,16 +27,16 @@ class Package:
         """The stage that chooses the toolchain, which all packages share."""
 
     def stage(self, kind: str) -> Stage:
-        """The stage of that kind: fetch, tree, environment, build, verify or wheels."""
+        """The stage of that kind: fetch, tree, environment, build, check or wheels."""
         house, name = self.checkout.wheelhouse, self.recipe.name
-        kept = Stage(f"wheels:{name}", house.receipt(name), self._picture, self._keep, house.holds, (f"verify:{name}",))
+        kept = Stage(f"wheels:{name}", house.receipt(name), self._picture, self._keep, house.holds, (f"check:{name}",))
         tree_after, build_after = (f"fetch:{name}",), (f"tree:{name}", f"environment:{name}", "toolchain")
         stages = {
             "fetch": self._stage("fetch", self._source, self._fetch, self._held),
             "tree": self._stage("tree", self._patched, self._grow, _folder, tree_after),
             "environment": self._stage("environment", self._locked, self._settle, _folder, (), kept),
             "build": self._stage("build", self._made_of, self._build, _file, build_after, kept),
-            "verify": self._stage("verify", self._picture, self._verify, lambda _: True, (f"build:{name}",), kept),
+            "check": self._stage("check", self._picture, self._check, lambda _: True, (f"build:{name}",), kept),
             "wheels": kept,
         }
         return stages[kind]
@@ -164,10 +164,10 @@ class Package:
             "usage": asdict(built.usage),
         }
 
-    def _verify(self, _: str) -> Values:
+    def _check(self, _: str) -> Values:
         built = self.stage("build").results()
-        console.step(f"verify {Path(built['path']).name}")
-        findings = self.check(Path(built["path"]), built["linked"])
+        console.step(f"check {Path(built['path']).name}")
+        findings = self.examined(Path(built["path"]), built["linked"])
         verify.report(findings)
         if broken := verify.failed(findings):
             raise VoltforgeError(
@@ -189,7 +189,7 @@ class Package:
             runpath=tuple(sorted(entries)),
         )
 
-    def check(self, path: Path, linked: Mapping[str, int] | None) -> list[Finding]:
+    def examined(self, path: Path, linked: Mapping[str, int] | None) -> list[Finding]:
         """All findings on a wheel, which is installed in a fresh environment for it."""
         fresh = self._settled(self.recipe.beside(self.recipe.expect.lock), f"{self.recipe.name}-verify")
         environment.add(fresh, path)
@@ -203,7 +203,7 @@ class Package:
         return findings
 
     def _keep(self, _: str) -> Values:
-        built, checked = self.stage("build").results(), self.stage("verify").results()
+        built, checked = self.stage("build").results(), self.stage("check").results()
         kept = self.checkout.wheelhouse.add(Path(built["path"]))
         console.step(f"kept wheelhouse/{kept['file']}, {files.size(kept['size'])}")
         return {**kept, **{name: built[name] for name in ("sandbox", "hermetic", "linked", "usage")}, **checked}

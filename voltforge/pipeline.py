@@ -17,7 +17,7 @@ from voltforge.package import Package
 from voltforge.recipe import CudaRecipe, Recipe, load_all, load_cuda
 from voltforge.stage import Stage, Values
 
-STAGES = ("fetch", "tree", "toolchain", "environment", "build", "verify", "wheels")
+STAGES = ("fetch", "tree", "toolchain", "environment", "build", "check", "wheels")
 """In the order that the data takes."""
 
 
@@ -67,7 +67,7 @@ class Pipeline(Checkout):
 
         return Stage("toolchain", self.record("toolchain"), inputs, make, intact)
 
-    def verify_file(self, path: Path) -> list[verify.Finding]:
+    def examined(self, path: Path) -> list[verify.Finding]:
         """What the checks find in any wheel, held to the recipe of its project if there is one.
 
         Raises:
@@ -80,7 +80,7 @@ class Pipeline(Checkout):
             console.note(f"no recipe is called {name}: only what holds for every wheel is checked")
             return verify.verify(path, verify.Expectation())
         self.toolchain.run()
-        return self.package(self.recipes[name]).check(path, None)
+        return self.package(self.recipes[name]).examined(path, None)
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from doit.exceptions import BaseFail, InvalidDodoFile, TaskFailed
@@ -22,6 +23,7 @@ from voltforge.stage import Stage
 
 INTERRUPTED = 130
 """The exit status of a program that Ctrl-C ended, as shells give it."""
+KEPT = "interrupted: what was finished is kept, the next run goes on from there"
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """What a machine may refuse a program that makes no mistake."""
 
@@ -54,6 +56,7 @@ def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
     Raises:
         InvalidDodoFile: a recipe cannot be used, a variable is not one of :class:`Settings`, or nothing can be written.
     """
+    sys.excepthook = _excepthook
     known = [field.name for field in fields(Settings)]
     given = [word.split("=", 1)[0] for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
     if unknown := [name for name in given if name not in known]:
@@ -95,7 +98,7 @@ def action(work: Callable[..., Any], *words: Any) -> dict[str, Any]:
             where = f"{error.filename}: " if error.filename else ""
             return _failed(VoltforgeError(f"{where}{error.strerror}", hint="check its owner and the disk's free space"))
         except KeyboardInterrupt:
-            console.warn("interrupted: what was finished is kept, the next run goes on from there")
+            console.warn(KEPT)
             raise SystemExit(INTERRUPTED) from None
         return None
 
@@ -114,6 +117,14 @@ def _end_like_ctrl_c() -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _interrupt)
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ctrl-C between two tasks is no more of a surprise than in one."""
+    if issubclass(kind, KeyboardInterrupt):
+        console.warn(KEPT)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _interrupt(*_: object) -> NoReturn:
