@@ -7,7 +7,7 @@ from doit import get_var
 
 from voltforge import chores, doctor, tasks
 
-DOIT_CONFIG = {"default_tasks": ["about"], "reporter": tasks.Reporter, "verbosity": 2}
+DOIT_CONFIG = {"default_tasks": ["about"], "reporter": tasks.Reporter, "verbosity": 2, "continue": True}
 ROOT = Path(__file__).parent
 PIPELINE = tasks.loaded(ROOT, get_var)
 

@@ -52,7 +52,7 @@ def test_it_still_works_where_a_sandbox_shows_it(lock: Path, indexes: Indexes, t
 def test_another_hash_is_refused_and_nothing_is_left(lock: Path, indexes: Indexes, tmp_path: Path) -> None:
     lock.write_text(re.sub("sha256:.*", f"sha256:{'0' * 64}", lock.read_text()))
     with pytest.raises(InstallError, match=r"greeting\.txt could not be installed: .*[Hh]ash"):
-        environment.create(lock, tmp_path / "environment", indexes, offline=True)
+        environment.create(lock, tmp_path / "environment", indexes)
     assert not (tmp_path / "environment").exists()
     assert not list(tmp_path.glob(".environment*"))
 
@@ -66,6 +66,13 @@ def test_a_requirement_without_a_hash_is_refused(lock: Path, indexes: Indexes, t
 def test_a_project_that_no_index_has_is_named(lock: Path, indexes: Indexes, tmp_path: Path) -> None:
     lock.write_text(f"nobody-has-this==1 --hash=sha256:{'0' * 64}\n")
     with pytest.raises(InstallError, match="nobody-has-this"):
+        environment.create(lock, tmp_path / "environment", indexes, offline=True)
+
+
+def test_offline_everything_that_is_missing_is_named_at_once(lock: Path, indexes: Indexes, tmp_path: Path) -> None:
+    absent = [f"nobody-has-{name}==1 \\\n    --hash=sha256:{'0' * 64}\n    # via x\n" for name in ("this", "that")]
+    lock.write_text(lock.read_text() + "".join(absent))
+    with pytest.raises(InstallError, match="cache lacks nobody-has-this==1, nobody-has-that==1"):
         environment.create(lock, tmp_path / "environment", indexes, offline=True)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,15 +133,25 @@ def uv(
 
 
 def _install(lock: Path, where: Sequence[str | Path], indexes: Indexes, offline: bool) -> None:
-    words = [
-        "pip",
-        "install",
-        "--no-deps",
-        "--require-hashes",
-        "--only-binary",
-        ":all:",
-        "--requirements",
-        lock,
-        *where,
-    ]
-    uv(lock, [*words, *indexes.uv_arguments(), *(["--offline"] if offline else [])], indexes)
+    words: list[str | Path] = ["pip", "install", "--no-deps", "--require-hashes", "--only-binary", ":all:", *where]
+    words += [*indexes.uv_arguments(), *(["--offline"] if offline else [])]
+    try:
+        uv(lock, [*words, "--requirements", lock], indexes)
+    except InstallError as error:
+        absent = list(_absent(lock, words, indexes)) if offline else []
+        if not absent:
+            raise
+        said = f"VOLTFORGE_OFFLINE forbids to fetch, and uv's cache lacks {', '.join(absent)}"
+        raise InstallError(lock, said) from error
+
+
+def _absent(lock: Path, words: Sequence[str | Path], indexes: Indexes) -> Iterator[str]:
+    """The pins of a lock that cannot be installed; uv itself names only the first."""
+    with tempfile.TemporaryDirectory() as scratch:
+        single = Path(scratch, lock.name)
+        for pin in re.findall(r"^[\w.-]+==.*(?:\n +--hash=.*)*", lock.read_text(encoding="utf-8"), re.MULTILINE):
+            files.write(single, f"{pin}\n")
+            try:
+                uv(lock, [*words, "--dry-run", "--requirements", single], indexes)
+            except InstallError:
+                yield pin.split()[0]
