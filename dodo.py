@@ -7,9 +7,14 @@ from doit import get_var
 
 from voltforge import chores, doctor, tasks
 
-DOIT_CONFIG = {"default_tasks": ["about"], "reporter": tasks.Reporter, "verbosity": 2, "continue": True}
 ROOT = Path(__file__).parent
 PIPELINE = tasks.loaded(ROOT, get_var)
+DOIT_CONFIG = {
+    "default_tasks": ["about"],
+    "reporter": tasks.Reporter,
+    "verbosity": 2,
+    "continue": PIPELINE.store.offline,  # then all that is missing is told at once
+}
 
 
 def task_wheels():

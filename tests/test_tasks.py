@@ -325,3 +325,15 @@ def test_the_script_is_plain_posix_shell(repository):
     assert os.access(repository / "doit", os.X_OK)
     shell = shutil.which("dash") or "/bin/sh"
     assert subprocess.run([shell, "-n", repository / "doit"], check=False).returncode == 0
+
+
+def test_offline_all_that_is_missing_is_told_in_one_run(checkout, server):
+    checkout.env |= {"VOLTFORGE_OFFLINE": "1", "CUDA_HOME": "", "PATH": "/usr/bin:/bin"}
+    del checkout.env["FORCE_COLOR"]
+    (checkout.root / "recipes" / "locks" / "thing.txt").write_text(f"nobody-has-this==1 --hash=sha256:{'0' * 64}\n")
+    done = checkout.doit("wheels:thing")
+    assert done.returncode != 0
+    for absent in ("thing-1.0.tar.gz", "nobody-has-this==1", "nvidia-cuda-toolkit_12.4.131"):
+        assert absent in done.stdout
+    assert done.stdout.count("\nx ") == 3, "what could not run because of these is not another problem"
+    assert server.asked == []

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from doit.exceptions import BaseFail, InvalidDodoFile, TaskFailed
+from doit.exceptions import BaseFail, InvalidDodoFile, TaskFailed, UnmetDependency
 from doit.reporter import ConsoleReporter
 
 from voltforge import console
@@ -43,6 +43,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def _write_failure(self, result: Any, **_: Any) -> None:
         failed: BaseFail = result["exception"]
+        if isinstance(failed, UnmetDependency):
+            return
         problem = getattr(failed, "problem", None)
         console.error(problem or f"{result['task'].name}: {failed.get_msg()}")
 
