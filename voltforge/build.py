@@ -19,7 +19,7 @@ from voltforge.toolchain import Toolchain
 from voltforge.tree import Tree, sync
 
 ERROR = re.compile(
-    r"(?:\b(?:fatal )?error\b ?:|\bError:|ptxas fatal|undefined reference|cannot find -l|No space left on device)"
+    r"(?:\b(?:fatal )?error\b ?:|\bError:|\bfatal *:|undefined reference|cannot find -l|No space left on device)"
 )
 """How gcc, nvcc, cicc, ptxas, ld, CMake and Python begin the line that matters."""
 FOLDERS = ("tree", "environment", "toolchain", "dist", "home")
