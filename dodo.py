@@ -27,6 +27,11 @@ def task_verify():
     return tasks.action(chores.verify_wheels, PIPELINE)
 
 
+def task_thin():
+    """take the device code of other GPUs out of any wheel: file=PATH.whl arch=7.0"""
+    return tasks.action(chores.thin_wheel, PIPELINE)
+
+
 def task_doctor():
     """say what this machine lacks, and the command that gets it"""
     return tasks.action(doctor.report, PIPELINE)

@@ -21,7 +21,9 @@ class Settings:
     sandbox: str = "auto"
     """auto, require or off."""
     file: str = ""
-    """A wheel, for ``verify``."""
+    """A wheel, for ``verify`` and ``thin``."""
+    arch: str = "7.0"
+    """Architectures that ``thin`` keeps, as in TORCH_CUDA_ARCH_LIST: ``7.0``, or ``9.0;9.0a``."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from voltforge import console, environment, verify
+from voltforge import console, environment, thin, verify
 from voltforge.errors import VoltforgeError
+from voltforge.files import size
 from voltforge.pipeline import Pipeline
 
 
@@ -31,6 +32,21 @@ def verify_wheels(pipeline: Pipeline) -> None:
             broken.append(f"{path.name} fails {len(failures)} checks")
     if broken:
         raise VoltforgeError("; ".join(broken), hint="the table above names each")
+
+
+def thin_wheel(pipeline: Pipeline) -> None:
+    """Make a wheel of the one that ``file=`` names, in build/thin/, with no device code but that of ``arch=``.
+
+    Raises:
+        VoltforgeError: there is no such wheel, or something in it is not understood.
+    """
+    path, archs = Path(pipeline.settings.file), pipeline.settings.arch.replace(",", ";").split(";")
+    if not path.is_file():
+        raise VoltforgeError(f"there is no {path}", hint="./doit thin file=PATH.whl arch=7.0")
+    console.step(f"thin {path.name} to {', '.join(archs)}")
+    made = thin.thin_wheel(path, pipeline.scratch / "thin", archs)
+    before, after = path.stat().st_size, made.stat().st_size
+    console.note(f"{made.relative_to(pipeline.root)}, {size(after)} of {size(before)}")
 
 
 def test(root: Path) -> None:

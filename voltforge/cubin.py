@@ -120,6 +120,11 @@ def names(archs: Iterable[str]) -> frozenset[str]:
     return frozenset(found)
 
 
+def capability(name: str) -> int:
+    """The compute capability times ten that an image's name is for: 90 of ``sm_90a``."""
+    return int(name.split("_")[1].rstrip("af"))
+
+
 def images(path: Path) -> list[Image]:
     """The device images of an ELF file, in file order; none if it has no device code.
 
@@ -186,6 +191,8 @@ def _containers(path: Path, content: mmap.mmap, begin: int, end: int, relocatabl
             raise FatbinError(path, at, "is a container that ends beyond its section")
         entries = tuple(_entries(path, content, at + header, at + header + size, number, relocatable))
         yield Container(at, header, header + size, relocatable, entries)
+        # A look at a header may map megabytes around it, which would count as memory in use.
+        content.madvise(mmap.MADV_DONTNEED)
         number += 1
         at += header + size
 

@@ -306,14 +306,16 @@ def _packed(
     path: Path, region: _Region, containers: Sequence[Container], wanted: frozenset[str], drop_foreign: bool
 ) -> Iterator[_Packed]:
     """The containers one behind the other, each with what stays of it."""
-    capabilities = {frozenset(name for name in wanted if _capability(name) == one) for one in map(_capability, wanted)}
+    variants = {
+        one: sorted(name for name in wanted if cubin.capability(name) == one) for one in map(cubin.capability, wanted)
+    }
     at = region.offset
     for number, container in enumerate(containers):
         kept = tuple(image for image in container.images if image.name in wanted)
-        for asked in sorted(map(sorted, capabilities)):
+        for _, asked in sorted(variants.items()):
             if container.images and not drop_foreign and not any(image.name in asked for image in kept):
                 has = ", ".join(dict.fromkeys(image.name for image in container.images))
-                raise ThinError(path, f"is container {number}, which has {has} and no {asked[0]}", container.offset)
+                raise ThinError(path, f"is container {number}, which has {has} and no {asked[-1]}", container.offset)
         at += (container.offset - at) % region.alignment
         place = _Packed(container, at, kept)
         inside = at + container.header
@@ -323,10 +325,6 @@ def _packed(
             inside += image.offset + image.size - image.begin
         yield place
         at += place.size
-
-
-def _capability(name: str) -> str:
-    return name.split("_")[1].rstrip("af")
 
 
 def _references(

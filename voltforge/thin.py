@@ -8,8 +8,10 @@ Libraries of NVIDIA's are never changed, for their licence does not allow it.
 from __future__ import annotations
 
 import calendar
+import hashlib
 import mmap
 import re
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,6 +54,8 @@ static _Noreturn void stop(const char *text, unsigned long size) { write(2, text
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _DATA = ("_ZTI", "_ZTS", "_ZTT", "_ZTV", "_ZGV")
 """How the names of C++ objects that are no functions begin (Itanium C++ ABI, 5.1.4)."""
+_ALLOCATED = 2
+"""SHF_ALLOC: what a program has in memory (elf(5))."""
 _ARCH_LIST = re.compile(rb"(?:(?:sm|compute)_\d+[af]? )+(?:sm|compute)_\d+[af]?(?=\0)")
 _VERSION_LINE = re.compile(r"^(__version__ = )(['\"]).*\2$", re.MULTILINE)
 
@@ -63,13 +67,17 @@ class Stub:
     folder: str
     """Where in the wheel it goes: where the importing binaries' run path finds it."""
     why: str
-    """What is said when a function is called that has no answer, as the rest of a sentence about it."""
+    """What is said when a function is called that has no answer, as the rest of a sentence about the library."""
     prefix: str = ""
-    """How the names that are imported from it begin; of a library in the wheel itself it is known without."""
+    """How the names that are imported from it begin; of a library in the wheel itself they are known without."""
     answers: Mapping[str, int] = field(default_factory=dict)
     """Functions that return this instead of ending the program."""
+    since: int = sys.maxsize
+    """The capability, times ten, from which on it has code: it stays if such an arch is asked for."""
     requirement: str = ""
     """The project that the wheel no longer requires."""
+    lines: Mapping[str, str] = field(default_factory=dict)
+    """A line that goes from a text file, spaces around it aside, by the file's path; it must be there once."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,6 @@ class Steps:
     """Files that go, as patterns of their paths; each must be there."""
     stubs: Mapping[str, Stub] = field(default_factory=dict)
     """By SONAME."""
-    lines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Lines that go from text files, each of which must be there once, spaces around it aside."""
     version: str = ""
     """The Python file that has ``__version__``."""
     arch_list: str = ""
@@ -92,30 +98,34 @@ STEPS: Mapping[str, Steps] = {
     "torch": Steps(
         # The same program twice; cmake files and users name the plain one.
         drop=("torch/bin/protoc-*",),
+        # The lines are of what torch loads by hand where its run path finds no CUDA library: it gives up if one of
+        # them is missing.
         stubs={
             # cuSPARSELt 0.7.1 has code for 8.0 and later. torch calls cusparseLtInit before anything else and raises a
             # RuntimeError for what it returns: 10 is CUSPARSE_STATUS_NOT_SUPPORTED of cusparse.h.
             "libcusparseLt.so.0": Stub(
-                folder="torch/lib", prefix="cusparseLt", answers={"cusparseLtInit": 10},
-                why="which has no code for this GPU and is left out", requirement="nvidia-cusparselt-cu12",
+                folder="torch/lib",
+                why="which has no code for this GPU and is left out",
+                prefix="cusparseLt",
+                answers={"cusparseLtInit": 10},
+                since=80,
+                requirement="nvidia-cusparselt-cu12",
+                lines={"torch/__init__.py": '"cusparselt": "libcusparseLt.so.*[0-9]",'},
             ),
             # Its device code is relocatable, which cannot be thinned, and the library behind it weighs 180 MB. torch
             # asks is_nvshmem_available() before it uses anything of it, and has other ways for all that it does.
             "libtorch_nvshmem.so": Stub(
-                folder="torch/lib", answers={"_ZN4c10d17nvshmem_extension20is_nvshmem_availableEv": 0},
-                why="which is left out together with NVSHMEM", requirement="nvidia-nvshmem-cu12",
-            ),
-        },
-        # What torch loads by hand where its run path finds no CUDA library; it gives up if one of them is missing.
-        lines={
-            "torch/__init__.py": (
-                '"cusparselt": "libcusparseLt.so.*[0-9]",', '"nvshmem": "libnvshmem_host.so.*[0-9]",',
+                folder="torch/lib",
+                why="which is left out together with NVSHMEM",
+                answers={"_ZN4c10d17nvshmem_extension20is_nvshmem_availableEv": 0},
+                requirement="nvidia-nvshmem-cu12",
+                lines={"torch/__init__.py": '"nvshmem": "libnvshmem_host.so.*[0-9]",'},
             ),
         },
         version="torch/version.py",
         arch_list="torch/lib/libtorch_python.so",
     ),
-}  # fmt: skip
+}
 """By normalised project name. cuFile stays a requirement of torch: it serves Volta too, and weighs 3 MB."""
 
 
@@ -135,7 +145,8 @@ def thin_wheel(
         wheel: a wheel of any project whose licence allows changes.
         out_dir: where the result goes, and room for all that is in the wheel while it is made.
         archs: as recipes have them: ``7.0``, ``9.0a``, ``7.0+PTX``.
-        drop_foreign: leave out binaries that have device code, but none for ``archs``; else they are an error.
+        drop_foreign: leave out binaries and containers that have device code, but none for ``archs``; else they are an
+            error.
         steps: what single projects need.
 
     Raises:
@@ -147,21 +158,24 @@ def thin_wheel(
     if stock.name.startswith("nvidia-"):
         raise ThinError(wheel, "is NVIDIA's own, and its licence does not allow it to be changed")
     special = steps.get(stock.name, Steps())
+    highest = max(map(cubin.capability, names))
+    stubs = {soname: stub for soname, stub in special.stubs.items() if stub.since > highest}
+    version = _version(stock.version, archs)
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".thin-", dir=out_dir) as scratch:
         folder = Path(scratch) / "wheel"
         unpack(wheel, folder)
         _drop(wheel, folder, special.drop)
-        _replace_libraries(wheel, folder, special.stubs)
+        _replace_libraries(wheel, folder, stubs)
         _thin_binaries(wheel, folder, archs, drop_foreign)
-        for name, lines in special.lines.items():
-            _drop_lines(wheel, folder / name, lines)
+        for stub in stubs.values():
+            for name, line in stub.lines.items():
+                _drop_line(wheel, folder, name, line)
         if special.arch_list:
-            _tell_archs(folder / special.arch_list, names)
-        version = _version(stock.version, archs)
+            _tell_archs(wheel, folder, special.arch_list, names)
         if special.version:
-            _tell_version(folder / special.version, version)
-        _rename(folder, stock, version, [stub.requirement for stub in special.stubs.values() if stub.requirement])
+            _tell_version(wheel, folder, special.version, version)
+        _rename(folder, stock, version, [stub.requirement for stub in stubs.values() if stub.requirement])
         tag = "-".join(wheel.stem.split("-")[-3:])
         return normalise(folder, out_dir, tag=tag, epoch=_newest(wheel))
 
@@ -179,7 +193,7 @@ def make_stub(path: Path, soname: str, symbols: Iterable[str], stub: Stub) -> No
     source = _STUB
     for symbol in sorted(symbols):
         if not _IDENTIFIER.fullmatch(symbol) or symbol.startswith(_DATA):
-            raise ThinError(path, f"has {symbol}, which is no function, so that no stub can take its place")
+            raise ThinError(Path(soname), f"has {symbol}, which is no function, so that no stub can take its place")
         if symbol in stub.answers:
             source += f"ANSWERS({symbol}, {stub.answers[symbol]})\n"
         else:
@@ -241,41 +255,78 @@ def _thin_binaries(wheel: Path, folder: Path, archs: Sequence[str], drop_foreign
                 console.note(f"left out {name}, which has no device code for {', '.join(archs)}")
                 continue
             if images:
-                thinned = thin_binary(path, path, archs)
+                thinned = thin_binary(path, path, archs, drop_foreign=drop_foreign)
                 console.note(f"{name}: {files.size(thinned.before)} to {files.size(thinned.after)}")
-            elf.strip(path)
+            _strip(path)
         except VoltforgeError as error:
             problems.append(error.what.replace(str(path), name))
     if problems:
-        raise ThinError(wheel, f"holds binaries that cannot be:{listed(problems)}")
+        hint = "" if drop_foreign else "drop_foreign leaves out what has code for other archs alone"
+        raise ThinError(wheel, f"holds binaries that cannot be:{listed(problems)}", hint=hint)
+
+
+def _strip(path: Path) -> None:
+    """Strip a binary in place, and make sure that it loads as before: patchelf lays some out so that strip harms them.
+
+    Raises:
+        ThinError: it does not.
+    """
+    before = _loaded(path)
+    elf.strip(path)
+    if _loaded(path) != before:
+        raise ThinError(path, "is damaged by strip; binutils of another release may do better")
+
+
+def _loaded(path: Path) -> set[tuple[str, int, bool, str]]:
+    """What is loaded of a binary: its sections by name, with address, whether that is where it loads, and SHA-256.
+
+    Their order, in the table that only tools read, is not part of it: strip may change it.
+    """
+    with elf.opened(path) as (file, _), path.open("rb") as content:
+        found = set()
+        for section in file.iter_sections():
+            if section["sh_flags"] & _ALLOCATED and section["sh_type"] != "SHT_NOBITS":
+                begin, size, address = section["sh_offset"], section["sh_size"], section["sh_addr"]
+                digest = hashlib.sha256()
+                content.seek(begin)
+                for at in range(0, size, files.BLOCK):
+                    digest.update(content.read(min(files.BLOCK, size - at)))
+                at_home = begin in file.address_offsets(address, size)
+                found.add((section.name, address, at_home, digest.hexdigest()))
+        return found
 
 
 def _binaries(folder: Path) -> list[str]:
     return [name for name in sorted(members(folder)) if elf.is_binary(folder / name)]
 
 
-def _drop_lines(wheel: Path, path: Path, lines: Iterable[str]) -> None:
+def _part(wheel: Path, folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise ThinError(wheel, f"holds no {name}, which should be changed")
+    return folder / name
+
+
+def _drop_line(wheel: Path, folder: Path, name: str, line: str) -> None:
+    path = _part(wheel, folder, name)
     text = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for line in lines:
-        at = [number for number, found in enumerate(text) if found.strip() == line]
-        if len(at) != 1:
-            raise ThinError(wheel, f"has the line {line} {len(at)} times in {path.name}, not once")
-        del text[at[0]]
+    at = [number for number, found in enumerate(text) if found.strip() == line]
+    if len(at) != 1:
+        raise ThinError(wheel, f"has the line {line} {len(at)} times in {name}, not once")
+    del text[at[0]]
     files.write(path, "".join(text))
 
 
-def _tell_archs(path: Path, names: frozenset[str]) -> None:
+def _tell_archs(wheel: Path, folder: Path, name: str, names: frozenset[str]) -> None:
     """Shorten the list of archs that is compiled into a library, filled up with spaces: torch splits it at those."""
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-        found = list(_ARCH_LIST.finditer(content))
-        if len(found) != 1:
-            raise ThinError(path, f"holds {len(found)} lists of archs, not one")
-        begin, end = found[0].span()
-        kept = [name for name in found[0][0].split() if name.decode() in names]
-        del found
+    with _part(wheel, folder, name).open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        lists = [(match.start(), match[0]) for match in _ARCH_LIST.finditer(content)]
+        if len(lists) != 1:
+            raise ThinError(wheel, f"holds {len(lists)} lists of archs in {name}, not one")
+        begin, listed_archs = lists[0]
+        kept = [arch for arch in listed_archs.split() if arch.decode() in names]
         if not kept:
-            raise ThinError(path, "is a list of archs without any that is asked for", begin)
-        content[begin:end] = b" ".join(kept).ljust(end - begin)
+            raise ThinError(wheel, f"lists none of the asked archs in {name}: {listed_archs.decode()}")
+        content[begin : begin + len(listed_archs)] = b" ".join(kept).ljust(len(listed_archs))
 
 
 def _version(version: Version, archs: Iterable[str]) -> Version:
@@ -284,10 +335,11 @@ def _version(version: Version, archs: Iterable[str]) -> Version:
     return Version(f"{version.public}+{'.'.join([*dict.fromkeys(parts), 'thin'])}")
 
 
-def _tell_version(path: Path, version: Version) -> None:
+def _tell_version(wheel: Path, folder: Path, name: str, version: Version) -> None:
+    path = _part(wheel, folder, name)
     text, count = _VERSION_LINE.subn(rf"\g<1>\g<2>{version}\g<2>", path.read_text(encoding="utf-8"))
     if count != 1:
-        raise ThinError(path, f"says __version__ {count} times, not once")
+        raise ThinError(wheel, f"says __version__ {count} times in {name}, not once")
     files.write(path, text)
 
 

@@ -284,7 +284,7 @@ def check_images(subject: Subject) -> Iterator[Finding]:
     arch, linked = subject.expect.arch, subject.linked or {}
     if not arch:
         return
-    wanted = _images(arch)
+    wanted = cubin.names(arch)
     problems = [f"{name} should hold device code and is missing" for name in linked if name not in subject.binaries]
     counts = []
     for name, binary in subject.binaries.items():
@@ -497,18 +497,6 @@ def _binaries(folder: Path) -> tuple[dict[str, Elf], tuple[str, ...]]:
             except ElfError as error:
                 malformed.append(error.what.replace(str(folder / name), name))
     return found, tuple(malformed)
-
-
-def _images(arch: Iterable[str]) -> frozenset[str]:
-    """The names of the images that an architecture list asks for: ``9.0a+PTX`` for ``sm_90a`` and ``compute_90a``."""
-    found = set()
-    for text in arch:
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", text)
-        if not match:
-            raise VoltforgeError(f"{text!r} is no architecture", hint="write it as 7.0, 9.0a or 7.0+PTX")
-        major, minor, variant, ptx = match.groups()
-        found |= {f"{prefix}_{major}{minor}{variant}" for prefix in (["sm", "compute"] if ptx else ["sm"])}
-    return frozenset(found)
 
 
 def _counted(images: Mapping[str, int]) -> str:
