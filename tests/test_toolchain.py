@@ -5,17 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from voltforge import cubin
+from voltforge import cubin, files
 from voltforge import toolchain as module
 from voltforge.errors import VoltforgeError
 from voltforge.fetch import Store
-from voltforge.recipe import CudaRecipe, load_cuda
+from voltforge.recipe import CudaRecipe, Source, load_cuda
 from voltforge.toolchain import STUB_STATUS, Toolchain, ToolchainError
 
 COMPILERS = ("bin/nvcc", "bin/ptxas", "nvvm/bin/cicc", "g++/cc1plus", "g++/as")
@@ -39,6 +40,24 @@ def toolkit(folder: Path, version: str) -> Path:
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.88'\n")
     nvcc.chmod(0o755)
     return folder
+
+
+def compile_for_sm_70(toolchain: Toolchain, tmp_path: Path) -> None:
+    """Compile a kernel and look at what is in the library."""
+    source, library = tmp_path / "kernel.cu", tmp_path / "kernel.so"
+    source.write_text(
+        "__global__ void twice(float *x) { x[threadIdx.x] *= 2; }\nvoid run(float *x) { twice<<<1, 32>>>(x); }\n"
+    )
+    words = [
+        "-gencode=arch=compute_70,code=sm_70",
+        "-cudart=shared",
+        "-shared",
+        "-Xcompiler=-fPIC",
+        "-ccbin",
+        str(toolchain.host.cxx),
+    ]
+    subprocess.run([toolchain.home / "bin/nvcc", *words, "-o", library, source], check=True)
+    assert {image.name for image in cubin.images(library)} == {"sm_70"}
 
 
 def test_a_toolkit_of_cuda_13_is_refused_because_it_has_no_sm_70(recipe: CudaRecipe, tmp_path: Path) -> None:
@@ -107,21 +126,38 @@ def test_a_host_compiler_newer_than_the_headers_allow_is_refused_with_the_one_to
 
 
 @pytest.mark.slow
+def test_a_whole_toolkit_in_cuda_home_is_taken_as_it_is(
+    recipe: CudaRecipe, toolchain: Toolchain, empty_store: Store, tmp_path: Path
+) -> None:
+    environ = {**os.environ, "CUDA_HOME": str(toolchain.home)}
+    chosen = module.select(recipe, "auto", empty_store, tmp_path / "made", environ)
+    assert (chosen.origin, chosen.home, chosen.version) == ("system", toolchain.home, toolchain.version)
+    assert (chosen.driver_stub / "libcuda.so.1").is_file()
+
+
+@pytest.mark.slow
+def test_archives_laid_out_as_nvidias_are_put_together_and_compile(
+    recipe: CudaRecipe, toolchain: Toolchain, tmp_path: Path
+) -> None:
+    """NVIDIA's own could not be reached where this was written: these hold the distribution's compilers instead."""
+    folder = tmp_path / "cuda_nvcc-linux-x86_64-archive"
+    for name in ("bin", "nvvm"):
+        shutil.copytree(toolchain.home / name, folder / name)
+    archive = tmp_path / "mirror" / "cuda_nvcc-linux-x86_64-archive.tar.gz"
+    archive.parent.mkdir()
+    subprocess.run(["tar", "-C", tmp_path, "-cf", archive, "--use-compress-program=gzip -1", folder.name], check=True)
+    source = Source(file=archive.name, sha256=files.sha256(archive), url="https://nowhere.invalid/archive.tar.gz")
+    redist = recipe.redist.model_copy(update={"archives": (source,), "lock": recipe.distro.lock})
+    store = Store(tmp_path / "downloads", mirrors=(str(archive.parent),))
+    made = module.select(recipe.model_copy(update={"redist": redist}), "redist", store, tmp_path / "made")
+    assert made.origin == "redist"
+    assert {name: made.identity[name] for name in COMPILERS} == {name: toolchain.identity[name] for name in COMPILERS}
+    compile_for_sm_70(made, tmp_path)
+
+
+@pytest.mark.slow
 def test_the_toolkit_compiles_for_sm_70(toolchain: Toolchain, tmp_path: Path) -> None:
-    source, library = tmp_path / "kernel.cu", tmp_path / "kernel.so"
-    source.write_text(
-        "__global__ void twice(float *x) { x[threadIdx.x] *= 2; }\nvoid run(float *x) { twice<<<1, 32>>>(x); }\n"
-    )
-    words = [
-        "-gencode=arch=compute_70,code=sm_70",
-        "-cudart=shared",
-        "-shared",
-        "-Xcompiler=-fPIC",
-        "-ccbin",
-        str(toolchain.host.cxx),
-    ]
-    subprocess.run([toolchain.home / "bin/nvcc", *words, "-o", library, source], check=True)
-    assert {image.name for image in cubin.images(library)} == {"sm_70"}
+    compile_for_sm_70(toolchain, tmp_path)
 
 
 @pytest.mark.slow
