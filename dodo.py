@@ -48,7 +48,7 @@ def task_lock():
 
 
 def task_bench():
-    """measure stock sources against ours (an hour): the README's numbers"""
+    """make the README's numbers (an hour)"""
     return tasks.action(chores.bench, ROOT)
 
 

@@ -115,7 +115,7 @@ def test_every_lock_of_the_recipes_pins_and_hashes_all_that_its_input_asks_for(p
 def test_a_lock_is_made_for_all_pythons_at_once_with_hashes_and_names_no_index(tmp_path: Path) -> None:
     wanted, locked = tmp_path / "small.in", tmp_path / "small.txt"
     wanted.write_text("tomli; python_version < '3.11'\niniconfig\n")
-    environment.lock(wanted, locked, configured())
+    environment.lock(tmp_path, wanted, locked, configured())
     text = locked.read_text()
     assert re.search(r"^tomli==\S+ ; python_full_version < '3.11'", text, re.MULTILINE)
     assert re.search(r"^iniconfig==", text, re.MULTILINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -56,37 +57,39 @@ def test(root: Path) -> None:
         VoltforgeError: one of them found something.
     """
     for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["pytest"]):
-        console.step(" ".join(words))
-        status = os.spawnve(
-            os.P_WAIT, sys.executable, [sys.executable, "-m", *words], {**os.environ, "PYTHONPATH": str(root)}
-        )
-        if status:
-            raise VoltforgeError(f"{words[0]} failed with status {status}", hint=f"python -m {' '.join(words)}")
+        _python(root, "-m", *words)
 
 
 def lock(pipeline: Pipeline) -> None:
-    """Make ``requirements.txt`` and every lock of the recipes anew from the ``.in`` files beside them.
+    """Make every lock anew, of the pipeline, the recipes and the tests, from the ``.in`` file beside it.
 
     Raises:
         InstallError: one of them has no solution.
     """
     root = pipeline.root
-    for wanted in [root / "requirements.in", *sorted((root / "recipes" / "locks").glob("*.in"))]:
+    folders = root, root / "recipes" / "locks", root / "tests" / "packages"
+    for wanted in [path for folder in folders for path in sorted(folder.glob("*.in"))]:
         console.step(f"lock {wanted.relative_to(root)}")
-        environment.lock(wanted, wanted.with_suffix(".txt"), pipeline.store.indexes)
+        environment.lock(root, wanted, wanted.with_suffix(".txt"), pipeline.store.indexes)
 
 
 def bench(root: Path) -> None:
-    """Run the benchmark of the build.
+    """Run every benchmark.
 
     Raises:
-        VoltforgeError: it failed.
+        VoltforgeError: one failed.
     """
-    status = os.spawnve(
-        os.P_WAIT, sys.executable, [sys.executable, str(root / "bench" / "build_vllm.py")], {**os.environ}
-    )
+    for script in sorted((root / "bench").glob("*.py")):
+        _python(root, str(script.relative_to(root)))
+
+
+def _python(root: Path, *words: str) -> None:
+    """Run Python on the person's own terminal."""
+    command = " ".join(["python", *words])
+    console.step(command)
+    status = subprocess.call([sys.executable, *words], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
     if status:
-        raise VoltforgeError(f"bench/build_vllm.py failed with status {status}")
+        raise VoltforgeError(f"{command} ended with status {status}")
 
 
 def about(graph: ModuleType) -> None:

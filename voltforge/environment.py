@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from uv import find_uv_bin
@@ -103,15 +103,20 @@ def unmet(environment: Environment) -> list[str]:
     return [line.strip() for line in output.splitlines() if line.startswith("The package")]
 
 
-def lock(wanted: Path, locked: Path, indexes: Indexes) -> None:
+def lock(root: Path, wanted: Path, locked: Path, indexes: Indexes) -> None:
     """Resolve the requirements in ``wanted`` for Python 3.10 and later and pin them, with hashes, in ``locked``.
+
+    Both are named relative to ``root``. Only the default index is asked: a lock must hold on other machines, which
+    have other folders and extra indexes.
 
     Raises:
         InstallError: there is no solution.
     """
+    alone = replace(indexes, extra=(), find_links=())
     words = ["pip", "compile", "--quiet", "--universal", "--python-version", "3.10", "--generate-hashes", "--upgrade",
              "--custom-compile-command", "./doit lock", "--no-emit-index-url", "--no-emit-find-links"]  # fmt: skip
-    uv(wanted, [*words, *indexes.uv_arguments(), wanted.name, "--output-file", locked.name], indexes, wanted.parent)
+    names = wanted.relative_to(root), "--output-file", locked.relative_to(root)
+    uv(wanted, [*words, *alone.uv_arguments(), *names], alone, root)
 
 
 def uv(
