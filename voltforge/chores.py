@@ -43,7 +43,8 @@ def thin_wheel(pipeline: Pipeline) -> None:
     """
     path, archs = Path(pipeline.settings.file), pipeline.settings.arch.replace(",", ";").split(";")
     if not path.is_file():
-        raise VoltforgeError(f"there is no {path}", hint="./doit thin file=PATH.whl arch=7.0")
+        what = f"there is no {path}" if pipeline.settings.file else "no wheel is named"
+        raise VoltforgeError(what, hint="./doit thin file=PATH.whl arch=7.0")
     console.step(f"thin {path.name} to {', '.join(archs)}")
     made = thin.thin_wheel(path, pipeline.scratch / "thin", archs)
     before, after = path.stat().st_size, made.stat().st_size
