@@ -86,6 +86,17 @@ def test_a_wheel_that_vanished_or_rotted_is_made_again(saxpy: Pipeline) -> None:
 
 
 @pytest.mark.slow
+def test_a_wheel_with_other_bytes_is_looked_at_again_though_its_inputs_are_the_same(saxpy: Pipeline) -> None:
+    run(saxpy)
+    for kept in (stages(saxpy)["wheels"].record, *saxpy.wheelhouse.path.glob("*.whl")):
+        files.remove(kept)
+    assert run(saxpy) == ["wheels"]
+    built = stages(saxpy)["build"]
+    files.write_json(built.record, {**built.kept(), "results": {**built.results(), "sha256": "another"}})
+    assert stages(saxpy)["check"].key() != stages(saxpy)["check"].kept()["key"]
+
+
+@pytest.mark.slow
 def test_the_receipt_says_what_the_wheel_was_made_of(saxpy: Pipeline) -> None:
     run(saxpy)
     receipt = json.loads(saxpy.wheelhouse.receipt("saxpy").read_text())

@@ -36,7 +36,7 @@ class Package:
             "tree": self._stage("tree", self._patched, self._grow, _folder, tree_after),
             "environment": self._stage("environment", self._locked, self._settle, _folder, (), kept),
             "build": self._stage("build", self._made_of, self._build, _file, build_after, kept),
-            "check": self._stage("check", self._picture, self._check, lambda _: True, (f"build:{name}",), kept),
+            "check": self._stage("check", self._checked, self._check, lambda _: True, (f"build:{name}",), kept),
             "wheels": kept,
         }
         return stages[kind]
@@ -89,6 +89,10 @@ class Package:
             **self._made_of(),
             "expect": {**expect, "files": {file: files.sha256(self.recipe.beside(file)) for file in named}},
         }
+
+    def _checked(self) -> Values:
+        """The very wheel that is looked at, besides: the same inputs need not have given the same bytes."""
+        return {**self._picture(), "wheel": self.stage("build").results()["sha256"]}
 
     # The values that the stages hand on.
 

@@ -72,7 +72,7 @@ class Stage:
             if kept and kept.get("key") == self.key() and self.intact(kept["results"]):
                 return True
         except VoltforgeError:
-            return False
+            pass  # what cannot be asked is not current by itself
         return self.unless is not None and self.unless.current()
 
     def run(self) -> None:
