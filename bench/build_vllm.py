@@ -7,8 +7,10 @@ Both are built from clean trees, in turn. Prints a table, and lists the kernels 
 import argparse
 import json
 import platform
+import re
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from voltforge import build, console, cubin, files, jobs, sandbox, tree, wheel  
 from voltforge.checkout import Settings  # noqa: E402
 from voltforge.environment import Environment  # noqa: E402
 from voltforge.pipeline import Pipeline  # noqa: E402
+from voltforge.process import run  # noqa: E402
 
 STOCK = ("0001-cut-downloads.patch", "0002-cutlass-stand-in.patch")
 
@@ -67,6 +70,16 @@ def measured(pipeline, name, patches, count, folder):
     )
 
 
+def families(names):
+    """How many of the names belong to each kernel, whatever its template arguments."""
+    plain = run(["c++filt", *sorted(names)]).output.splitlines() if names else []
+    headers = re.compile(r"\b(thrust|cub|cuda::std)::")
+    kernels = [re.sub(r"^void |[<(].*", "", name) for name in plain]
+    return Counter(
+        "thrust, CUB and libcu++" if headers.search(full) else name for full, name in zip(plain, kernels, strict=True)
+    )
+
+
 def show(stock, ours, count):
     rows = [
         ("objects compiled", f"{stock.steps}", f"{ours.steps}", ""),
@@ -78,15 +91,15 @@ def show(stock, ours, count):
     ]
     for path in ours.extensions:
         rows.append((path, files.size(stock.extensions[path]), files.size(ours.extensions[path]), ""))
-        rows.append((f"kernels in {path}", str(len(stock.kernels[path])), str(len(ours.kernels[path])), ""))
+        rows.append((f"device names in {path}", str(len(stock.kernels[path])), str(len(ours.kernels[path])), ""))
     console.table(f"vLLM, {count} jobs, {platform.machine()}", ("", "stock sources", "ours", "ratio"), rows)
     for path in ours.kernels:
         for title, names in (
             ("only in stock", stock.kernels[path] - ours.kernels[path]),
             ("only in ours", ours.kernels[path] - stock.kernels[path]),
         ):
-            groups = sorted({name.split("Iff")[0].split("IL")[0][:60] for name in names})
-            console.note(f"{path}: {len(names)} kernels {title}: {', '.join(groups) or 'none'}")
+            counts = [f"{family} ({count})" for family, count in families(names).most_common()]
+            console.note(f"{path}: {len(names)} names {title}: {', '.join(counts) or 'none'}")
 
 
 def main():
