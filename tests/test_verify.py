@@ -244,7 +244,7 @@ def test_a_path_of_the_build_machine_is_told_in_whatever_file_it_stands(tmp_path
 
 
 def test_a_source_file_in_somebodys_home_is_told_and_a_folder_used_at_run_time_is_not(tmp_path):
-    strings = '"/home/me/vllm/csrc/cache.cu", "/tmp/nccl-XXXXXX", "/root/.cache/vllm", "/usr/include/stdio.h"'
+    strings = '"/home/me/vllm/csrc/cache.cu", "/tmp/nccl-XXXXXX", "/home/you/.cache/vllm", "/usr/include/stdio.h"'
     path = stripped(compiled(tmp_path / "_C.so", f"const char *files[] = {{ {strings} }};"))
     content = {"a/_C.so": path, "a/docs.md": "see /home/you/vllm/csrc/cache.cu\n"}
     findings = examined(tmp_path, content)
