@@ -13,6 +13,7 @@ import pytest
 from voltforge import distro
 from voltforge.fetch import Artifact, Store
 
+# apt is what is asked here: without it there is nothing to compare with. CI runs on Debian and skips none of these.
 needs_apt = pytest.mark.skipif(not shutil.which("apt-get"), reason="this machine has no apt")
 
 SOURCES = """\
@@ -120,6 +121,7 @@ def test_a_package_comes_from_the_real_archive_by_its_path_in_the_pool(tmp_path)
     shown = subprocess.run(["apt-cache", "show", "--no-all-versions", "hostname"], capture_output=True, text=True)
     fields = dict(re.findall(r"^(Filename|SHA256|Size): (.+)$", shown.stdout, re.MULTILINE))
     if len(fields) < 3:
+        # Lists are the machine's own, and a test does not fetch them; .ci/run does on a new machine.
         pytest.skip("apt has no package lists on this machine")
     file = Path(fields["Filename"]).name
     artifact = Artifact(file, fields["SHA256"], size=int(fields["Size"]), pool=fields["Filename"])

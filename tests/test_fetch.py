@@ -518,6 +518,7 @@ def test_a_proxy_of_the_environment_is_used(tmp_path, server, monkeypatch):
     assert server.paths() == [PATH]
 
 
+# The proxy setting is apt's own, as apt-config tells it; CI has it.
 @pytest.mark.skipif(not shutil.which("apt-config"), reason="this machine has no apt")
 def test_the_archive_is_reached_the_way_that_apt_is_told_to(tmp_path, server, other, monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
@@ -604,6 +605,7 @@ def test_a_full_disk_is_said_as_such(tmp_path, server):
     mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     small = 'mount -t tmpfs -o size=64k none "$0" && '
     if not shutil.which("unshare") or subprocess.run([*mount, small + "true", str(tmp_path)], check=False).returncode:
+        # Only a small file system of its own can really be full; CI is root and may mount one.
         pytest.skip("this machine lets an ordinary user mount nothing, so no disk can be made full")
     argv = [sys.executable, "-c", FETCH, str(tmp_path), f"{server.url}{PATH}", artifact().sha256]
     argv = [*mount, small + 'exec "$@"', str(tmp_path), *argv]

@@ -25,6 +25,7 @@ from voltforge.sandbox import Sandbox, available, choose
 PYTHON = os.path.realpath(sys.executable)
 ASK = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=10).read().decode())"
 
+# Many containers forbid namespaces, and the README promises to build there too; CI installs bubblewrap and runs these.
 needs_bubblewrap = pytest.mark.skipif(
     not available().hermetic, reason="bubblewrap cannot make a namespace on this machine"
 )
@@ -231,6 +232,7 @@ def test_an_ordinary_user_gets_the_same(server, monkeypatch):
 # --- the weaker kinds ---
 
 
+# The same for util-linux's unshare(1), which CI has.
 @pytest.mark.skipif(not can_unshare(), reason="unshare(1) cannot make a network namespace on this machine")
 def test_without_bubblewrap_at_least_the_network_is_out_of_reach(server, tmp_path):
     box = Sandbox("no network")

@@ -27,6 +27,7 @@ class Volta(NonNvmlCudaPlatform):
 
 
 def refusal(call):
+    # ValueError is how vLLM refuses a choice, NotImplementedError how our patches refuse a call.
     try:
         call()
     except (ValueError, NotImplementedError) as error:
