@@ -88,7 +88,7 @@ class NotKeptError(FetchError):
     def __init__(self, path: Path, error: OSError) -> None:
         super().__init__(
             f"{path} cannot be written: {error.strerror or error}",
-            hint="make room (build/ may be deleted: that costs time, never a result) or correct the folder's owner and mode",
+            hint="make room (deleting build/ costs time, never a result) or correct the folder's owner and mode",
         )
         self.path = path
         self.errno = error.errno
