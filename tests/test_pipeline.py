@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkouts import edited
-from voltforge import files
+from voltforge import environment, files
 from voltforge.checkout import Settings
 from voltforge.errors import VoltforgeError
 from voltforge.package import Package
@@ -99,7 +99,7 @@ def test_a_wheel_with_other_bytes_is_looked_at_again_though_its_inputs_are_the_s
 @pytest.mark.slow
 def test_the_receipt_says_what_the_wheel_was_made_of(saxpy: Pipeline) -> None:
     run(saxpy)
-    receipt = json.loads(saxpy.wheelhouse.receipt("saxpy").read_text())
+    receipt = json.loads(saxpy.wheelhouse.receipt("saxpy", environment.python_tag()).read_text())
     made_of, results = receipt["inputs"], receipt["results"]
     assert made_of["source"]["sha256"] == saxpy.recipes["saxpy"].source.sha256
     assert made_of["toolchain"]["nvvm/bin/cicc"]
@@ -119,7 +119,7 @@ def test_a_wheel_that_fails_its_checks_is_not_kept_and_every_failure_is_told(sax
     assert "it does not require torch==2.9.0" in caught.value.what
     assert "over the 1.0 kB" in caught.value.what
     assert not list(strict.wheelhouse.path.glob("*.whl"))
-    assert not strict.wheelhouse.receipt("saxpy").exists()
+    assert not strict.wheelhouse.receipt("saxpy", environment.python_tag()).exists()
 
 
 @pytest.mark.slow

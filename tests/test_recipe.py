@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from voltforge import recipe
+from voltforge.errors import VoltforgeError
 from voltforge.recipe import CudaRecipe, Recipe, RecipeError, load, load_all, load_cuda
 
 GOOD = """\
@@ -31,7 +32,7 @@ size = 1234
 [build]
 lock = "locks/build.txt"
 memory_per_job = "1.5 GiB"
-env = {{ ARCH = "{{arch}}", VERSION = "{{version}}+sm70.{{cuda}}", JSON = "{{{{}}}}" }}
+env = {{ ARCH = "{{arch}}", VERSION = "{{version}}+sm70.{{cuda}}", JSON = "{{{{}}}}", LIB = "{{site}}/lib" }}
 
 [finish.runpath]
 "thing/*.so" = ["$ORIGIN/../torch/lib", "$ORIGIN"]
@@ -96,8 +97,8 @@ def test_a_recipe_is_read(folder):
 
 def test_the_placeholders_are_filled_in(folder):
     one = load(written(folder, GOOD))
-    filled = one.build.variables(cuda="cu124", **one.variables)
-    assert filled == {"ARCH": "7.0;8.6", "VERSION": "1.2.3+sm70.cu124", "JSON": "{}"}
+    filled = one.build.variables(cuda="cu124", site="/site", **one.variables)
+    assert filled == {"ARCH": "7.0;8.6", "VERSION": "1.2.3+sm70.cu124", "JSON": "{}", "LIB": "/site/lib"}
 
 
 def test_a_recipe_cannot_be_changed(folder):
@@ -167,7 +168,11 @@ def test_sizes_have_a_unit(folder, text, size):
         ('"1.5 GiB"', '"-1 GiB"', "build.memory_per_job: not a size"),
         ('"20 MB"', f'"{"9" * 400} MB"', "expect.max_size: not a size"),
         ('"20 MB"', '"20 mb"', "expect.max_size: not a size"),
-        ('"{arch}"', '"{archs}"', "build.env.ARCH: has a placeholder that is none of {version}, {arch}, {cuda}"),
+        (
+            '"{arch}"',
+            '"{archs}"',
+            "build.env.ARCH: has a placeholder that is none of {version}, {arch}, {cuda}, {site}",
+        ),
         ('"{arch}"', '"{}"', "build.env.ARCH: has a placeholder that is none of"),
         ('"{arch}"', '"{arch[0]}"', "build.env.ARCH: has a placeholder that is none of"),
         ('"{arch}"', '"{arch.__class__}"', "build.env.ARCH: has a placeholder that is none of"),
@@ -190,6 +195,23 @@ def test_sizes_have_a_unit(folder, text, size):
         ('["*marlin*"]', '"*marlin*"', "expect.absent: "),
         ('["*marlin*"]', '[""]', "expect.absent.0: "),
         ("[finish.runpath]", "[finished]\n[finish.runpath]", "finished: is not a key of a recipe"),
+        ("[finish.runpath]", "[thin]\n[finish.runpath]", "thin: is not a key of a recipe"),
+        ('summary = "a thing"', 'conditions = ["cudnn=0"]', "conditions: is not a key of a recipe"),
+        (
+            'summary = "a thing"',
+            'variant = "thin"',
+            "name and variant: is 'thing-thin', but the file is called thing.toml",
+        ),
+        ('summary = "a thing"', 'variant = "no-cuda"', "variant: "),
+        ("size = 1234", 'commit = "v1.2.3"', "source.commit: "),
+        ("[finish.runpath]", "[when]\ncudnn = 1\n[finish.runpath]", "when.cudnn: is not a table under a choice"),
+        ("[finish.runpath]", '[when."cudn=0"]\n[finish.runpath]', "when.cudn=0: is not a table under a choice (torch="),
+        ("[finish.runpath]", '[when."cudnn=0"]\nx = 1\n[finish.runpath]', "when.cudnn=0.x: is not a key of a recipe"),
+        (
+            "[finish.runpath]",
+            '[when."cudnn=0".build]\nlock = "a"\n[finish.runpath]',
+            "when.cudnn=0.build.lock: there is",
+        ),
     ],
 )
 def test_a_rule_that_is_broken_is_named_with_its_key(folder, old, new, problem):
@@ -201,7 +223,7 @@ def test_a_rule_that_is_broken_is_named_with_its_key(folder, old, new, problem):
 def test_all_problems_are_named_at_once(folder):
     changes = [('version = "1.2.3"\n', ""), ('"8.6"', '"x"'), ("ab" * 32, "short"), ('"{arch}"', '"{x}"')]
     found = problems(written(folder, edited(*changes, ('"{version}+sm70.{cuda}"', '"{y}"'), ('"20 MB"', '"x"'))))
-    keys = ["version", "arch.1", "source.sha256", "build.env.ARCH", "build.env.VERSION", "expect.max_size"]
+    keys = ["version", "arch.1", "expect.max_size", "source.sha256", "build.env.ARCH", "build.env.VERSION"]
     assert [line.split(":")[0] for line in found] == keys
 
 
@@ -239,6 +261,96 @@ def test_what_is_not_toml_is_said_to_be_none(folder, content):
 def test_a_file_that_is_not_there_is_said_to_be(folder):
     assert problems(folder / "none.toml") == ["cannot be read: No such file or directory"]
     assert problems(folder / "locks") == ["cannot be read: Is a directory"]
+
+
+# --- recipes of wheels ---
+
+THIN = """\
+name = "thing"
+variant = "thin"
+version = "1.2.3"
+arch = ["7.0"]
+
+[[wheels]]
+index = "thing"
+file = "thing-1.2.3-cp311-cp311-linux_x86_64.whl"
+sha256 = "{sha}"
+
+[thin]
+drop = ["thing/bin/*"]
+version = "thing/version.py"
+
+[thin.stubs."libodd.so.3"]
+folder = "thing/lib"
+why = "which is left out"
+answers = {{ oddInit = 10 }}
+since = "8.0"
+
+[expect]
+lock = "locks/run.txt"
+""".format(sha="cd" * 32)
+
+
+def test_a_recipe_with_wheels_has_no_build_but_what_is_to_be_changed(folder):
+    one = load(written(folder, THIN, "thing-thin"))
+    assert (one.name, one.variant, one.wheels[0].artifact.index) == ("thing", "thin", "thing")
+    assert one.thin.stubs["libodd.so.3"].answers == {"oddInit": 10}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('arch = ["7.0"]', "", "arch: is missing"),
+        ("[thin]\n", "[build]\n[thin]\n", "build: is not a key of a recipe"),
+        ('since = "8.0"', 'since = "8"', "thin.stubs.libodd.so.3.since: "),
+        ("oddInit = 10", '"odd init" = 10', "thin.stubs.libodd.so.3.answers.odd init"),
+        ('"thing/version.py"', '"/etc/passwd"', "thin.version: not a path that stays inside its folder"),
+        ('why = "which is left out"\n', "", "thin.stubs.libodd.so.3.why: is missing"),
+    ],
+)
+def test_the_rules_of_wheels_are_checked_too(folder, old, new, problem):
+    [found] = problems(written(folder, THIN.replace(old, new), "thing-thin"))
+    assert found.startswith(problem)
+
+
+# --- choices ---
+
+
+WHEN = """
+[when."cudnn=0"]
+expect.max_size = "10 MB"
+build.env.ARCH = "none"
+"""
+
+
+def test_what_a_choice_changes_is_laid_over_the_recipe(folder):
+    path = written(folder, GOOD + WHEN)
+    plain, without = load(path), load(path, {"cudnn": "0"})
+    assert (plain.expect.max_size, without.expect.max_size) == (20_000_000, 10_000_000)
+    assert without.build.env == {**plain.build.env, "ARCH": "none"}
+    assert without.expect.extensions == plain.expect.extensions
+    assert load(path, {"cudnn": "1"}) == plain
+
+
+def torch_folder(folder: Path) -> Path:
+    written(folder, edited(('name = "thing"', 'name = "torch"')) + WHEN, "torch")
+    written(folder, THIN.replace('name = "thing"', 'name = "torch"'), "torch-thin")
+    written(folder, GOOD)
+    return folder
+
+
+def test_a_choice_picks_the_variant_of_a_package(folder):
+    torch_folder(folder)
+    assert {name: one.variant for name, one in load_all(folder).items()} == {"thing": "source", "torch": "source"}
+    assert load_all(folder, {"torch": "thin", "cudnn": "1"})["torch"].variant == "thin"
+    assert load_all(folder, {"torch": "source", "cudnn": "0"})["torch"].expect.max_size == 10_000_000
+
+
+@pytest.mark.parametrize("choices", [{"torch": "thick"}, {"torch": "thin", "cudnn": "0"}, {"cudnn": "2"}])
+def test_a_choice_that_changes_nothing_is_refused_with_those_there_are(folder, choices):
+    with pytest.raises(VoltforgeError, match="changes no recipe") as caught:
+        load_all(torch_folder(folder), choices)
+    assert caught.value.hint == "torch=thin, torch=source, cudnn=0 with torch=source"
 
 
 # --- folders of recipes ---
@@ -337,7 +449,7 @@ def test_any_text_in_a_variable_is_filled_in_or_refused(text):
         build = recipe.Build(lock="a", env={"A": text})
     except ValueError:
         return
-    assert isinstance(build.variables(version="1", arch="7.0", cuda="cu124")["A"], str)
+    assert isinstance(build.variables(version="1", arch="7.0", cuda="cu124", site="/site")["A"], str)
 
 
 # --- the reference ---
@@ -350,11 +462,14 @@ def keys(model: type[BaseModel]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("heading", "model"),
     [
-        ("## A package", Recipe),
+        ("## A package", recipe.SourceRecipe),
         ("### `[source]`", recipe.Source),
         ("### `[build]`", recipe.Build),
         ("### `[finish]`", recipe.Finish),
         ("### `[expect]`", recipe.Expect),
+        ("## A stock wheel", recipe.ThinRecipe),
+        ("### `[thin]`", recipe.Thin),
+        ("### `[thin.stubs", recipe.Stub),
         ("## The toolkits", CudaRecipe),
         ("### `[redist]`", recipe.Provision),
     ],
@@ -363,16 +478,29 @@ def test_the_reference_lists_every_key_and_no_other(repository, heading, model):
     text = (repository / "docs" / "recipes.md").read_text()
     section = re.split(r"\n(?=##)", text[text.index(heading) :])[0]
     listed = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
-    tables = {name for name in keys(model) if f"[{name}]" in text and name not in listed}
-    assert listed | tables == set(keys(model))
+    wanted = set(keys(model)) - (set(keys(Recipe)) if model is recipe.ThinRecipe else set())  # those stand above
+    tables = {name for name in wanted - listed if f"[{name}]" in text or f".{name}." in text}
+    assert listed | tables == wanted
     rows = [line for line in section.splitlines() if line.startswith("| `")]
     assert all(re.fullmatch(r"\| `\w+` \| [^|]+\. \| `[^|]+` \|", row) for row in rows)
 
 
-@pytest.mark.parametrize("model", [Recipe, recipe.Source, recipe.Build, recipe.Finish, recipe.Expect])
-def test_the_reference_says_which_keys_may_be_left_out(repository, model):
+@pytest.mark.parametrize(
+    ("heading", "model"),
+    [
+        ("## A package", recipe.SourceRecipe),
+        ("### `[source]`", recipe.Source),
+        ("### `[build]`", recipe.Build),
+        ("### `[finish]`", recipe.Finish),
+        ("### `[expect]`", recipe.Expect),
+        ("### `[thin]`", recipe.Thin),
+        ("### `[thin.stubs", recipe.Stub),
+    ],
+)
+def test_the_reference_says_which_keys_may_be_left_out(repository, heading, model):
     text = (repository / "docs" / "recipes.md").read_text()
+    text = text[text.index(heading) :]
     for name, field in keys(model).items():
         row = next((line for line in text.splitlines() if line.startswith(f"| `{name}` |")), "")
-        if row and name not in ("name", "version", "lock", "index", "url", "pool"):
+        if row and name not in ("index", "url", "pool"):
             assert ("Default:" in row) == (not field.is_required()), name

@@ -19,19 +19,13 @@ from tests.samples import compiled, container, image, wheel
 from voltforge import cubin, elf, environment, files
 from voltforge.checkout import Settings
 from voltforge.elf import Elf
-from voltforge.fetch import Artifact
+from voltforge.fatbin import ThinError, thin_binary
 from voltforge.pipeline import Pipeline
-from voltforge.thin import NVIDIA, Steps, Stub, ThinError, make_stub, thin_binary, thin_wheel
+from voltforge.recipe import Stub, Thin, ThinRecipe, load_all
+from voltforge.thin import NVIDIA, make_stub, thin_wheel
 from voltforge.wheel import Wheel, record_problems, unpack
 
 FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-STOCK = {
-    (3, 10): ("cp310", "51cb63902182a78e90886e8068befd8ea102af4b00e420263591a3d70c7d3c6c", 899_795_167),
-    (3, 11): ("cp311", "51de31219c97c51cf4bf2be94d622e3deb5dcc526c6dc00e97c17eaec0fc1d67", 899_815_990),
-    (3, 12): ("cp312", "01cff95ecd9a212ea2f141db28acccdceb6a4c54f64e6c51091146f5e2a772c6", 899_738_273),
-    (3, 13): ("cp313", "8f25033b8667b57857dfd01458fbf2a9e6a6df1f8def23aef0dc46292f6aa642", 899_750_243),
-}
-"""The stock torch 2.9.0 wheels for Linux on x86-64, by Python version: tag, SHA-256, size in bytes."""
 LEFT_OUT = ("nvidia-cusparselt-cu12", "nvidia-nvshmem-cu12")
 REGISTERED = """
     __attribute__((visibility("hidden"))) extern const struct wrapper {
@@ -335,11 +329,11 @@ def test_what_is_no_function_gets_no_stub(tmp_path, symbol):
     assert not (tmp_path / "libodd.so").exists()
 
 
-SPECIAL = Steps(
+SPECIAL = Thin(
     drop=("sample/bin/tool-*",),
     stubs={
         "libodd.so.3": Stub(
-            folder="sample/lib", prefix="odd", why="which is left out", since=80, requirement="odd-lib",
+            folder="sample/lib", prefix="odd", why="which is left out", since="8.0", requirement="odd-lib",
             lines={"sample/__init__.py": '"odd": "libodd.so",'},
         )
     },
@@ -375,7 +369,7 @@ def sample_wheel(folder: Path, **content) -> Path:
 
 def test_a_wheel_is_thinned_and_says_so(tmp_path):
     stock = sample_wheel(tmp_path / "stock")
-    thin = thin_wheel(stock, tmp_path / "out", ["7.0"], steps={"sample": SPECIAL})
+    thin = thin_wheel(stock, tmp_path / "out", ["7.0"], special=SPECIAL)
     assert thin.name == "sample-1.0+sm70.thin-cp38-abi3-manylinux_2_28_x86_64.whl"
     found = Wheel.read(thin)
     assert [str(requirement) for requirement in found.requires] == ["numpy"]
@@ -402,7 +396,7 @@ def test_a_wheel_is_thinned_and_says_so(tmp_path):
 
 def test_nvidias_libraries_stay_as_they_are(tmp_path):
     stock = sample_wheel(tmp_path / "stock")
-    thin = thin_wheel(stock, tmp_path / "out", ["7.0"], steps={"sample": SPECIAL})
+    thin = thin_wheel(stock, tmp_path / "out", ["7.0"], special=SPECIAL)
     with zipfile.ZipFile(stock) as before, zipfile.ZipFile(thin) as after:
         name = "sample/lib/libcublas.so.12"
         assert after.read(name) == before.read(name)
@@ -419,10 +413,10 @@ def test_bundled_libraries_of_nvidia_are_known_by_name(name):
 
 def test_equal_wheels_give_equal_bytes(tmp_path, monkeypatch):
     stock = sample_wheel(tmp_path / "stock")
-    one = thin_wheel(stock, tmp_path / "one", ["7.0"], steps={"sample": SPECIAL})
+    one = thin_wheel(stock, tmp_path / "one", ["7.0"], special=SPECIAL)
     monkeypatch.setenv("TZ", "Asia/Kathmandu")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
-    two = thin_wheel(Path(shutil.copy(stock, tmp_path)), tmp_path / "two", ["7.0"], steps={"sample": SPECIAL})
+    two = thin_wheel(Path(shutil.copy(stock, tmp_path)), tmp_path / "two", ["7.0"], special=SPECIAL)
     assert one.read_bytes() == two.read_bytes()
 
 
@@ -457,7 +451,10 @@ def test_binaries_without_the_arch_are_all_named_or_left_out_if_told(tmp_path):
         ("says __version__ 0 times", {"version": "sample/__init__.py"}),
         ("holds no sample/version.py", {"version": "sample/version.py"}),
         ("holds 0 lists of archs", {"arch_list": "sample/lib.so"}),
-        ("imports nothing from libodd.so", {"stubs": {"libodd.so": Stub("sample", "which is left out", "odd")}}),
+        (
+            "imports nothing from libodd.so",
+            {"stubs": {"libodd.so": Stub(folder="sample", why="which is left out", prefix="odd")}},
+        ),
     ],
 )
 def test_a_step_that_finds_nothing_to_do_is_refused(tmp_path, why, content):
@@ -466,7 +463,7 @@ def test_a_step_that_finds_nothing_to_do_is_refused(tmp_path, why, content):
         tag="py3-none-linux_x86_64",
     )  # fmt: skip
     with pytest.raises(ThinError, match=re.escape(why)):
-        thin_wheel(stock, tmp_path / "out", ["7.0"], steps={"sample": Steps(**content)})
+        thin_wheel(stock, tmp_path / "out", ["7.0"], special=Thin(**content))
 
 
 @pytest.mark.parametrize(
@@ -480,12 +477,12 @@ def test_what_a_stub_should_take_along_must_be_there(tmp_path, why, more):
     stock = sample_wheel(tmp_path / "stock")
     stub = Stub(folder="sample/lib", prefix="odd", why="which is left out", **more)
     with pytest.raises(ThinError, match=why):
-        thin_wheel(stock, tmp_path / "out", ["7.0"], steps={"sample": Steps(stubs={"libodd.so.3": stub})})
+        thin_wheel(stock, tmp_path / "out", ["7.0"], special=Thin(stubs={"libodd.so.3": stub}))
 
 
 def test_a_library_that_has_code_for_an_asked_arch_is_not_replaced(tmp_path):
     stock = sample_wheel(tmp_path / "stock")
-    thin = thin_wheel(stock, tmp_path / "out", ["7.0", "8.0"], steps={"sample": SPECIAL})
+    thin = thin_wheel(stock, tmp_path / "out", ["7.0", "8.0"], special=SPECIAL)
     assert len(Wheel.read(thin).requires) == 2
     with zipfile.ZipFile(thin) as archive:
         assert "sample/lib/libodd.so.3" not in archive.namelist()
@@ -514,7 +511,7 @@ def test_a_library_of_the_wheel_itself_is_replaced_by_what_the_others_import_fro
     user = compiled(tmp_path / "libuser.so", "int one(void); int used(void) { return one(); }", str(odd))
     stock = wheel(tmp_path / "stock", {"sample/libodd.so": odd, "sample/libuser.so": user}, tag="py3-none-linux_x86_64")
     stubs = {"libodd.so": Stub(folder="sample", why="which is left out", answers={"one": 11})}
-    unpack(thin_wheel(stock, tmp_path / "out", ["7.0"], steps={"sample": Steps(stubs=stubs)}), tmp_path / "content")
+    unpack(thin_wheel(stock, tmp_path / "out", ["7.0"], special=Thin(stubs=stubs)), tmp_path / "content")
     assert Elf.read(tmp_path / "content/sample/libodd.so").names == {"one"}
 
 
@@ -565,19 +562,26 @@ def listed_by_cuobjdump(toolchain, path: Path) -> dict[str, int]:
     return dict(Counter(re.findall(r"(sm_\w+)\.cubin", printed)))
 
 
+def recipe(repository: Path) -> ThinRecipe:
+    found = load_all(repository / "recipes", {"torch": "thin"})["torch"]
+    assert isinstance(found, ThinRecipe)
+    return found
+
+
 def test_every_stock_torch_wheel_is_one_of_the_lock(repository):
     locked = (repository / "recipes/locks/vllm-build.txt").read_text()
-    assert all(f"--hash=sha256:{sha256}" in locked for _, sha256, _ in STOCK.values())
+    stock = recipe(repository).wheels
+    assert [wheel.file.split("-")[2] for wheel in stock] == ["cp310", "cp311", "cp312", "cp313"]
+    assert all(f"--hash=sha256:{wheel.sha256}" in locked for wheel in stock)
 
 
 @pytest.fixture(scope="module")
 def torch(repository, tmp_path_factory):
     """The stock torch wheel of the running Python, and it thinned to 7.0."""
-    tag, sha256, size = STOCK[sys.version_info[:2]]
-    file = f"torch-2.9.0-{tag}-{tag}-manylinux_2_28_x86_64.whl"
-    stock = Pipeline.load(repository, Settings()).store.get(Artifact(file, sha256, size, index="torch"))
+    pipeline = Pipeline.load(repository, Settings(torch="thin"))
+    stock = pipeline.package(pipeline.recipes["torch"]).fetched()
     folder = tmp_path_factory.mktemp("torch")
-    yield stock, thin_wheel(stock, folder, ["7.0"])
+    yield stock, thin_wheel(stock, folder, ["7.0"], special=recipe(repository).thin)
     files.remove(folder)
 
 
@@ -633,8 +637,8 @@ def test_thinned_torch_works_in_an_environment_of_what_it_still_requires(torch, 
 
 
 @pytest.mark.slow
-def test_thinned_torch_is_the_same_bytes_each_time(torch, tmp_path):
+def test_thinned_torch_is_the_same_bytes_each_time(torch, repository, tmp_path):
     stock, thin = torch
-    again = thin_wheel(stock, tmp_path, ["7.0"])
+    again = thin_wheel(stock, tmp_path, ["7.0"], special=recipe(repository).thin)
     assert files.sha256(again) == files.sha256(thin)
     again.unlink()

@@ -244,7 +244,8 @@ def test_a_path_of_the_build_machine_is_told_in_whatever_file_it_stands(tmp_path
 
 
 def test_a_source_file_in_somebodys_home_is_told_and_a_folder_used_at_run_time_is_not(tmp_path):
-    strings = '"/home/me/vllm/csrc/cache.cu", "/tmp/nccl-XXXXXX", "/home/you/.cache/vllm", "/usr/include/stdio.h"'
+    at_run_time = '"/tmp/nccl-XXXXXX", "/tmp/fuserXXXXXX.cpp", "/home/you/.cache/vllm", "/usr/include/stdio.h"'
+    strings = f'"/home/me/vllm/csrc/cache.cu", {at_run_time}'
     path = stripped(compiled(tmp_path / "_C.so", f"const char *files[] = {{ {strings} }};"))
     content = {"a/_C.so": path, "a/docs.md": "see /home/you/vllm/csrc/cache.cu\n"}
     findings = examined(tmp_path, content)
@@ -360,6 +361,56 @@ def test_operators_that_are_not_registered_are_named(tmp_path, environment):
         ("fail", "_C::silu is not registered"),
         ("note", "1 more are registered: _C::extra"),
     ]
+
+
+CONFIGURED = """
+def show():
+    return "Build settings: BUILD_TYPE=Release, USE_CUDNN=ON, USE_NNPACK=0, USE_NCCL=1, USE_MPI=OFF, BLAS_INFO=mkl"
+
+def broken():
+    raise RuntimeError("no config")
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "finding"),
+    [
+        (
+            {"USE_CUDNN": "1", "USE_MPI": "0", "USE_XPU": "0"},
+            ("pass", "2 variables as in the recipe: USE_CUDNN, USE_MPI"),
+        ),
+        ({"USE_CUDNN": "0"}, ("fail", "it says USE_CUDNN=ON, and was built with 0")),
+        ({"BUILD_TYPE": "Debug"}, ("fail", "it says BUILD_TYPE=Release, and was built with Debug")),
+        ({"USE_XPU": "0"}, ("fail", "sample.show() names none of the variables of its build")),
+    ],
+)
+def test_a_configuration_that_is_not_what_was_asked_for_is_told(tmp_path, environment, variables, finding):
+    path = wheel(tmp_path, {"sample/__init__.py": CONFIGURED})
+    install(path, environment)
+    expect = Expectation(imports=("sample",), config="sample.show()", variables=variables)
+    assert found(verify.verify(path, expect, environment=environment), "configuration") == [finding]
+
+
+def test_a_configuration_that_cannot_be_asked_for_is_told(tmp_path, environment):
+    path = wheel(tmp_path, {"sample/__init__.py": CONFIGURED})
+    install(path, environment)
+    expect = Expectation(imports=("sample",), config="sample.broken()", variables={"USE_CUDNN": "1"})
+    [(severity, detail)] = found(verify.verify(path, expect, environment=environment), "configuration")
+    assert (severity, detail) == ("fail", "sample.broken(): RuntimeError: no config")
+
+
+def test_answers_that_are_not_what_was_promised_are_told(tmp_path, environment):
+    path = wheel(tmp_path, {"sample/__init__.py": CONFIGURED, "sample/more.py": "CUDA = '12.8'"})
+    install(path, environment)
+    says = {"sample.more.CUDA": "12.*", "sample.show()": "*mkl", "len(sample.none)": "1", "' sm_70   '": "sm_80"}
+    expect = Expectation(imports=("sample.more",), says=says)
+    assert found(verify.verify(path, expect, environment=environment), "answers") == [
+        ("pass", "sample.more.CUDA is 12.8"),
+        ("pass", f"sample.show() is {CONFIGURED.split(chr(34))[1]}"),
+        ("fail", "len(sample.none) is \"AttributeError: module 'sample' has no attribute 'none'\", not '1'"),
+        ("fail", "' sm_70   ' is 'sm_70', not 'sm_80'"),
+    ]
+    assert only(verify.verify(path, expect), "answers")[0] == "note"
 
 
 def test_the_report_shows_every_finding(monkeypatch):

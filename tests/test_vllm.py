@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from uv import find_uv_bin
 
-from voltforge import files, tree, wheel
+from voltforge import environment, files, tree, wheel
 from voltforge.checkout import Settings
 from voltforge.environment import Environment, create, unmet
 from voltforge.fetch import Artifact
@@ -42,7 +42,9 @@ def pipeline(repository: Path) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def receipt(pipeline: Pipeline) -> dict[str, dict[str, object]]:
-    found: dict[str, dict[str, object]] = json.loads(pipeline.wheelhouse.receipt("vllm").read_text())
+    found: dict[str, dict[str, object]] = json.loads(
+        pipeline.wheelhouse.receipt("vllm", environment.python_tag()).read_text()
+    )
     return found
 
 

@@ -304,8 +304,28 @@ def test_holds_sees_a_wheel_that_is_gone_or_changed_and_a_page_that_is_gone(tmp_
     assert not one.holds(kept)
 
 
-def test_receipts_are_kept_by_project(tmp_path):
-    assert Wheelhouse(tmp_path).receipt("thing") == tmp_path / "receipts" / "thing.json"
+def test_receipts_are_kept_by_project_and_python(tmp_path):
+    assert Wheelhouse(tmp_path).receipt("thing", "cp311") == tmp_path / "receipts" / "thing-cp311.json"
+
+
+def test_a_wheel_for_another_python_stays_beside_that_of_this_one(tmp_path):
+    mine = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    made = [
+        wheel(tmp_path / str(number), version, tag=f"{tag}-{tag}-linux_x86_64")
+        for number, (version, tag) in enumerate([("1.0", mine), ("1.0", "cp39"), ("2.0", "cp39"), ("2.0", mine)])
+    ]
+    one = house(tmp_path / "ours", *made)
+    assert {path.name for path in one.path.glob("*.whl")} == {made[2].name, made[3].name}
+    page = (one.path / "simple/thing/index.html").read_text()
+    assert all((name in page) == (one.path / name).exists() for name in (path.name for path in made))
+
+
+def test_receipts_of_wheels_that_are_no_more_go_with_them(tmp_path):
+    one = Wheelhouse(tmp_path / "ours")
+    for version, name in (("1.0", "thing"), ("1.0", "other"), ("2.0", "thing")):
+        kept = one.add(wheel(tmp_path / "made", version, name=name))
+        files.write_json(one.receipt(name, f"cp{version[0]}"), {"results": kept})
+    assert {path.name for path in (one.path / "receipts").iterdir()} == {"other-cp1.json", "thing-cp2.json"}
 
 
 def test_what_is_no_wheel_does_not_come_in(tmp_path):

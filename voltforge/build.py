@@ -13,7 +13,7 @@ from voltforge import console, files
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
 from voltforge.process import ProgramFailed, Usage, run
-from voltforge.recipe import Recipe
+from voltforge.recipe import SourceRecipe
 from voltforge.sandbox import Sandbox
 from voltforge.toolchain import Toolchain
 from voltforge.tree import Tree, sync
@@ -51,7 +51,7 @@ class Built:
     usage: Usage
 
 
-def variables(recipe: Recipe, tree: Tree, toolchain: Toolchain, places: Mapping[str, Path]) -> dict[str, str]:
+def variables(recipe: SourceRecipe, tree: Tree, toolchain: Toolchain, places: Mapping[str, Path]) -> dict[str, str]:
     """The whole environment of a build, but for the number of jobs: nothing else reaches it.
 
     ``places`` says where the build sees its ``tree``, ``environment``, ``toolchain`` and ``home``. Every path is
@@ -88,12 +88,12 @@ def variables(recipe: Recipe, tree: Tree, toolchain: Toolchain, places: Mapping[
         "CXXFLAGS": " ".join(mapped),
         # The toolkit has no static runtime; nvcc's temporary files get names that do not carry its process id.
         "CUDAFLAGS": " ".join(["-cudart=shared", "--objdir-as-tempdir", *(f"-Xcompiler={flag}" for flag in mapped)]),
-        **recipe.build.variables(cuda=toolchain.tag, **recipe.variables),
+        **recipe.build.variables(cuda=toolchain.tag, site=str(site), **recipe.variables),
     }
 
 
 def compile(
-    recipe: Recipe, tree: Tree, environment: Environment, toolchain: Toolchain,
+    recipe: SourceRecipe, tree: Tree, environment: Environment, toolchain: Toolchain,
     *, sandbox: Sandbox, jobs: int, work: Path, log: Path,
 ) -> Built:  # fmt: skip
     """Compile ``tree`` to a wheel in ``work``, which keeps the objects: a killed or repeated build goes on there.

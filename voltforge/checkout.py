@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from voltforge.fetch import Store
+from voltforge.recipe import CHOICES
 from voltforge.wheelhouse import Wheelhouse
 
 
@@ -22,8 +23,17 @@ class Settings:
     """auto, require or off."""
     file: str = ""
     """A wheel, for ``verify`` and ``thin``."""
+    torch: str = CHOICES["torch"]
+    """How PyTorch is made: source, or thin (of the stock wheel)."""
+    cudnn: str = CHOICES["cudnn"]
+    """0 for a PyTorch from source without cuDNN."""
     arch: str = "7.0"
     """Architectures that ``thin`` keeps, as in TORCH_CUDA_ARCH_LIST: ``7.0``, or ``9.0;9.0a``."""
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """Those that recipes can depend on."""
+        return {name: getattr(self, name) for name in CHOICES}
 
 
 @dataclass(frozen=True)

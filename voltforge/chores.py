@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from voltforge import console, environment, thin, verify
+from voltforge import console, environment, thin, verify, wheel
 from voltforge.errors import VoltforgeError
 from voltforge.files import size
 from voltforge.pipeline import Pipeline
@@ -46,7 +46,7 @@ def thin_wheel(pipeline: Pipeline) -> None:
         what = f"there is no {path}" if pipeline.settings.file else "no wheel is named"
         raise VoltforgeError(what, hint="./doit thin file=PATH.whl arch=7.0")
     console.step(f"thin {path.name} to {', '.join(archs)}")
-    made = thin.thin_wheel(path, pipeline.scratch / "thin", archs)
+    made = thin.thin_wheel(path, pipeline.scratch / "thin", archs, special=pipeline.thin(wheel.Wheel.read(path).name))
     before, after = path.stat().st_size, made.stat().st_size
     console.note(f"{made.relative_to(pipeline.root)}, {size(after)} of {size(before)}")
 

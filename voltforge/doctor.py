@@ -18,6 +18,7 @@ from voltforge.errors import VoltforgeError
 from voltforge.files import size
 from voltforge.pipeline import Pipeline
 from voltforge.process import ProgramFailed, run
+from voltforge.recipe import SourceRecipe
 
 PYTHONS = ((3, 10), (3, 13))
 """The oldest and the newest Python that vLLM 0.12.0 and PyTorch 2.9.0 both have."""
@@ -107,6 +108,8 @@ def _memory(pipeline: Pipeline) -> Iterator[Check]:
     state = "ok" if free >= MEMORY else "note"
     yield Check("memory", state, f"{size(free)} free of {size(psutil.virtual_memory().total)}")
     for recipe in pipeline.recipes.values():
+        if not isinstance(recipe, SourceRecipe):
+            continue
         count, why = jobs.count("", recipe.build.memory_per_job)
         yield Check(
             "jobs", "ok", f"{recipe.name}: {count} at once on {jobs.cores()} cores ({why}); jobs=N decides otherwise"
@@ -144,7 +147,7 @@ def _index(pipeline: Pipeline) -> Iterator[Check]:
         yield Check("package index", "note", "VOLTFORGE_OFFLINE is set: it is never asked")
         return
     for recipe in pipeline.recipes.values():
-        source = recipe.source
+        source = pipeline.package(recipe).source
         if source.index:
             try:
                 pipeline.store.indexes.find(source.index, source.file)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from packaging import tags
 from uv import find_uv_bin
 
 from voltforge import console, files
@@ -51,6 +52,11 @@ class Environment:
 def interpreter() -> str:
     """Which Python environments are made with: the one that runs, as ``cpython-3.11.7``."""
     return f"{platform.python_implementation().lower()}-{platform.python_version()}"
+
+
+def python_tag() -> str:
+    """The same as wheels' tags have it (PEP 425): ``cp311``."""
+    return f"{tags.interpreter_name()}{tags.interpreter_version()}"
 
 
 def create(lock: Path, path: Path, indexes: Indexes, *, offline: bool = False) -> Environment:

@@ -12,10 +12,12 @@ from typing import Any
 
 from voltforge import console, files, toolchain, verify, wheel
 from voltforge.checkout import Checkout, Settings
+from voltforge.compiled import Compiled
 from voltforge.errors import VoltforgeError
 from voltforge.package import Package
-from voltforge.recipe import CudaRecipe, Recipe, load_all, load_cuda
+from voltforge.recipe import CudaRecipe, SourceRecipe, Thin, ThinRecipe, load, load_all, load_cuda
 from voltforge.stage import Stage, Values
+from voltforge.thinned import Thinned
 
 STAGES = ("fetch", "tree", "toolchain", "environment", "build", "check", "wheels")
 """In the order that the data takes."""
@@ -25,7 +27,7 @@ STAGES = ("fetch", "tree", "toolchain", "environment", "build", "check", "wheels
 class Pipeline(Checkout):
     """A checkout with its recipes, and the stages for them."""
 
-    recipes: Mapping[str, Recipe] = field(default_factory=dict)
+    recipes: Mapping[str, SourceRecipe | ThinRecipe] = field(default_factory=dict)
     cuda: CudaRecipe = field(kw_only=True)
 
     @classmethod
@@ -34,12 +36,22 @@ class Pipeline(Checkout):
 
         Raises:
             RecipeError: one of its recipes cannot be used.
+            VoltforgeError: no recipe has what the settings choose.
         """
-        return cls(root, settings, load_all(root / "recipes"), cuda=load_cuda(root / "recipes" / "cuda.toml"))
+        recipes = load_all(root / "recipes", settings.choices)
+        return cls(root, settings, recipes, cuda=load_cuda(root / "recipes" / "cuda.toml"))
 
-    def package(self, recipe: Recipe) -> Package:
+    def package(self, recipe: SourceRecipe | ThinRecipe) -> Package:
         """The stages of one recipe."""
-        return Package(self, recipe, self.toolchain)
+        if isinstance(recipe, ThinRecipe):
+            return Thinned(self, recipe, self.toolchain)
+        return Compiled(self, recipe, self.toolchain)
+
+    def thin(self, name: str) -> Thin:
+        """What a project's wheel needs beyond what thinning does to every wheel, whatever is built of it here."""
+        path = self.root / "recipes" / f"{name}-thin.toml"
+        recipe = load(path) if path.exists() else None
+        return recipe.thin if isinstance(recipe, ThinRecipe) else Thin()
 
     @cached_property
     def toolchain(self) -> Stage:

@@ -24,8 +24,15 @@ else:
     import tomli as tomllib
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-PLACEHOLDERS = ("version", "arch", "cuda")
-"""What ``{…}`` in a build variable may name: the recipe's version and archs, the toolkit's tag (``cu124``)."""
+PLACEHOLDERS = ("version", "arch", "cuda", "site")
+"""What ``{…}`` in a build variable may name.
+
+The recipe's version and archs, the toolkit's tag (``cu124``), and where the build sees its own site-packages.
+"""
+CHOICES = {"torch": "source", "cudnn": "1"}
+"""What a person may choose of the recipes, as ``name=value``, with what is taken if nothing is said."""
+SOURCE = "source"
+"""The variant of a package that is compiled; others have their name in the recipe's file name: ``torch-thin.toml``."""
 
 
 class RecipeError(VoltforgeError):
@@ -105,7 +112,10 @@ Setting = Annotated[str, Field(pattern=r"^[^=\x00]+$")]
 Word = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 """What a program can be given on its command line."""
 Template = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(_template)]
-"""The value of a variable, in which ``{version}``, ``{arch}`` and ``{cuda}`` stand for something."""
+"""The value of a variable, in which the :data:`PLACEHOLDERS` stand for something."""
+Symbol = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Runpath = Mapping[Pattern, tuple[Annotated[str, Field(pattern=r"^\$ORIGIN(/|$)")], ...]]
+"""RUNPATH entries by the pattern of the binary's path in the wheel; each begins with ``$ORIGIN``."""
 
 
 class Section(BaseModel):
@@ -129,6 +139,11 @@ class Source(Section):
     pool: Annotated[RelativePath, Field(pattern=r"^pool/\S+$")] | None = None
     """A path in the archive of the Linux distribution, on whatever mirror the machine is configured for."""
 
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """The git commit that it was made of, for the receipt."""
+    otherwise: str = ""
+    """What to say besides where it cannot be had."""
+
     @model_validator(mode="after")
     def _has_one_place(self) -> Source:
         if sum(place is not None for place in (self.index, self.url, self.pool)) != 1:
@@ -138,7 +153,7 @@ class Source(Section):
     @property
     def artifact(self) -> Artifact:
         """The file as :mod:`voltforge.fetch` asks for it."""
-        return Artifact(**self.model_dump())
+        return Artifact(**self.model_dump(exclude={"commit", "otherwise"}))
 
 
 class Build(Section):
@@ -147,7 +162,9 @@ class Build(Section):
     lock: RelativePath
     """The hash-locked environment that it is compiled in, relative to the recipe."""
     env: Mapping[Variable, Template] = {}
-    """Variables for the build; ``{version}``, ``{arch}`` and ``{cuda}`` are filled in."""
+    """Variables for the build; the :data:`PLACEHOLDERS` are filled in."""
+    options: tuple[Pattern, ...] = ()
+    """Files of the source, as patterns, that declare its variables; one that none declares is refused."""
     config_settings: Mapping[Setting, Word] = {}
     """Settings for the build backend (PEP 517), as ``pip --config-settings`` has them."""
     memory_per_job: Size = _bytes("1.5 GiB")
@@ -161,8 +178,42 @@ class Build(Section):
 class Finish(Section):
     """What is done to the wheel once it is compiled."""
 
-    runpath: Mapping[Pattern, tuple[Annotated[str, Field(pattern=r"^\$ORIGIN(/|$)")], ...]] = {}
-    """RUNPATH entries by the pattern of the extension's name; each begins with ``$ORIGIN``."""
+    runpath: Runpath = {}
+    """RUNPATH entries by the pattern of the binary's path."""
+
+
+class Stub(Section):
+    """A library that is replaced by one that exports as much as the wheel's binaries import, and does nothing."""
+
+    folder: RelativePath
+    """Where in the wheel it goes: where the importing binaries' run path finds it."""
+    why: str
+    """What is said when a function is called that has no answer, as the rest of a sentence about the library."""
+    prefix: str = ""
+    """How the names that are imported from it begin; of a library in the wheel itself they are known without."""
+    answers: Mapping[Symbol, int] = {}
+    """Functions that return this instead of ending the program."""
+    since: Arch | None = None
+    """The capability from which on it has code: it stays if such an arch is asked for."""
+    requirement: Name | None = None
+    """The project that the wheel no longer requires."""
+    lines: Mapping[RelativePath, str] = {}
+    """A line that goes from a text file, spaces around it aside, by the file's path; it must be there once."""
+
+
+class Thin(Section):
+    """What one project's wheel needs beyond what thinning does to every wheel."""
+
+    drop: tuple[Pattern, ...] = ()
+    """Files that go, as patterns of their paths; each must be there."""
+    stubs: Mapping[Pattern, Stub] = {}
+    """By SONAME."""
+    version: RelativePath | None = None
+    """The Python file that has ``__version__``."""
+    arch_list: RelativePath | None = None
+    """The binary that has the list of archs as a string, with spaces between them."""
+    runpath: Runpath = {}
+    """RUNPATH entries by the pattern of the binary's path."""
 
 
 class Expect(Section):
@@ -182,26 +233,31 @@ class Expect(Section):
     """Modules that must import in a fresh environment, without a GPU."""
     ops: RelativePath | None = None
     """A file of torch operators, a ``namespace::name`` a line, that those imports must register."""
+    config: str | None = None
+    """A Python expression whose text has ``NAME=VALUE`` pairs: variables of the build among them must agree."""
+    says: Mapping[str, str] = {}
+    """Python expressions, with the pattern (as fnmatch(3) has them) that the text of their value must match."""
     max_size: Size | None = None
     """The largest that it may be, with a unit."""
 
 
 class Recipe(Section):
-    """One package: where its source is, how it is built, what the wheel must be."""
+    """One package: what the wheel must be. Where it comes from is said by one of the two kinds of recipe."""
 
     name: Name
     version: VersionText
+    variant: Annotated[str, Field(pattern=r"^[a-z]+$")] = SOURCE
+    """One of several ways to the same package; ``<name>=<variant>`` on the command line picks it."""
     summary: str = ""
     """A sentence for ``./doit list``."""
     arch: tuple[Arch, ...] = ()
     """Compute capabilities of the device code; empty for a package without any."""
-    source: Source
-    build: Build
-    finish: Finish = Finish()
     expect: Expect
 
     path: Path = Field(exclude=True)
     """Where it was read from."""
+    conditions: tuple[str, ...] = Field(default=(), exclude=True)
+    """The choices that change it: ``cudnn=0``."""
 
     @property
     def variables(self) -> dict[str, str]:
@@ -211,6 +267,23 @@ class Recipe(Section):
     def beside(self, relative: str) -> Path:
         """A file that the recipe names, relative to itself."""
         return self.path.parent / relative
+
+
+class SourceRecipe(Recipe):
+    """A package that is compiled: where its source is and how it is built."""
+
+    source: Source
+    build: Build
+    finish: Finish = Finish()
+
+
+class ThinRecipe(Recipe):
+    """A package that is a stock wheel without the device code of other archs."""
+
+    arch: Annotated[tuple[Arch, ...], Field(min_length=1)]
+    wheels: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """The stock wheel for each Python."""
+    thin: Thin = Thin()
 
 
 class Provision(Section):
@@ -238,25 +311,49 @@ class CudaRecipe(Section):
         return self.path.parent / relative
 
 
-Model = TypeVar("Model", Recipe, CudaRecipe)
+Model = TypeVar("Model", SourceRecipe, ThinRecipe, CudaRecipe)
 
 
-def load(path: Path) -> Recipe:
-    """The package recipe at ``path``.
+def load(path: Path, choices: Mapping[str, str] = CHOICES) -> SourceRecipe | ThinRecipe:
+    """The package recipe at ``path``, with the tables of ``[when]`` that hold for ``choices`` laid over it.
 
     Raises:
-        RecipeError: the file cannot be read, is not TOML, or breaks a rule; it names every key at fault.
+        RecipeError: the file cannot be read, is not TOML, or breaks a rule, be it only with other choices; it names
+            every key at fault.
     """
-    recipe = _load(Recipe, path)
-    named = {"build.lock": recipe.build.lock, "expect.lock": recipe.expect.lock, "expect.ops": recipe.expect.ops}
-    misnamed = f"name: is {recipe.name!r}, but the file is called {path.name}" if recipe.name != path.stem else ""
-    _refuse(path, [*filter(None, [misnamed]), *_absent(recipe, named)])
-    return recipe
+    data = _read(path)
+    when = data.pop("when", {})
+    _refuse(path, _misconditioned(when))
+    data["conditions"] = tuple(when)
+    plain = _package(path, data)
+    for condition, table in when.items():
+        _package(path, _laid_over(data, table), f"when.{condition}.")
+        if condition in {f"{name}={value}" for name, value in choices.items()}:
+            plain = _package(path, data := _laid_over(data, table))
+    return plain
+
+
+def load_all(folder: Path, choices: Mapping[str, str] = CHOICES) -> dict[str, SourceRecipe | ThinRecipe]:
+    """The package recipes of a folder that ``choices`` pick, by the project's name, in alphabetical order.
+
+    Raises:
+        RecipeError: for the first file with problems, naming all of its problems.
+        VoltforgeError: a choice that no recipe has.
+    """
+    everything = [load(path, choices) for path in sorted(folder.glob("*.toml")) if path.stem != "cuda"]
+    picked = {one.name: one for one in everything if one.variant == choices.get(one.name, SOURCE)}
+    used = {choice for one in picked.values() for choice in (f"{one.name}={one.variant}", *one.conditions)}
+    for name, value in choices.items():
+        if value != CHOICES.get(name) and f"{name}={value}" not in used:
+            offered = [f"{one.name}={one.variant}" for one in everything if one.name in CHOICES]
+            offered += [f"{choice} with {one.name}={one.variant}" for one in everything for choice in one.conditions]
+            raise VoltforgeError(f"{name}={value} changes no recipe", hint=", ".join(offered) or "leave it out")
+    return picked
 
 
 def load_cuda(path: Path) -> CudaRecipe:
     """The toolkit recipe at ``path``; raises as :func:`load` does."""
-    recipe = _load(CudaRecipe, path)
+    recipe = _checked(CudaRecipe, path, _read(path))
     low, high = Version(recipe.at_least), Version(recipe.below)
     provisions = {"redist": recipe.redist, "distro": recipe.distro}
     problems = [] if low < high else [f"below: is {high}, which is not above at_least, {low}"]
@@ -269,28 +366,56 @@ def load_cuda(path: Path) -> CudaRecipe:
     return recipe
 
 
-def load_all(folder: Path) -> dict[str, Recipe]:
-    """Every package recipe of a folder by its name, in alphabetical order.
-
-    Raises:
-        RecipeError: for the first file with problems, naming all of its problems.
-    """
-    return {path.stem: load(path) for path in sorted(folder.glob("*.toml")) if path.stem != "cuda"}
-
-
-def _load(model: type[Model], path: Path) -> Model:
+def _read(path: Path) -> dict[str, Any]:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(path, [f"cannot be read: {error.strerror}"]) from error
     except (ValueError, RecursionError) as error:  # TOML's own, not UTF-8, a number of 5,000 digits, 1,000 brackets
         raise RecipeError(path, [f"is not TOML: {error}"]) from error
-    if "path" in data:
-        raise RecipeError(path, ["path: is not a key of a recipe"])
+    _refuse(path, [f"{key}: is not a key of a recipe" for key in ("path", "conditions") if key in data])
+    return data
+
+
+def _checked(model: type[Model], path: Path, data: Mapping[str, Any], prefix: str = "") -> Model:
     try:
         return model.model_validate({**data, "path": path})
     except ValidationError as error:
-        raise RecipeError(path, [_said(problem) for problem in error.errors()]) from error
+        raise RecipeError(path, [prefix + _said(problem) for problem in error.errors()]) from error
+
+
+def _package(path: Path, data: Mapping[str, Any], prefix: str = "") -> SourceRecipe | ThinRecipe:
+    recipe: SourceRecipe | ThinRecipe
+    if "wheels" in data:
+        recipe = _checked(ThinRecipe, path, data, prefix)
+    else:
+        recipe = _checked(SourceRecipe, path, data, prefix)
+    named = {"expect.lock": recipe.expect.lock, "expect.ops": recipe.expect.ops}
+    if isinstance(recipe, SourceRecipe):
+        named = {"build.lock": recipe.build.lock, **named}
+    plain = recipe.variant == SOURCE
+    key, stem = ("name", recipe.name) if plain else ("name and variant", f"{recipe.name}-{recipe.variant}")
+    misnamed = f"{key}: is {stem!r}, but the file is called {path.name}" if stem != path.stem else ""
+    _refuse(path, [prefix + problem for problem in [*filter(None, [misnamed]), *_absent(recipe, named)]])
+    return recipe
+
+
+def _laid_over(data: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` with the keys of ``table`` in place of its own; tables are laid over each other, all else replaced."""
+    laid = {key: _laid_over(data[key], value) if isinstance(value, dict) and isinstance(data.get(key), dict) else value
+            for key, value in table.items()}  # fmt: skip
+    return {**data, **laid}
+
+
+def _misconditioned(when: Any) -> list[str]:
+    if not isinstance(when, dict):
+        return ["when: is not a table of tables"]
+    known = " or ".join(f"{name}=…" for name in CHOICES)
+    return [
+        f"when.{condition}: is not a table under a choice ({known})"
+        for condition, table in when.items()
+        if condition.count("=") != 1 or condition.split("=")[0] not in CHOICES or not isinstance(table, dict)
+    ]
 
 
 def _refuse(path: Path, problems: list[str]) -> None:

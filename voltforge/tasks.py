@@ -75,9 +75,10 @@ def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
 
 
 def each(pipeline: Pipeline, kind: str) -> Iterator[dict[str, Any]]:
-    """A task for every package's stage of that kind."""
+    """A task for every package that has a stage of that kind."""
     for recipe in pipeline.recipes.values():
-        yield {**of(pipeline.package(recipe).stage(kind)), "name": recipe.name, "doc": recipe.summary}
+        if stage := pipeline.package(recipe).stages().get(kind):
+            yield {**of(stage), "name": recipe.name, "doc": recipe.summary}
 
 
 def of(stage: Stage) -> dict[str, Any]:

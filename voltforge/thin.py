@@ -1,7 +1,7 @@
 """A wheel with every device image removed but those of the archs that are asked for.
 
 For any wheel: its binaries with device code are thinned (see :mod:`voltforge.fatbin`), all are stripped, its version
-gets a local part that says so. What a project needs beyond that is data: :data:`STEPS`.
+gets a local part that says so. What a project needs beyond that stands in its recipe.
 Libraries of NVIDIA's are never changed, for their licence does not allow it.
 """
 
@@ -11,11 +11,9 @@ import calendar
 import hashlib
 import mmap
 import re
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -26,11 +24,10 @@ from packaging.version import Version
 from voltforge import console, cubin, elf, files
 from voltforge.elf import Elf
 from voltforge.errors import VoltforgeError, listed
-from voltforge.fatbin import ThinError, Thinned, thin_binary
+from voltforge.fatbin import ThinError, thin_binary
 from voltforge.process import run
-from voltforge.wheel import Wheel, members, normalise, unpack
-
-__all__ = ["STEPS", "Steps", "Stub", "ThinError", "Thinned", "make_stub", "thin_binary", "thin_wheel"]
+from voltforge.recipe import Stub, Thin
+from voltforge.wheel import Wheel, members, normalise, set_runpaths, unpack
 
 NVIDIA = (
     "libcuda[.-]*", "libcudart[.-]*", "libcublas*", "libcudnn*", "libcufft*", "libcufile*", "libcupti*", "libcurand*",
@@ -57,76 +54,8 @@ _DATA = ("_ZTI", "_ZTS", "_ZTT", "_ZTV", "_ZGV")
 _ALLOCATED = 2
 """SHF_ALLOC: what a program has in memory (elf(5))."""
 _ARCH_LIST = re.compile(rb"(?:(?:sm|compute)_\d+[af]? )+(?:sm|compute)_\d+[af]?(?=\0)")
+_PLAIN = Thin()
 _VERSION_LINE = re.compile(r"^(__version__ = )(['\"]).*\2$", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Stub:
-    """A library that is replaced by one that exports as much as the wheel's binaries import, and does nothing."""
-
-    folder: str
-    """Where in the wheel it goes: where the importing binaries' run path finds it."""
-    why: str
-    """What is said when a function is called that has no answer, as the rest of a sentence about the library."""
-    prefix: str = ""
-    """How the names that are imported from it begin; of a library in the wheel itself they are known without."""
-    answers: Mapping[str, int] = field(default_factory=dict)
-    """Functions that return this instead of ending the program."""
-    since: int = sys.maxsize
-    """The capability, times ten, from which on it has code: it stays if such an arch is asked for."""
-    requirement: str = ""
-    """The project that the wheel no longer requires."""
-    lines: Mapping[str, str] = field(default_factory=dict)
-    """A line that goes from a text file, spaces around it aside, by the file's path; it must be there once."""
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What one project's wheel needs beyond what every wheel gets."""
-
-    drop: tuple[str, ...] = ()
-    """Files that go, as patterns of their paths; each must be there."""
-    stubs: Mapping[str, Stub] = field(default_factory=dict)
-    """By SONAME."""
-    version: str = ""
-    """The Python file that has ``__version__``."""
-    arch_list: str = ""
-    """The binary that has the list of archs as a string, with spaces between them."""
-
-
-STEPS: Mapping[str, Steps] = {
-    "torch": Steps(
-        # The same program twice; cmake files and users name the plain one.
-        drop=("torch/bin/protoc-*",),
-        # The lines are of what torch loads by hand where its run path finds no CUDA library: it gives up if one of
-        # them is missing.
-        stubs={
-            # cuSPARSELt 0.7.1 has code for 8.0 and later. torch calls cusparseLtInit before anything else and raises a
-            # RuntimeError for what it returns: 10 is CUSPARSE_STATUS_NOT_SUPPORTED of cusparse.h.
-            "libcusparseLt.so.0": Stub(
-                folder="torch/lib",
-                why="which has no code for this GPU and is left out",
-                prefix="cusparseLt",
-                answers={"cusparseLtInit": 10},
-                since=80,
-                requirement="nvidia-cusparselt-cu12",
-                lines={"torch/__init__.py": '"cusparselt": "libcusparseLt.so.*[0-9]",'},
-            ),
-            # Its device code is relocatable, which cannot be thinned, and the library behind it weighs 180 MB. torch
-            # asks is_nvshmem_available() before it uses anything of it, and has other ways for all that it does.
-            "libtorch_nvshmem.so": Stub(
-                folder="torch/lib",
-                why="which is left out together with NVSHMEM",
-                answers={"_ZN4c10d17nvshmem_extension20is_nvshmem_availableEv": 0},
-                requirement="nvidia-nvshmem-cu12",
-                lines={"torch/__init__.py": '"nvshmem": "libnvshmem_host.so.*[0-9]",'},
-            ),
-        },
-        version="torch/version.py",
-        arch_list="torch/lib/libtorch_python.so",
-    ),
-}
-"""By normalised project name. cuFile stays a requirement of torch: it serves Volta too, and weighs 3 MB."""
 
 
 def thin_wheel(
@@ -135,7 +64,7 @@ def thin_wheel(
     archs: Sequence[str],
     *,
     drop_foreign: bool = False,
-    steps: Mapping[str, Steps] = STEPS,
+    special: Thin = _PLAIN,
 ) -> Path:
     """Write ``wheel``, thinned to ``archs``, into ``out_dir``; equal wheels give equal bytes.
 
@@ -147,7 +76,7 @@ def thin_wheel(
         archs: as recipes have them: ``7.0``, ``9.0a``, ``7.0+PTX``.
         drop_foreign: leave out binaries and containers that have device code, but none for ``archs``; else they are an
             error.
-        steps: what single projects need.
+        special: what this project needs beyond what every wheel gets.
 
     Raises:
         ThinError: one of its binaries cannot be thinned; it names all of them.
@@ -157,9 +86,8 @@ def thin_wheel(
     stock = Wheel.read(wheel)
     if stock.name.startswith("nvidia-"):
         raise ThinError(wheel, "is NVIDIA's own, and its licence does not allow it to be changed")
-    special = steps.get(stock.name, Steps())
     highest = max(map(cubin.capability, names))
-    stubs = {soname: stub for soname, stub in special.stubs.items() if stub.since > highest}
+    stubs = {soname: stub for soname, stub in special.stubs.items() if not stub.since or _tens(stub.since) > highest}
     version = _version(stock.version, archs)
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".thin-", dir=out_dir) as scratch:
@@ -168,6 +96,7 @@ def thin_wheel(
         _drop(wheel, folder, special.drop)
         _replace_libraries(wheel, folder, stubs)
         _thin_binaries(wheel, folder, archs, drop_foreign)
+        set_runpaths(folder, special.runpath)
         for stub in stubs.values():
             for name, line in stub.lines.items():
                 _drop_line(wheel, folder, name, line)
@@ -327,6 +256,11 @@ def _tell_archs(wheel: Path, folder: Path, name: str, names: frozenset[str]) -> 
         if not kept:
             raise ThinError(wheel, f"lists none of the asked archs in {name}: {listed_archs.decode()}")
         content[begin : begin + len(listed_archs)] = b" ".join(kept).ljust(len(listed_archs))
+
+
+def _tens(arch: str) -> int:
+    """``7.0`` as 70."""
+    return int(arch.replace(".", ""))
 
 
 def _version(version: Version, archs: Iterable[str]) -> Version:

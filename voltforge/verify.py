@@ -30,10 +30,13 @@ DRIVER = "libcuda.so.1"
 PATIENCE = 600.0
 """Seconds that a program asked about the environment may take; a first import of torch from a cold disk takes 60."""
 
-_PRIVATE = re.compile(rb"/(?:home|root|tmp|var/tmp)/[\w.+/-]+\.(?:c|cc|cpp|cxx|cu|cuh|h|hpp|hxx|inl)(?![\w.+/-])")
+_PRIVATE = re.compile(
+    rb"/(?:home|root|tmp|var/tmp)/(?![\w.+/-]*XXXXXX)[\w.+/-]+\.(?:c|cc|cpp|cxx|cu|cuh|h|hpp|hxx|inl)(?![\w.+/-])"
+)
 """Names of source files in somebody's own folders, as ``__FILE__`` leaves them in a binary.
 
-A folder alone is no sign of a leak: NCCL, for one, means ``/tmp/nccl-XXXXXX`` at run time.
+A folder alone is no sign of a leak, nor is a template of mkstemps(3): NCCL means ``/tmp/nccl-XXXXXX`` at run time, and
+PyTorch's fuser ``/tmp/pytorch_fuserXXXXXX.cpp``.
 """
 _SHOWN = 3
 """How many examples a finding names."""
@@ -58,6 +61,21 @@ import torch
 pathlib.Path(sys.argv[1]).write_text(json.dumps(torch._C._dispatch_get_all_op_names()))
 os._exit(0)
 """
+_ANSWERS = """
+import importlib, json, os, pathlib, sys
+names = {}
+for module in sys.argv[2].split():
+    importlib.import_module(module)
+    names[module.split(".")[0]] = sys.modules[module.split(".")[0]]
+def answer(expression):
+    try:
+        return [True, str(eval(expression, names))]
+    except Exception as problem:
+        return [False, f"{type(problem).__name__}: {problem}"]
+pathlib.Path(sys.argv[1]).write_text(json.dumps([answer(expression) for expression in sys.argv[3:]]))
+os._exit(0)
+"""
+_ON, _OFF = ("1", "ON", "TRUE", "YES", "Y"), ("0", "OFF", "FALSE", "NO", "N")
 _ABOUT = """
 import json, sys, sysconfig
 print(json.dumps([sys.executable, sysconfig.get_path("platlib")]))
@@ -103,6 +121,12 @@ class Expectation:
     """Modules that must import where it is installed: ``vllm._C``."""
     ops: tuple[str, ...] = ()
     """PyTorch operators that these modules must register: ``_C::rms_norm``."""
+    config: str | None = None
+    """A Python expression whose text has the configuration, as ``NAME=VALUE``: ``torch.__config__.show()``."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """The variables of the build, with which the configuration must agree on those that it names."""
+    says: Mapping[str, str] = field(default_factory=dict)
+    """Python expressions, and the patterns that the texts of their values must match."""
     provided: tuple[str, ...] = PROVIDED
     """Patterns of SONAMEs that other wheels and the driver bring."""
 
@@ -432,6 +456,43 @@ def check_imports(subject: Subject) -> Iterator[Finding]:
         yield from _operators(subject, environment)
 
 
+def check_config(subject: Subject) -> Iterator[Finding]:
+    """Where it is installed, its own account of its configuration agrees with the variables of its build."""
+    expression, wanted = subject.expect.config, subject.expect.variables
+    if not expression or not subject.environment:
+        return
+    answers, problem = _answers(subject, subject.environment, [expression])
+    if problem or not answers[0][0]:
+        yield Finding("configuration", "fail", problem or f"{expression}: {answers[0][1]}")
+        return
+    told = dict(re.findall(r"\b([A-Z][A-Z0-9_]*)=([^\s,;]*)", answers[0][1]))
+    both = sorted(wanted.keys() & told.keys())
+    problems = [f"it says {name}={told[name]}, and was built with {wanted[name]}" for name in both
+                if _switch(told[name]) != _switch(wanted[name])]  # fmt: skip
+    if not both:
+        problems = [f"{expression} names none of the variables of its build"]
+    yield from _judged("configuration", problems, f"{len(both)} variables as in the recipe: {', '.join(both)}")
+
+
+def check_answers(subject: Subject) -> Iterator[Finding]:
+    """Where it is installed, what it says of itself is what the recipe promises."""
+    says = subject.expect.says
+    if not says:
+        return
+    if not subject.environment:
+        yield Finding("answers", "note", "not checked: it needs an environment with the wheel installed")
+        return
+    answers, problem = _answers(subject, subject.environment, list(says))
+    if problem:
+        yield Finding("answers", "fail", problem)
+        return
+    for (expression, pattern), (fine, answer) in zip(says.items(), answers, strict=True):
+        if not fine or not fnmatchcase(answer.strip(), pattern):
+            yield Finding("answers", "fail", f"{expression} is {answer.strip()[:300]!r}, not {pattern!r}")
+        else:
+            yield Finding("answers", "pass", f"{expression} is {answer.strip()[:300]}")
+
+
 CHECKS: tuple[Check, ...] = (
     check_record,
     check_tag,
@@ -445,6 +506,8 @@ CHECKS: tuple[Check, ...] = (
     check_stripped,
     check_symbols,
     check_imports,
+    check_config,
+    check_answers,
 )
 """All checks, from what needs least to what needs most."""
 
@@ -472,6 +535,23 @@ def _operators(subject: Subject, environment: Environment) -> Iterator[Finding]:
         yield Finding(
             "operators", "note", f"{len(mine - wanted)} more are registered: {_several(sorted(mine - wanted))}"
         )
+
+
+def _answers(
+    subject: Subject, environment: Environment, expressions: Sequence[str]
+) -> tuple[list[tuple[bool, str]], str]:
+    """The values of expressions in the environment as text, each with whether it has one, or what went wrong."""
+    with tempfile.TemporaryDirectory(prefix="voltforge-") as name:
+        answer = Path(name) / "answers.json"
+        modules = " ".join(subject.expect.imports)
+        if problem := _ask(subject, environment, _ANSWERS, str(answer), modules, *expressions):
+            return [], problem
+        return [(fine, text) for fine, text in json.loads(answer.read_bytes())], ""
+
+
+def _switch(value: str) -> bool | str:
+    """A variable's value as CMake takes it (cmake-language(7)), so that ``1`` and ``ON`` are the same."""
+    return value.upper() in _ON if value.upper() in _ON + _OFF else value
 
 
 def _ask(subject: Subject, environment: Environment, script: str, *words: str) -> str:

@@ -266,19 +266,26 @@ def finish(
     with tempfile.TemporaryDirectory(prefix="voltforge-") as name:
         folder = Path(name) / "wheel"
         unpack(path, folder)
-        binaries = [file for file in sorted(members(folder)) if elf.is_binary(folder / file)]
-        wanted = {
-            file: entries for pattern, entries in runpath.items() for file in _matching(folder, pattern, binaries)
-        }
-        for file in binaries:
+        for file in _binaries(folder):
             elf.strip(folder / file)
-            if file in wanted:
-                elf.set_runpath(folder / file, wanted[file])
+        set_runpaths(folder, runpath)
         prefix = "-".join(path.stem.split("-")[-3:-1])
         # Only what is about to be published is analysed, so it is packed twice, the first time without compression.
         provisional = _pack(folder, Path(name), tag=f"{prefix}-linux_x86_64", epoch=epoch, method=zipfile.ZIP_STORED)
         platform = platform_tag(provisional, exclude)
         return normalise(folder, out_dir, tag=f"{prefix}-{platform.tag}", epoch=epoch)
+
+
+def set_runpaths(folder: Path, runpath: Mapping[str, Sequence[str]]) -> None:
+    """Give the binaries of an unpacked wheel the RUNPATHs of :func:`finish`; the last pattern that fits counts.
+
+    Raises:
+        WheelError: a pattern names no binary in it.
+    """
+    binaries = _binaries(folder)
+    wanted = {file: entries for pattern, entries in runpath.items() for file in _matching(folder, pattern, binaries)}
+    for file, entries in wanted.items():
+        elf.set_runpath(folder / file, entries)
 
 
 def members(folder: Path) -> list[str]:
@@ -435,6 +442,10 @@ def _declared_tags(path: Path, text: str) -> frozenset[Tag]:
     if version.split(".")[0] != "1":
         raise WheelError(f"{path} has Wheel-Version {version or 'nowhere'}, and only 1 is known here")
     return frozenset(tag for line in header.get_all("Tag", []) for tag in parse_tag(line))
+
+
+def _binaries(folder: Path) -> list[str]:
+    return [file for file in sorted(members(folder)) if elf.is_binary(folder / file)]
 
 
 def _matching(folder: Path, pattern: str, binaries: Sequence[str]) -> list[str]:

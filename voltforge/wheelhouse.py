@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import json
 import shutil
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from packaging.tags import Tag, sys_tags
 
 from voltforge import files, wheel
 from voltforge.errors import VoltforgeError
@@ -28,9 +30,9 @@ class Wheelhouse:
 
     path: Path
 
-    def receipt(self, name: str) -> Path:
-        """Where the receipt of a project's newest wheel is."""
-        return self.path / "receipts" / f"{name}.json"
+    def receipt(self, name: str, python: str) -> Path:
+        """Where the receipt of the wheel is that a project has for a Python: ``vllm-cp311.json``."""
+        return self.path / "receipts" / f"{name}-{python}.json"
 
     def holds(self, results: Mapping[str, Any]) -> bool:
         """Whether the wheel of a receipt is here, byte for byte, and in the index."""
@@ -39,8 +41,9 @@ class Wheelhouse:
         return file.is_file() and page.is_file() and files.sha256(file) == results["sha256"]
 
     def add(self, verified: Path) -> dict[str, Any]:
-        """Take a verified wheel in, drop the project's other wheels, and renew the index.
+        """Take a verified wheel in, drop the project's others for this Python, and renew the index.
 
+        Wheels for another Python stay: ``cp312`` beside ``cp311``. Receipts of wheels that are no more go with them.
         Gives what the receipt says of it: file, name, version, sha256, size.
 
         Raises:
@@ -51,17 +54,32 @@ class Wheelhouse:
         try:
             with verified.open("rb") as source, files.replacing(target) as beside:
                 shutil.copyfileobj(source, beside, files.BLOCK)
-            others = {one.path for one in self.wheels() if one.name == made.name and one.path != target}
+            here, its = _pythons(sys_tags()), _pythons(made.tags)
+            served = its | here if its & here else its
+            others = {
+                one.path
+                for one in self.wheels()
+                if one.name == made.name and one.path != target and served & _pythons(one.tags)
+            }
             self.index(without=others)
             for path in others:
                 files.remove(path)
                 files.remove(_metadata(path))
+            self._drop_receipts()
         except OSError as error:
             raise WheelhouseError(
                 f"{self.path} could not be written: {error.strerror}", hint="check its owner and the disk's free space"
             ) from error
         return {"file": target.name, "name": made.name, "version": str(made.version), "sha256": files.sha256(target),
                 "size": target.stat().st_size}  # fmt: skip
+
+    def _drop_receipts(self) -> None:
+        for receipt in (self.path / "receipts").glob("*.json"):
+            kept = files.read_json(receipt) or {}
+            results = kept.get("results", {})
+            file = self.path / str(results.get("file", ""))
+            if not file.is_file() or files.sha256(file) != results["sha256"]:
+                receipt.unlink()
 
     def wheels(self) -> list[wheel.Wheel]:
         """The wheels that are here, by file name.
@@ -94,6 +112,11 @@ class Wheelhouse:
                 links = [(entry["filename"], _hashed(entry), _attributes(entry)) for entry in entries]
                 versions = sorted({str(entry.pop("version")) for entry in entries})
                 _page(beside / name, f"Links for {name}", links, {"name": name, "files": entries, "versions": versions})
+
+
+def _pythons(tags: Iterable[Tag]) -> set[tuple[str, str]]:
+    """The Pythons that wheels with these tags are for, by interpreter and ABI."""
+    return {(tag.interpreter, tag.abi) for tag in tags}
 
 
 def _metadata(path: Path) -> Path:

@@ -1,0 +1,121 @@
+"""A package that is compiled: its source, the patched tree, the environment, the build."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from voltforge import build, console, environment, files, jobs, options, sandbox, tree, wheel
+from voltforge.checkout import Checkout
+from voltforge.environment import Environment
+from voltforge.package import Package, file_stands, folder_stands
+from voltforge.recipe import Source, SourceRecipe
+from voltforge.stage import Stage, Values
+from voltforge.tree import Patch, Tree
+from voltforge.verify import Expectation
+
+
+class Compiled(Package):
+    """The stages of a recipe with a source."""
+
+    def __init__(self, checkout: Checkout, recipe: SourceRecipe, toolkit: Stage) -> None:
+        super().__init__(checkout, toolkit)
+        self.recipe: SourceRecipe = recipe
+
+    @property
+    def source(self) -> Source:
+        """The source that the recipe names."""
+        return self.recipe.source
+
+    def making(self, kept: Stage) -> dict[str, Stage]:
+        """``tree``, ``environment`` and ``build``."""
+        name = self.recipe.name
+        tree_after, build_after = (f"fetch:{name}",), (f"tree:{name}", f"environment:{name}", "toolchain")
+        return {
+            "tree": self.planned("tree", self._patched, self._grow, folder_stands, tree_after),
+            "environment": self.planned("environment", self._locked, self._settle, folder_stands, (), kept),
+            "build": self.planned("build", self.made_of, self._build, file_stands, build_after, kept),
+        }
+
+    def expectation(self) -> Expectation:
+        """What the recipe holds its wheel to: the RUNPATHs that it was given, and the variables of its build."""
+        entries = {entry for group in self.recipe.finish.runpath.values() for entry in group}
+        return replace(super().expectation(), runpath=tuple(sorted(entries)), variables=dict(self.recipe.build.env))
+
+    # What the stages are made of.
+
+    def _patched(self) -> Values:
+        return {**self.fetched_by(), "patches": {patch.path.name: patch.sha256 for patch in self.series()}}
+
+    def _locked(self) -> Values:
+        lock = self.recipe.beside(self.recipe.build.lock)
+        return {"lock": {lock.name: files.sha256(lock)}, "python": environment.interpreter()}
+
+    def made_of(self) -> Values:
+        """The build's inputs, with its folders where a sandbox shows them."""
+        inside = sandbox.Sandbox("bubblewrap")
+        places = {name: inside.place(name, Path()) for name in build.FOLDERS}
+        chosen = self.toolchain()
+        return {
+            **self._patched(),
+            "arch": list(self.recipe.arch),
+            "environment": dict(self._locked()),
+            "toolchain": dict(chosen.identity),
+            "variables": build.variables(self.recipe, self.tree(), chosen, places),
+            "config_settings": dict(self.recipe.build.config_settings),
+            "finish": self.recipe.finish.model_dump(mode="json"),
+            "compression": wheel.DEFLATE,
+        }
+
+    # The values that the stages hand on.
+
+    def series(self) -> tuple[Patch, ...]:
+        """The patches of this package."""
+        return tree.series(self.checkout.root / "patches" / self.recipe.name)
+
+    def tree(self) -> Tree:
+        """The patched source; its stage must have run."""
+        kept = self.stage("tree").results()
+        return Tree(Path(kept["path"]), kept["epoch"])
+
+    # What the stages do.
+
+    def _grow(self, _: str) -> Values:
+        patches = self.series()
+        console.step(f"unpack {self.source.file} and apply {len(patches)} patches")
+        grown = tree.grow(self.fetched(), patches, self.checkout.scratch / "trees" / self.recipe.name)
+        return {"path": str(grown.path), "epoch": grown.epoch}
+
+    def _settle(self, _: str) -> Values:
+        lock = self.recipe.beside(self.recipe.build.lock)
+        console.step(f"environment {lock.stem}")
+        return {"path": str(self.settled(lock, lock.stem).path)}
+
+    def _build(self, key: str) -> Values:
+        around = sandbox.choose(self.checkout.settings.sandbox)
+        count, why = jobs.count(self.checkout.settings.jobs, self.recipe.build.memory_per_job)
+        made_of, chosen, grown = dict(self.made_of()), self.toolchain(), self.tree()
+        options.check(self.recipe, grown.path)
+        console.step(f"build {self.recipe.name} {self.recipe.version} with {chosen}")
+        console.note(f"{count} jobs ({why}), sandbox: {around.kind}")
+        if around.kind == "none":
+            console.warn("nothing keeps this build from the network: ./doit doctor says what is missing")
+        settings = files.digest({name: made_of[name] for name in ("arch", "environment", "toolchain", "variables")})
+        built = build.compile(
+            self.recipe, grown, Environment(Path(self.stage("environment").results()["path"])), chosen,
+            sandbox=around, jobs=count, work=self.checkout.scratch / "work" / f"{self.recipe.name}-{settings[:12]}",
+            log=self.checkout.scratch / "logs" / f"{self.recipe.name}.log",
+        )  # fmt: skip
+        folder = self.checkout.scratch / "wheels" / f"{self.recipe.name}-{key[:12]}"
+        finished = wheel.finish(built.wheel, folder, runpath=self.recipe.finish.runpath, epoch=grown.epoch)
+        console.note(f"{finished.name}, {files.size(finished.stat().st_size)}, {built.usage}")
+        return {
+            "path": str(finished),
+            "sha256": files.sha256(finished),
+            "commit": self.recipe.source.commit,
+            "linked": dict(built.linked),
+            "sandbox": around.kind,
+            "hermetic": around.hermetic,
+            "jobs": count,
+            "usage": asdict(built.usage),
+        }
