@@ -45,7 +45,7 @@ def measured(pipeline, name, patches, count, folder):
     grown = tree.grow(archive, patches, folder / "tree")
     log = pipeline.scratch / "logs" / f"bench-{name}.log"
     console.step(f"{name}: {len(patches)} patches, {count} jobs, log {log.relative_to(ROOT)}")
-    built = build.compile(
+    shop = build.Workshop(
         recipe,
         grown,
         Environment(Path(package.stage("environment").results()["path"])),
@@ -53,8 +53,8 @@ def measured(pipeline, name, patches, count, folder):
         sandbox=sandbox.choose("auto"),
         jobs=count,
         work=folder / "work",
-        log=log,
     )
+    built = build.compile(shop, log)
     finished = wheel.finish(built.wheel, folder / "out", runpath=recipe.finish.runpath, epoch=grown.epoch)
     wheel.unpack(finished, folder / "content")
     extensions = {path: folder / "content" / path for path in recipe.expect.extensions}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from voltforge import console, files
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
-from voltforge.process import ProgramFailed, Usage, run
+from voltforge.process import Completed, ProgramFailed, Usage, run
 from voltforge.recipe import SourceRecipe
 from voltforge.sandbox import Sandbox
 from voltforge.toolchain import Toolchain
@@ -92,49 +92,84 @@ def variables(recipe: SourceRecipe, tree: Tree, toolchain: Toolchain, places: Ma
     }
 
 
-def compile(
-    recipe: SourceRecipe, tree: Tree, environment: Environment, toolchain: Toolchain,
-    *, sandbox: Sandbox, jobs: int, work: Path, log: Path,
-) -> Built:  # fmt: skip
-    """Compile ``tree`` to a wheel in ``work``, which keeps the objects: a killed or repeated build goes on there.
+@dataclass(frozen=True)
+class Workshop:
+    """Where one build happens: all that it is given, and the folder that keeps what it made."""
+
+    recipe: SourceRecipe
+    tree: Tree
+    environment: Environment
+    toolchain: Toolchain
+    sandbox: Sandbox
+    jobs: int
+    work: Path
+    """A killed or repeated build goes on here, with the objects of the last one."""
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The real folders, by the names of :data:`FOLDERS`."""
+        real = (self.work / "tree", self.environment.path, self.toolchain.home, self.work / "dist", self.work / "home")
+        return {name: path.absolute() for name, path in zip(FOLDERS, real, strict=True)}
+
+    @property
+    def places(self) -> dict[str, Path]:
+        """Where the build sees them."""
+        return {name: self.sandbox.place(name, path) for name, path in self.folders.items()}
+
+    def prepare(self) -> None:
+        """Bring the sources in, and take out what the last build packed."""
+        folders = self.folders
+        for name in ("tree", "home"):
+            folders[name].mkdir(parents=True, exist_ok=True)
+        sync(self.tree.path, folders["tree"])
+        for stale in [folders["dist"], *_packed(folders["tree"])]:
+            files.remove(stale)
+        folders["dist"].mkdir()
+
+    def run(
+        self, argv: Sequence[str | Path], *, log: Path, watch: Callable[[str, Usage], None] | None = None
+    ) -> Completed:
+        """Run a program in the tree as the build sees it, with the build's variables and no others.
+
+        Raises:
+            ProgramFailed: it failed.
+        """
+        folders = self.folders
+        command = self.sandbox.command(
+            argv,
+            writable={name: folders[name] for name in ("tree", "dist", "home")},
+            readable={name: folders[name] for name in ("environment", "toolchain")},
+            cwd=self.places["tree"],
+        )
+        handed = variables(self.recipe, self.tree, self.toolchain, self.places)
+        handed |= {"MAX_JOBS": str(self.jobs), "CMAKE_BUILD_PARALLEL_LEVEL": str(self.jobs)}
+        return run(command, cwd=folders["tree"], env=handed, log=log, watch=watch)
+
+
+def compile(shop: Workshop, log: Path) -> Built:
+    """Compile the tree of a workshop to a wheel.
 
     Raises:
         BuildError: it failed; the first error is shown, the log named.
     """
-    source, dist, home = work / "tree", work / "dist", work / "home"
-    for folder in (source, home):
-        folder.mkdir(parents=True, exist_ok=True)
-    sync(tree.path, source)
-    for stale in [dist, *source.glob("build/lib*"), *source.glob("build/bdist*"), *source.glob("*.egg-info")]:
-        files.remove(stale)
-    dist.mkdir()
-    real = (source, environment.path, toolchain.home, dist, home)
-    folders = {name: path.absolute() for name, path in zip(FOLDERS, real, strict=True)}
-    places = {name: sandbox.place(name, path) for name, path in folders.items()}
-    argv = sandbox.command(
-        [places["environment"] / "bin/python", "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check",
-         *(f"--config-setting={name}={value}" for name, value in recipe.build.config_settings.items()),
-         "--outdir", places["dist"], places["tree"]],
-        writable={name: folders[name] for name in ("tree", "dist", "home")},
-        readable={name: folders[name] for name in ("environment", "toolchain")},
-        cwd=places["tree"],
-    )  # fmt: skip
-    handed = variables(recipe, tree, toolchain, places) | {
-        "MAX_JOBS": str(jobs),
-        "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
-    }
+    shop.prepare()
+    recipe, places, folders = shop.recipe, shop.places, shop.folders
+    settings = [f"--config-setting={name}={value}" for name, value in recipe.build.config_settings.items()]
+    argv: list[str | Path] = [places["environment"] / "bin/python", "-m", "build", "--wheel", "--no-isolation",
+            "--skip-dependency-check", *settings, "--outdir", places["dist"], places["tree"]]  # fmt: skip
     log.unlink(missing_ok=True)
     with console.live(recipe.name) as tell:
         progress = Progress()
         try:
-            done = run(argv, cwd=source, env=handed, log=log, watch=lambda line, usage: tell(progress.see(line, usage)))
+            done = shop.run(argv, log=log, watch=lambda line, usage: tell(progress.see(line, usage)))
         except ProgramFailed as error:
             raise BuildError(recipe.name, first_error(log), log, f"status {error.status}") from error
-    wheels = list(dist.glob("*.whl"))
+    wheels = list(folders["dist"].glob("*.whl"))
     if len(wheels) != 1:
         raise BuildError(recipe.name, done.output[-500:], log, f"left {len(wheels)} wheels where one was expected")
-    ninja = environment.path / "bin" / "ninja"
-    return Built(wheels[0], {name: _linked(ninja, source, name) for name in recipe.expect.extensions}, done.usage)
+    ninja = shop.environment.path / "bin" / "ninja"
+    linked = {name: _linked(ninja, folders["tree"], name) for name in recipe.expect.extensions}
+    return Built(wheels[0], linked, done.usage)
 
 
 class Progress:
@@ -165,6 +200,15 @@ def first_error(log: Path) -> str:
         return "\n".join(lines[-EXCERPT:])
     head = [lines[failed]] if failed and failed < found else []
     return "\n".join(line[:300] for line in [*head, *lines[found : found + EXCERPT]])
+
+
+def _packed(source: Path) -> list[Path]:
+    """What setuptools gathered for the last wheel; a file that is gone from the sources would come back from there.
+
+    Where CMake builds in ``build`` itself, as PyTorch's does, ``build/lib`` has its libraries and stays.
+    """
+    ours = "build/lib.*" if (source / "build" / "CMakeCache.txt").exists() else "build/lib*"
+    return [path for pattern in (ours, "build/bdist*", "*.egg-info") for path in source.glob(pattern)]
 
 
 def _linked(ninja: Path, source: Path, extension: str) -> int:

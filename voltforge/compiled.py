@@ -101,11 +101,11 @@ class Compiled(Package):
         if around.kind == "none":
             console.warn("nothing keeps this build from the network: ./doit doctor says what is missing")
         settings = files.digest({name: made_of[name] for name in ("arch", "environment", "toolchain", "variables")})
-        built = build.compile(
-            self.recipe, grown, Environment(Path(self.stage("environment").results()["path"])), chosen,
-            sandbox=around, jobs=count, work=self.checkout.scratch / "work" / f"{self.recipe.name}-{settings[:12]}",
-            log=self.checkout.scratch / "logs" / f"{self.recipe.name}.log",
+        shop = build.Workshop(
+            self.recipe, grown, Environment(Path(self.stage("environment").results()["path"])), chosen, around, count,
+            self.checkout.scratch / "work" / f"{self.recipe.name}-{settings[:12]}",
         )  # fmt: skip
+        built = build.compile(shop, self.checkout.scratch / "logs" / f"{self.recipe.name}.log")
         folder = self.checkout.scratch / "wheels" / f"{self.recipe.name}-{key[:12]}"
         finished = wheel.finish(built.wheel, folder, runpath=self.recipe.finish.runpath, epoch=grown.epoch)
         console.note(f"{finished.name}, {files.size(finished.stat().st_size)}, {built.usage}")
