@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import struct
 import subprocess
+from collections import Counter
 from pathlib import Path
 
+from voltforge import cubin
 from voltforge.wheel import normalise
 
 EPOCH = 1_700_000_000
 METADATA = "Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{more}"
 WHEEL = "Wheel-Version: 1.0\nGenerator: a backend (1.2.3)\nRoot-Is-Purelib: false\nTag: {tag}\n"
+
+REGISTERED = """
+    __attribute__((visibility("hidden"))) extern const struct wrapper {
+        unsigned magic, version; const unsigned char *data; const void *more;
+    } wrappers[];
+    static const char *const words[] = {"far", "behind"};
+    const unsigned char *code_of(int number) { return wrappers[number].data; }
+    const char *word(int number) { return words[number]; }
+"""
 
 
 def compiled(path: Path, source: str, *flags: str) -> Path:
@@ -44,6 +57,57 @@ def with_device_code(path: Path, code: bytes, *, section: str = ".nv_fatbin", so
     compiled(path, f'__asm__("{assembly}");\n{source}')
     raw.unlink()
     return path
+
+
+def payload(seed: int, size: int = 9000) -> bytes:
+    """Bytes that are the same for the same seed and compress badly, like a cubin that nvcc has compressed."""
+    return hashlib.shake_128(bytes([seed])).digest(size // 8 * 8)
+
+
+def registered(
+    path: Path, *containers: bytes, flags: tuple[str, ...] = (), source: str = "", wrappers: str | None = None
+) -> Path:
+    """A shared object with these fatbins, registered as nvcc does it. Made up, for where no nvcc can be had.
+
+    ``wrappers`` is the assembly of ``.nvFatBinSegment``; without it each fatbin has a wrapper, in order.
+    """
+    code = ""
+    for number, data in enumerate(containers):
+        raw = path.with_suffix(f".{number}")
+        raw.write_bytes(data)
+        code += f'.balign 8\\nfatbin{number}:\\n.incbin \\"{raw}\\"\\n'
+    if wrappers is None:
+        wrappers = "".join(f".long 0x466243b1, 1\\n.quad fatbin{number}, 0\\n" for number in range(len(containers)))
+    assembly = f'.pushsection .nv_fatbin,\\"a\\"\\n{code}.popsection\\n'
+    table = f".hidden wrappers\\n.globl wrappers\\nwrappers:\\n{wrappers}"
+    assembly += f'.pushsection .nvFatBinSegment,\\"aw\\"\\n.balign 8\\n{table}.popsection'
+    return compiled(path, f'__asm__("{assembly}");\n{REGISTERED}{source}', "-Wl,--build-id", *flags)
+
+
+def two_units(path: Path, **more) -> Path:
+    """Two fatbins with code for 7.0, 8.0 and 9.0, the second with PTX besides."""
+    return registered(
+        path,
+        container(image(70, payload=payload(1)), image(80, payload=payload(2)), image(90, payload=payload(3))),
+        container(
+            image(80, payload=payload(4)), image(70, payload=payload(5, 16)), image(90, payload=payload(6)),
+            image(90, kind=1, payload=payload(7)), image(90, payload=payload(8), flags=0x100011),
+        ),
+        **more,
+    )  # fmt: skip
+
+
+def cubin_hashes(path: Path, *names: str) -> list[tuple[int, str, str]]:
+    """The device images of a file, those of the named archs if any are: container, name and SHA-256."""
+    found = [(image.container, image.name, image.sha256()) for image in cubin.images(path)]
+    return [one for one in found if one[1] in names] if names else found
+
+
+def listed_by_cuobjdump(toolchain, path: Path) -> dict[str, int]:
+    """How many images of each arch the toolkit itself finds in a file."""
+    words = [toolchain.home / "bin/cuobjdump", "-lelf", path]
+    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return dict(Counter(re.findall(r"(sm_\w+)\.cubin", printed)))
 
 
 def tree(folder: Path, content: dict[str, str | bytes | Path]) -> Path:
