@@ -97,7 +97,7 @@ def test_a_recipe_is_read(folder):
 
 def test_the_placeholders_are_filled_in(folder):
     one = load(written(folder, GOOD))
-    filled = one.build.variables(cuda="cu124", site="/site", **one.variables)
+    filled = one.build.variables(cuda="cu124", environment="/env", site="/site", cudaflags="", **one.variables)
     assert filled == {"ARCH": "7.0;8.6", "VERSION": "1.2.3+sm70.cu124", "JSON": "{}", "LIB": "/site/lib"}
 
 
@@ -171,7 +171,7 @@ def test_sizes_have_a_unit(folder, text, size):
         (
             '"{arch}"',
             '"{archs}"',
-            "build.env.ARCH: has a placeholder that is none of {version}, {arch}, {cuda}, {site}",
+            "build.env.ARCH: has a placeholder that is none of {version}, {arch}, {cuda}, {environment}, {site}, {cuda",
         ),
         ('"{arch}"', '"{}"', "build.env.ARCH: has a placeholder that is none of"),
         ('"{arch}"', '"{arch[0]}"', "build.env.ARCH: has a placeholder that is none of"),
@@ -449,7 +449,7 @@ def test_any_text_in_a_variable_is_filled_in_or_refused(text):
         build = recipe.Build(lock="a", env={"A": text})
     except ValueError:
         return
-    assert isinstance(build.variables(version="1", arch="7.0", cuda="cu124", site="/site")["A"], str)
+    assert isinstance(build.variables(**dict.fromkeys(recipe.PLACEHOLDERS, "1"))["A"], str)
 
 
 # --- the reference ---

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from voltforge import console, files
+from voltforge import console, files, options
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
 from voltforge.process import Completed, ProgramFailed, Usage, run
@@ -66,6 +66,9 @@ def variables(recipe: SourceRecipe, tree: Tree, toolchain: Toolchain, places: Ma
         places["toolchain"]: "cuda",
     }
     mapped = [f"-ffile-prefix-map={path}={name}" for path, name in maps.items()]
+    # The toolkit has no static runtime; nvcc's temporary files get names that do not carry its process id.
+    cudaflags = " ".join(["-cudart=shared", "--objdir-as-tempdir", *(f"-Xcompiler={flag}" for flag in mapped)])
+    filled = {"cuda": toolchain.tag, "environment": str(tools[0]), "site": str(site), "cudaflags": cudaflags}
     return {
         "PATH": ":".join([*(f"{folder}/bin" for folder in tools), str(toolchain.host.cxx.parent), "/usr/bin", "/bin"]),
         "HOME": str(places["home"]),
@@ -86,9 +89,8 @@ def variables(recipe: SourceRecipe, tree: Tree, toolchain: Toolchain, places: Ma
         "CUDAHOSTCXX": str(toolchain.host.cxx),
         "CFLAGS": " ".join(mapped),
         "CXXFLAGS": " ".join(mapped),
-        # The toolkit has no static runtime; nvcc's temporary files get names that do not carry its process id.
-        "CUDAFLAGS": " ".join(["-cudart=shared", "--objdir-as-tempdir", *(f"-Xcompiler={flag}" for flag in mapped)]),
-        **recipe.build.variables(cuda=toolchain.tag, site=str(site), **recipe.variables),
+        "CUDAFLAGS": cudaflags,
+        **recipe.build.variables(**filled, **recipe.variables),
     }
 
 
@@ -160,8 +162,14 @@ def compile(shop: Workshop, log: Path) -> Built:
     log.unlink(missing_ok=True)
     with console.live(recipe.name) as tell:
         progress = Progress()
+
+        def watch(line: str, usage: Usage) -> None:
+            if wrong := options.contradicted(line, recipe.build.env):
+                raise BuildError(recipe.name, line, log, wrong)
+            tell(progress.see(line, usage))
+
         try:
-            done = shop.run(argv, log=log, watch=lambda line, usage: tell(progress.see(line, usage)))
+            done = shop.run(argv, log=log, watch=watch)
         except ProgramFailed as error:
             raise BuildError(recipe.name, first_error(log), log, f"status {error.status}") from error
     wheels = list(folders["dist"].glob("*.whl"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from voltforge import build, console, environment, files, jobs, options, sandbox, tree, wheel
+from voltforge import build, console, elf, environment, files, jobs, options, sandbox, tree, wheel
 from voltforge.checkout import Checkout
 from voltforge.environment import Environment
 from voltforge.package import Package, file_stands, folder_stands
@@ -30,7 +30,9 @@ class Compiled(Package):
     def making(self, kept: Stage) -> dict[str, Stage]:
         """``tree``, ``environment`` and ``build``."""
         name = self.recipe.name
-        tree_after, build_after = (f"fetch:{name}",), (f"tree:{name}", f"environment:{name}", "toolchain")
+        tree_after = (f"fetch:{name}",)
+        # In this order: a source that cannot be had is told before an environment of gigabytes is made for it.
+        build_after = f"fetch:{name}", f"tree:{name}", f"environment:{name}", "toolchain"
         return {
             "tree": self.planned("tree", self._patched, self._grow, folder_stands, tree_after),
             "environment": self.planned("environment", self._locked, self._settle, folder_stands, (), kept),
@@ -49,7 +51,8 @@ class Compiled(Package):
 
     def _locked(self) -> Values:
         lock = self.recipe.beside(self.recipe.build.lock)
-        return {"lock": {lock.name: files.sha256(lock)}, "python": environment.interpreter()}
+        links = {"links": list(self.recipe.build.links)} if self.recipe.build.links else {}
+        return {"lock": {lock.name: files.sha256(lock)}, "python": environment.interpreter(), **links}
 
     def made_of(self) -> Values:
         """The build's inputs, with its folders where a sandbox shows them."""
@@ -89,7 +92,10 @@ class Compiled(Package):
     def _settle(self, _: str) -> Values:
         lock = self.recipe.beside(self.recipe.build.lock)
         console.step(f"environment {lock.stem}")
-        return {"path": str(self.settled(lock, lock.stem).path)}
+        settled = self.settled(lock, lock.stem)
+        for folder in {path for pattern in self.recipe.build.links for path in settled.site_packages.glob(pattern)}:
+            elf.link_libraries(folder)
+        return {"path": str(settled.path)}
 
     def _build(self, key: str) -> Values:
         around = sandbox.choose(self.checkout.settings.sandbox)

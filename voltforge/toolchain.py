@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from voltforge import console, environment, files, tree
+from voltforge import console, elf, environment, files, tree
 from voltforge.errors import VoltforgeError, listed
 from voltforge.fetch import NotFetchedError, Store
 from voltforge.process import ProgramFailed, run
@@ -271,10 +271,7 @@ def _assemble(archives: Iterable[Path], lock: Path, store: Store, home: Path) ->
             os.link(path.resolve(), home / place)
     files.remove(parts)
     (home / "lib").symlink_to("lib64")
-    for library in sorted((home / "lib64").glob("lib*.so.*")):
-        plain = library.with_name(library.name.split(".so.")[0] + ".so")
-        if not plain.exists():
-            plain.symlink_to(library.name)
+    elf.link_libraries(home / "lib64")
     (home / "bin/nvcc.profile").write_text(NVCC_PROFILE)
     device_runtime = home / "lib64/libcudadevrt.a"
     if not device_runtime.exists():

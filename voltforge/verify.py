@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag
 from packaging.utils import canonicalize_name
 
-from voltforge import console, cubin, files
+from voltforge import console, cubin, files, options
 from voltforge.elf import Elf, ElfError, Loader, is_binary, system_libraries
 from voltforge.errors import VoltforgeError
 from voltforge.process import ProgramFailed, run
@@ -75,7 +75,6 @@ def answer(expression):
 pathlib.Path(sys.argv[1]).write_text(json.dumps([answer(expression) for expression in sys.argv[3:]]))
 os._exit(0)
 """
-_ON, _OFF = ("1", "ON", "TRUE", "YES", "Y"), ("0", "OFF", "FALSE", "NO", "N")
 _ABOUT = """
 import json, sys, sysconfig
 print(json.dumps([sys.executable, sysconfig.get_path("platlib")]))
@@ -468,7 +467,7 @@ def check_config(subject: Subject) -> Iterator[Finding]:
     told = dict(re.findall(r"\b([A-Z][A-Z0-9_]*)=([^\s,;]*)", answers[0][1]))
     both = sorted(wanted.keys() & told.keys())
     problems = [f"it says {name}={told[name]}, and was built with {wanted[name]}" for name in both
-                if _switch(told[name]) != _switch(wanted[name])]  # fmt: skip
+                if not options.agree(told[name], wanted[name])]  # fmt: skip
     if not both:
         problems = [f"{expression} names none of the variables of its build"]
     yield from _judged("configuration", problems, f"{len(both)} variables as in the recipe: {', '.join(both)}")
@@ -547,11 +546,6 @@ def _answers(
         if problem := _ask(subject, environment, _ANSWERS, str(answer), modules, *expressions):
             return [], problem
         return [(fine, text) for fine, text in json.loads(answer.read_bytes())], ""
-
-
-def _switch(value: str) -> bool | str:
-    """A variable's value as CMake takes it (cmake-language(7)), so that ``1`` and ``ON`` are the same."""
-    return value.upper() in _ON if value.upper() in _ON + _OFF else value
 
 
 def _ask(subject: Subject, environment: Environment, script: str, *words: str) -> str:
