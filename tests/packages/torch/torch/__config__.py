@@ -1,0 +1,7 @@
+"""How it was configured."""
+
+from torch import _C
+
+
+def show():
+    return f"Build settings: {_C._show_config()}"

@@ -1,0 +1,3 @@
+"""Libraries that it may have."""
+
+from torch.backends import cudnn
