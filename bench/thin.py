@@ -23,15 +23,15 @@ sys.path.insert(0, str(ROOT))
 
 from voltforge import console, environment, files, index  # noqa: E402
 from voltforge.checkout import Settings  # noqa: E402
-from voltforge.errors import VoltforgeError  # noqa: E402
-from voltforge.fetch import Artifact  # noqa: E402
 from voltforge.pipeline import Pipeline  # noqa: E402
 from voltforge.process import run  # noqa: E402
-from voltforge.thin import STEPS  # noqa: E402
+from voltforge.recipe import load  # noqa: E402
 
 STOCK = ("torch==2.9.0", "vllm==0.12.0")
-LOCK = ROOT / "recipes" / "locks" / "vllm-build.txt"
+RECIPE = ROOT / "recipes" / "torch-thin.toml"
 RUNTIME = ROOT / "recipes" / "locks" / "vllm-runtime.txt"
+NOT_FROM_SOURCE = ("nvidia-cudnn-cu12", "nvidia-cufile-cu12", "nvidia-nvtx-cu12")
+"""What a torch from source does not require with cudnn=0, and the thin one does."""
 SHOWN = 24
 """Packages with a line of their own; the others share one."""
 END = 200_000
@@ -133,23 +133,12 @@ def resolved(requirements, folder):
     return dict(pins((folder / "stock.txt").read_text()))
 
 
-def stock_wheel(pipeline):
-    """The stock torch wheel for this Python; the lock says which hashes are right."""
-    version = next(version for name, version in pins(LOCK.read_text()) if name == "torch")
-    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    file = f"torch-{version}-{python}-{python}-manylinux_2_28_x86_64.whl"
-    here = list(pipeline.store.folder.glob(f"*/{file}"))
-    sha256 = files.sha256(here[0]) if here else pipeline.store.indexes.find("torch", file).sha256
-    if not sha256 or f"--hash=sha256:{sha256}" not in LOCK.read_text():
-        raise VoltforgeError(f"{file} with sha256 {sha256} is none of {LOCK.name}")
-    return pipeline.store.get(Artifact(file, sha256, index="torch"))
-
-
-def thinned(wheel, out, arch):
+def thinned(wheel, out):
     """The thin wheel, and what making it used."""
-    program = "import sys, pathlib; from voltforge.thin import thin_wheel; "
-    program += "thin_wheel(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3:])"
-    done = run([sys.executable, "-c", program, wheel, out, *arch], cwd=ROOT)
+    program = "import sys, pathlib; from voltforge.thin import thin_wheel; from voltforge.recipe import load; "
+    program += "recipe = load(pathlib.Path(sys.argv[1])); "
+    program += "thin_wheel(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), recipe.arch, special=recipe.thin)"
+    done = run([sys.executable, "-c", program, RECIPE, wheel, out], cwd=ROOT)
     return max(out.glob("*.whl"), key=lambda path: path.stat().st_mtime), done.usage
 
 
@@ -178,13 +167,15 @@ def show_thin(stock, thin, usage):
 def show_weights(thin, folder):
     weights = Weights()
     vllm = next(iter(sorted((ROOT / "wheelhouse").glob("vllm-*.whl"))), None)
-    left_out = {stub.requirement for stub in STEPS["torch"].stubs.values()}
+    left_out = {stub.requirement for stub in load(RECIPE).thin.stubs.values()}
     theirs = resolved(STOCK, folder)
     ours = {name: pin for name, pin in pins(RUNTIME.read_text()) if name not in left_out}
     ours["vllm"] = "none in the wheelhouse" if vllm is None else "ours"
     before = {name: weights.of(name, version) for name, version in theirs.items()}
     own = {"torch": weight(thin), "vllm": weight(vllm) if vllm else None}
     after = {name: own[name] if name in own else weights.of(name, version) for name, version in ours.items()}
+    # Nobody has weighed a wheel from source here: it is taken to weigh what the thin one does.
+    source = {name: size for name, size in after.items() if name not in NOT_FROM_SOURCE}
     if unknown := sorted({name for sizes in (before, after) for name, size in sizes.items() if size is None}):
         console.warn(f"not weighed, for want of a wheel: {', '.join(unknown)}")
 
@@ -192,23 +183,24 @@ def show_weights(thin, folder):
         return sum(sizes.get(name) or 0 for name in names)
 
     names = sorted({*before, *after}, key=lambda name: -max(before.get(name) or 0, after.get(name) or 0))
-    rows = [(name, *(files.size(sizes[name] or 0) if name in sizes else "-" for sizes in (before, after)))
+    columns = (before, after, source)
+    rows = [(name, *(files.size(sizes[name] or 0) if name in sizes else "-" for sizes in columns))
             for name in names[:SHOWN]]  # fmt: skip
     others = names[SHOWN:]
-    rows.append((f"{len(others)} others", files.size(total(before, others)), files.size(total(after, others))))
-    rows.append(("all", files.size(total(before, names)), files.size(total(after, names))))
-    console.table("installed", ("", "stock", "ours"), rows)
+    rows.append((f"{len(others)} others", *(files.size(total(sizes, others)) for sizes in columns)))
+    rows.append(("all", *(files.size(total(sizes, names)) for sizes in columns)))
+    console.table("installed", ("", "stock", "torch=thin", "torch=source cudnn=0, calculated"), rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=["7.0"], help="what to keep (default: 7.0)")
     parser.add_argument("--no-weights", action="store_true", help="leave out the table of installed packages")
     words = parser.parse_args()
     folder = ROOT / "build" / "bench" / "thin"
-    stock = stock_wheel(Pipeline.load(ROOT, Settings()))
+    pipeline = Pipeline.load(ROOT, Settings(torch="thin"))
+    stock = pipeline.package(pipeline.recipes["torch"]).fetched()
     try:
-        thin, usage = thinned(stock, folder, words.arch)
+        thin, usage = thinned(stock, folder)
         show_thin(stock, thin, usage)
         if not words.no_weights:
             show_weights(thin, folder)

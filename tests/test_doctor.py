@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers import serving
 from voltforge import doctor
 from voltforge.checkout import Settings
 from voltforge.doctor import Check
@@ -15,7 +16,13 @@ from voltforge.pipeline import Pipeline
 
 @pytest.fixture
 def pipeline(repository: Path) -> Pipeline:
-    return Pipeline.load(repository, Settings())
+    return loaded(repository)
+
+
+def loaded(repository: Path) -> Pipeline:
+    """The pipeline of a checkout for vLLM alone: PyTorch's source lies on a host that no test should ask."""
+    whole = Pipeline.load(repository, Settings())
+    return Pipeline(repository, Settings(), {"vllm": whole.recipes["vllm"]}, cuda=whole.cuda)
 
 
 def found(pipeline: Pipeline, name: str) -> Check:
@@ -24,7 +31,7 @@ def found(pipeline: Pipeline, name: str) -> Check:
 
 def test_everything_that_a_build_needs_has_a_line(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
-    names = {check.name for check in doctor.examine(Pipeline.load(pipeline.root, Settings()))}
+    names = {check.name for check in doctor.examine(loaded(pipeline.root))}
     assert {"Python", "Python headers", "g++", "patch", "disk", "memory", "jobs", "sandbox", "NVIDIA driver"} <= names
     assert {"package index", "CUDA compiler"} <= names
 
@@ -56,14 +63,36 @@ def test_an_index_without_the_source_is_missing(
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    check = found(Pipeline.load(pipeline.root, Settings()), "package index")
+    check = found(loaded(pipeline.root), "package index")
     assert check.state == "missing"
     assert "vllm-0.12.0.tar.gz" in check.detail
 
 
 def test_offline_the_index_is_not_asked(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
-    assert "never asked" in found(Pipeline.load(pipeline.root, Settings()), "package index").detail
+    assert "never asked" in found(loaded(pipeline.root), "package index").detail
+
+
+def upstream(pipeline: Pipeline, url: str) -> Check:
+    recipe = Pipeline.load(pipeline.root, Settings()).recipes["torch"]
+    changed = {"url": url, "sha256": "ab" * 32}
+    elsewhere = recipe.model_copy(update={"source": recipe.source.model_copy(update=changed)})
+    return found(Pipeline(pipeline.root, Settings(), {"torch": elsewhere}, cuda=pipeline.cuda), "upstream")
+
+
+def test_a_source_upstream_is_asked_for_and_if_it_cannot_be_had_there_is_another_way(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving() as server:
+        server.files["/a.tar.gz"] = b"here"
+        assert upstream(pipeline, f"{server.url}/a.tar.gz") == Check("upstream", "ok", "has pytorch-v2.9.0.tar.gz")
+        gone = upstream(pipeline, f"{server.url}/b.tar.gz")
+    assert (gone.state, gone.detail) == (
+        "note", "pytorch-v2.9.0.tar.gz is not here, and 127.0.0.1: answered 404 Not Found",
+    )  # fmt: skip
+    assert "torch=thin" in gone.hint
+    monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
+    assert "no host is asked" in upstream(pipeline, "http://127.0.0.1:1/a.tar.gz").detail
 
 
 def test_a_toolkit_that_cannot_target_volta_is_told(

@@ -10,10 +10,12 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
+import requests
 
-from voltforge import console, distro, jobs, sandbox, toolchain
+from voltforge import console, distro, index, jobs, sandbox, toolchain
 from voltforge.errors import VoltforgeError
 from voltforge.files import size
 from voltforge.pipeline import Pipeline
@@ -24,6 +26,8 @@ PYTHONS = ((3, 10), (3, 13))
 """The oldest and the newest Python that vLLM 0.12.0 and PyTorch 2.9.0 both have."""
 DISK = 30 * 10**9
 """Bytes that a first build of vLLM may take: 9 GB of wheels in uv's cache, as much unpacked, trees, objects, spare."""
+PATIENCE = 10
+"""Seconds that a host may take to answer."""
 MEMORY = 3 * 2**30
 """Bytes below which even one compile job is tight."""
 
@@ -42,7 +46,7 @@ class Check:
 def examine(pipeline: Pipeline) -> list[Check]:
     """Every check, in the order of the report; none of them changes anything."""
     looks: tuple[Callable[[Pipeline], Iterator[Check]], ...] = (
-        _python, _programs, _disk, _memory, _namespaces, _driver, _index, _compiler,
+        _python, _programs, _disk, _memory, _namespaces, _driver, _index, _upstream, _compiler,
     )  # fmt: skip
     return [check for look in looks for check in look(pipeline)]
 
@@ -154,6 +158,25 @@ def _index(pipeline: Pipeline) -> Iterator[Check]:
                 yield Check("package index", "ok", f"has {source.file}")
             except VoltforgeError as error:
                 yield Check("package index", "missing", error.what, error.hint)
+
+
+def _upstream(pipeline: Pipeline) -> Iterator[Check]:
+    for source in (pipeline.package(recipe).source for recipe in pipeline.recipes.values()):
+        if not source.url:
+            continue
+        if pipeline.store.holds(source.artifact):
+            yield Check("upstream", "ok", f"{source.file} is here")
+            continue
+        absent = f"{source.file} is not here"
+        if pipeline.store.offline:
+            yield Check("upstream", "note", f"{absent}; VOLTFORGE_OFFLINE is set: no host is asked", source.otherwise)
+            continue
+        try:
+            requests.head(source.url, timeout=PATIENCE, allow_redirects=True).raise_for_status()
+            yield Check("upstream", "ok", f"has {source.file}")
+        except requests.RequestException as error:
+            why = index.explained(error, pipeline.store.indexes)
+            yield Check("upstream", "note", f"{absent}, and {urlsplit(source.url).hostname}: {why}", source.otherwise)
 
 
 def _compiler(pipeline: Pipeline) -> Iterator[Check]:
