@@ -6,9 +6,11 @@ from pathlib import Path
 from doit import get_var
 
 from voltforge import chores, doctor, tasks
+from voltforge.runtime import Runtime
 
 ROOT = Path(__file__).parent
 PIPELINE = tasks.loaded(ROOT, get_var)
+RUNTIME = Runtime(PIPELINE)
 DOIT_CONFIG = {
     "default_tasks": ["about"],
     "reporter": tasks.Reporter,
@@ -20,6 +22,19 @@ DOIT_CONFIG = {
 def task_wheels():
     """compile, check and keep the wheels: all of them, or one as wheels:vllm"""
     yield from tasks.each(PIPELINE, "wheels")
+
+
+def task_image():
+    """put the wheels together to a slim runtime image: an OCI archive in build/image/ (base=IMAGE)"""
+    base, why = "make a base of the distribution's packages, where no registry can be reached", "print what weighs what"
+    yield {**tasks.of(RUNTIME.image), "basename": "image"}
+    yield {**tasks.of(RUNTIME.base), "basename": "image:base", "doc": base}
+    yield {**tasks.action(RUNTIME.why), "basename": "image:why", "doc": f"{why} in the image, and what was left out"}
+
+
+def task_serve():
+    """measure a running server: serve:check url=http://127.0.0.1:8000"""
+    yield {"name": "check", **tasks.action(chores.check_server, PIPELINE)}
 
 
 def task_verify():

@@ -25,7 +25,7 @@ from voltforge.elf import Elf
 from voltforge.environment import Environment
 from voltforge.options import OptionError
 from voltforge.pipeline import Pipeline
-from voltforge.recipe import Source, SourceRecipe, tomllib
+from voltforge.recipe import Source, SourceRecipe, parsed
 from voltforge.toolchain import Toolchain
 from voltforge.tree import Patch, Tree
 
@@ -68,7 +68,7 @@ def recipe(pipeline: Pipeline) -> SourceRecipe:
 @pytest.fixture(scope="module")
 def parts() -> dict[str, list[Source]]:
     """The files in Debian's archive."""
-    found = tomllib.loads((PACKAGES / "pytorch" / "debian.toml").read_text())
+    found = parsed(PACKAGES / "pytorch" / "debian.toml")
     lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
     return {name: [Source.model_validate(one) for one in several] for name, several in lists.items()}
 

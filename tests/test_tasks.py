@@ -136,6 +136,7 @@ def test_list_is_a_table_of_contents_in_the_order_of_the_graph(checkout):
     done = checkout.doit("list")
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
+    names = [name for name in names if ":" not in name]  # image:base and its like stand below image
     assert names == re.findall(r"^def task_(\w+)", (checkout.root / "dodo.py").read_text(), re.MULTILINE)
     assert all(len(line.split()) > 2 for line in done.stdout.splitlines())
 

@@ -27,6 +27,10 @@ class Settings:
     """How PyTorch is made: source, or thin (of the stock wheel)."""
     cudnn: str = CHOICES["cudnn"]
     """0 for a PyTorch from source without cuDNN."""
+    url: str = ""
+    """The address of a running server, for ``serve:check``."""
+    base: str = ""
+    """The image that ours stands on, such as ``python:3.11-slim``; empty for one of the distribution's packages."""
     arch: str = "7.0"
     """Architectures that ``thin`` keeps, as in TORCH_CUDA_ARCH_LIST: ``7.0``, or ``9.0;9.0a``."""
 

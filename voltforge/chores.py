@@ -51,6 +51,20 @@ def thin_wheel(pipeline: Pipeline) -> None:
     console.note(f"{made.relative_to(pipeline.root)}, {size(after)} of {size(before)}")
 
 
+def check_server(pipeline: Pipeline) -> None:
+    """Measure the running server that ``url=`` names; table, JSON and plot in build/bench/serve/.
+
+    Raises:
+        VoltforgeError: no server is named, it cannot be measured, or requests failed.
+    """
+    from voltforge import serve  # aiohttp takes up to half a second to import, which every ./doit would pay
+
+    url = pipeline.settings.url
+    if not url:
+        raise VoltforgeError("no server is named", hint="./doit serve:check url=http://127.0.0.1:8000")
+    serve.check(url, pipeline.scratch / "bench" / "serve")
+
+
 def test(root: Path) -> None:
     """Run linter, type checker and tests as CI does.
 
@@ -75,12 +89,12 @@ def lock(pipeline: Pipeline) -> None:
 
 
 def bench(root: Path) -> None:
-    """Run every benchmark.
+    """Run every benchmark but that of a running server, which needs one.
 
     Raises:
         VoltforgeError: one failed.
     """
-    for script in sorted((root / "bench").glob("*.py")):
+    for script in sorted({*(root / "bench").glob("*.py")} - {root / "bench" / "serve.py"}):
         _python(root, str(script.relative_to(root)))
 
 

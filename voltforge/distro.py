@@ -69,6 +69,14 @@ def name() -> str:
     return release.get("PRETTY_NAME") or release["NAME"]
 
 
+def codename() -> str:
+    """The release's name in the archive, such as ``bookworm``; nothing where os-release(5) does not have one."""
+    try:
+        return platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+    except OSError:
+        return ""
+
+
 def install_command(packages: Sequence[str], environ: Mapping[str, str] = os.environ) -> str:
     """The command with which a person installs ``packages`` here; a plain sentence where no installer is known."""
     words = shlex.join(packages)

@@ -369,12 +369,25 @@ def load_cuda(path: Path) -> CudaRecipe:
     return recipe
 
 
+def parsed(path: Path) -> dict[str, Any]:
+    """A TOML file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:  # of a thousand brackets
+        raise ValueError(str(error)) from error
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = parsed(path)
     except OSError as error:
         raise RecipeError(path, [f"cannot be read: {error.strerror}"]) from error
-    except (ValueError, RecursionError) as error:  # TOML's own, not UTF-8, a number of 5,000 digits, 1,000 brackets
+    except ValueError as error:  # TOML's own, not UTF-8, a number of 5,000 digits
         raise RecipeError(path, [f"is not TOML: {error}"]) from error
     _refuse(path, [f"{key}: is not a key of a recipe" for key in ("path", "conditions") if key in data])
     return data
