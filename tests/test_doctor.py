@@ -47,6 +47,14 @@ def test_a_missing_program_comes_with_the_command_that_gets_it(
         doctor.report(pipeline)
 
 
+def test_without_an_engine_for_images_wheels_can_still_be_made(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check = found(pipeline, "image engine")
+    assert (check.state, "wheels need none" in check.detail) == ("note", True)
+
+
 def test_little_room_on_the_disk_is_told_and_how_much_is_needed(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.samples import compiled, wheel
-from voltforge import engine, environment, image
+from voltforge import distro, engine, environment, image
+from voltforge.engine import EngineError
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
 from voltforge.image import ImageError, LeaveOut, lay_out, reachable
 from voltforge.index import Indexes
+from voltforge.toolchain import Toolchain
 
 SCRIPTS = "[console_scripts]\nquick = quick:main\ngone = quick:gone\n"
 
@@ -220,6 +222,18 @@ def test_what_is_in_the_image_imports_and_goes_together(container: str, reposito
     assert "No broken requirements found." in said
 
 
+@pytest.mark.build
+def test_vllms_command_line_runs_on_a_pretended_volta(container: str, repository: Path, toolchain: Toolchain) -> None:
+    mounts = {repository / "tests/scripts": "/mnt/scripts", toolchain.driver_stub: "/mnt/driver"}
+    options = [word for real, place in mounts.items() for word in ("--volume", f"{real}:{place}:ro")]
+    pretended = ("env", "LD_LIBRARY_PATH=/mnt/driver", "python", "/mnt/scripts/pretended_volta.py")
+    version = inside(container, *pretended, "the_command_line_says_its_version", options=tuple(options))
+    assert "0.12.0+sm70" in version
+    assert "usage: vllm serve" in inside(
+        container, *pretended, "the_command_line_explains_itself", options=tuple(options)
+    )
+
+
 TRITON = """
 import tempfile, torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -276,6 +290,19 @@ def test_without_a_gpu_the_image_says_so_in_a_sentence(container: str) -> None:
     assert "Traceback" not in said
     assert inside(container, *start, "--version").startswith("0.12.0+sm70")
     assert "docker run --gpus all" in inside(container, *start, "--help", status=1)
+
+
+@pytest.mark.build
+def test_a_base_with_another_python_is_refused_in_words(results: dict, repository: Path, tmp_path: Path) -> None:
+    base = f"localhost/voltforge-base:{distro.codename()}"
+    with pytest.raises(EngineError, match=r"the base has Python 3\.\d+, and the wheels are for 3\.99"):
+        engine.choose().build(
+            repository / "docker/Dockerfile",
+            tmp_path,
+            "localhost/voltforge-test:python",
+            {"BASE": base, "PYTHON": "3.99"},
+            {},
+        )
 
 
 @pytest.mark.build

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import psutil
 import requests
 
-from voltforge import console, distro, index, jobs, sandbox, toolchain
+from voltforge import console, distro, engine, index, jobs, sandbox, toolchain
 from voltforge.errors import VoltforgeError
 from voltforge.files import size
 from voltforge.pipeline import Pipeline
@@ -46,7 +46,7 @@ class Check:
 def examine(pipeline: Pipeline) -> list[Check]:
     """Every check, in the order of the report; none of them changes anything."""
     looks: tuple[Callable[[Pipeline], Iterator[Check]], ...] = (
-        _python, _programs, _disk, _memory, _namespaces, _driver, _index, _upstream, _compiler,
+        _python, _programs, _disk, _memory, _namespaces, _driver, _index, _upstream, _compiler, _engine,
     )  # fmt: skip
     return [check for look in looks for check in look(pipeline)]
 
@@ -201,6 +201,13 @@ def _compiler(pipeline: Pipeline) -> Iterator[Check]:
         ("ok", "") if mirrors else ("note", "without NVIDIA's download site: set CUDA_HOME, or VOLTFORGE_MIRRORS")
     )
     yield Check("CUDA compiler", state, detail, hint)
+
+
+def _engine(_: Pipeline) -> Iterator[Check]:
+    try:
+        yield Check("image engine", "ok", str(engine.choose()))
+    except VoltforgeError as error:
+        yield Check("image engine", "note", f"{error.what}; wheels need none", error.hint)
 
 
 def _first_line(argv: list[str], lines: int = 1) -> str:

@@ -79,6 +79,13 @@ def dropped_kernels_say_that_they_were_dropped():
         assert "is not in this build" in said, said
 
 
+def the_command_line_says_its_version():
+    from vllm.entrypoints.cli.main import main
+
+    sys.argv = ["vllm", "--version"]
+    main()
+
+
 def the_command_line_explains_itself():
     from vllm.entrypoints.cli.main import main
 

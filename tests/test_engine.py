@@ -1,0 +1,44 @@
+"""Engines are taken as they are found, and what they refuse is told in a sentence."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from voltforge import engine
+from voltforge.engine import Engine, EngineError
+from voltforge.errors import VoltforgeError
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_without_an_engine_the_command_that_gets_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(VoltforgeError, match="neither buildah, podman nor a running docker") as caught:
+        engine.choose()
+    assert "buildah" in caught.value.hint
+
+
+def test_a_docker_client_whose_daemon_does_not_run_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.setattr(engine, "KINDS", ("docker",))
+    program(tmp_path, "docker", "echo Version: 28.2.2; echo cannot connect to the daemon >&2; exit 1")
+    with pytest.raises(VoltforgeError):
+        engine.choose()
+    program(tmp_path, "docker", "echo Version: 28.2.2")
+    assert str(engine.choose()) == "docker 28.2.2"
+
+
+def test_what_an_engine_refuses_is_told_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    program(tmp_path, "podman", "echo STEP 1; echo Error: no such base; exit 125")
+    with pytest.raises(EngineError, match=r"podman could not build a:b: .*Error: no such base") as caught:
+        Engine("podman", "4.3").build(tmp_path / "Dockerfile", tmp_path, "a:b", {}, {})
+    assert "no such base" in caught.value.output
+    assert Engine("podman", "4.3").identity("a:b") == ""

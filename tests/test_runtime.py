@@ -1,0 +1,45 @@
+"""The image of a checkout is made of the wheels that are kept there, and of nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.samples import wheel
+from voltforge.checkout import Checkout
+from voltforge.image import ImageError
+from voltforge.runtime import Runtime
+from voltforge.stage import NotRun
+
+MINE = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+
+
+def kept(checkout: Checkout, name: str, tag: str) -> None:
+    """Put a small wheel into the wheelhouse."""
+    folder = checkout.root / "made" / name
+    checkout.wheelhouse.add(wheel(folder, {f"{name}/__init__.py": ""}, name=name, tag=tag))
+
+
+def test_missing_wheels_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path)
+    kept(checkout, "vllm", "cp38-abi3-linux_x86_64")
+    with pytest.raises(ImageError, match="the wheelhouse has no torch for Python") as caught:
+        Runtime(checkout).wheels()
+    assert "./doit torch=thin wheels" in caught.value.hint
+
+
+def test_wheels_for_another_python_do_not_count(tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path)
+    kept(checkout, "vllm", "cp38-abi3-linux_x86_64")
+    kept(checkout, "torch", "cp27-cp27mu-linux_x86_64")
+    with pytest.raises(ImageError, match="no torch"):
+        Runtime(checkout).wheels()
+    kept(checkout, "torch", f"{MINE}-{MINE}-linux_x86_64")
+    assert Runtime(checkout).wheels()["torch"].path.name == f"torch-1.0-{MINE}-{MINE}-linux_x86_64.whl"
+
+
+def test_an_image_that_was_not_made_cannot_be_asked_about(tmp_path: Path) -> None:
+    with pytest.raises(NotRun, match="image has not run"):
+        Runtime(Checkout(tmp_path)).why()
