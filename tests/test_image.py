@@ -213,6 +213,28 @@ def test_the_image_is_small_and_an_update_of_vllm_moves_little(results: dict) ->
 
 
 @pytest.mark.build
+def test_the_archive_says_what_it_is_made_of_and_how_it_is_run(results: dict, repository: Path) -> None:
+    told = subprocess.run(
+        ["skopeo", "inspect", "--config", f"oci-archive:{results['path']}:latest"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    config = json.loads(told.stdout)["config"]
+    for project in ("torch", "vllm"):
+        receipt = json.loads(
+            (repository / f"wheelhouse/receipts/{project}-{environment.python_tag()}.json").read_text()
+        )
+        assert config["Labels"][f"voltforge.{project}.receipt"] == receipt["key"]
+        assert config["Labels"][f"voltforge.{project}.sha256"] == receipt["results"]["sha256"]
+    assert config["User"] == "1000:1000"
+    assert config["Entrypoint"] == ["/opt/vllm/bin/python", "/opt/voltforge/start.py"]
+    assert {"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"} <= set(config["Env"])
+    assert set(config["Volumes"]) == {"/home/vllm/.cache", "/home/vllm/.triton"}
+    assert config["StopSignal"] == "SIGTERM"
+
+
+@pytest.mark.build
 def test_what_is_in_the_image_imports_and_goes_together(container: str, repository: Path) -> None:
     assert Path("/opt/vllm/bin/vllm").name in inside(container, "sh", "-c", "command -v vllm")
     program = "import torch, torchvision, transformers, vllm, triton; print(torch._C._cuda_getArchFlags())"
