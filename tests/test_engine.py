@@ -37,8 +37,8 @@ def test_a_docker_client_whose_daemon_does_not_run_is_none(tmp_path: Path, monke
 
 def test_what_an_engine_refuses_is_told_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    program(tmp_path, "podman", "echo STEP 1; echo Error: no such base; exit 125")
-    with pytest.raises(EngineError, match=r"podman could not build a:b: .*Error: no such base") as caught:
+    program(tmp_path, "podman", 'echo STEP 1; echo "time=1 tried again"; echo Error: no such base; exit 125')
+    with pytest.raises(EngineError, match=r"podman could not build a:b: STEP 1 Error: no such base") as caught:
         Engine("podman", "4.3").build(tmp_path / "Dockerfile", tmp_path, "a:b", {}, {})
     assert "no such base" in caught.value.output
     assert Engine("podman", "4.3").identity("a:b") == ""

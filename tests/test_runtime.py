@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.samples import wheel
-from voltforge.checkout import Checkout
+from voltforge.checkout import Checkout, Settings
 from voltforge.image import ImageError
 from voltforge.runtime import Runtime
 from voltforge.stage import NotRun
@@ -28,6 +28,15 @@ def test_missing_wheels_are_named_with_the_command_that_makes_them(tmp_path: Pat
     with pytest.raises(ImageError, match="the wheelhouse has no torch for Python") as caught:
         Runtime(checkout).wheels()
     assert "./doit torch=thin wheels" in caught.value.hint
+
+
+def test_no_base_is_made_before_there_are_wheels(tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path)
+    assert Runtime(checkout).image.after == ()
+    for name in ("torch", "vllm"):
+        kept(checkout, name, "cp38-abi3-linux_x86_64")
+    assert Runtime(checkout).image.after == ("image:base",)
+    assert Runtime(Checkout(tmp_path, Settings(base="python:3.11-slim"))).image.after == ()
 
 
 def test_wheels_for_another_python_do_not_count(tmp_path: Path) -> None:

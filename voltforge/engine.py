@@ -19,9 +19,11 @@ class EngineError(VoltforgeError):
     """An image that could not be built; ``output`` holds the end of what the engine said."""
 
     def __init__(self, engine: str, what: str, output: str) -> None:
-        said = [line.strip() for line in output.splitlines() if line.strip()]
+        # What it tried again stands in its log lines, and once more in the last one.
+        said = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("time=")]
         super().__init__(
-            f"{engine} could not {what}: {' '.join(said[-4:])[:600]}", hint="./doit doctor looks at the machine"
+            f"{engine} could not {what}: {' '.join(line[:200] for line in said[-4:])}",
+            hint="a base that cannot be had: ./doit image:base makes one",
         )
         self.output = output
 

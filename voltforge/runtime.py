@@ -49,7 +49,9 @@ class Runtime:
     @property
     def image(self) -> Stage:
         """The archive."""
-        after = () if self.checkout.settings.base else ("image:base",)
+        # Without wheels that is said at once, and no base made before.
+        there = all(any(self.checkout.wheelhouse.path.glob(f"{name}-*.whl")) for name in PROJECTS)
+        after = ("image:base",) if there and not self.checkout.settings.base else ()
         return Stage("image", self.checkout.record("image"), self._made_of, self._build, _stands, after)
 
     def why(self) -> None:
