@@ -27,8 +27,8 @@ def task_wheels():
 def task_image():
     """put the wheels together to a slim runtime image: an OCI archive in build/image/ (base=IMAGE)"""
     base, why = "make a base of the distribution's packages, where no registry can be reached", "print what weighs what"
-    yield {**tasks.of(RUNTIME.image), "basename": "image"}
-    yield {**tasks.of(RUNTIME.base), "basename": "image:base", "doc": base}
+    yield {**tasks.of(RUNTIME.image, PIPELINE.turn), "basename": "image"}
+    yield {**tasks.of(RUNTIME.base, PIPELINE.turn), "basename": "image:base", "doc": base}
     yield {**tasks.action(RUNTIME.why), "basename": "image:why", "doc": f"{why} in the image, and what was left out"}
 
 
@@ -39,7 +39,7 @@ def task_serve():
 
 def task_verify():
     """hold the wheels that were kept to their recipes again, or any wheel with file=PATH.whl"""
-    return tasks.action(chores.verify_wheels, PIPELINE)
+    return tasks.action(chores.verify_wheels, PIPELINE, turn=PIPELINE.turn)
 
 
 def task_thin():
@@ -87,7 +87,7 @@ def task_tree():
 
 def task_toolchain():
     """stage 3: a CUDA 12 toolkit that can target the arch (cuda=system|redist|distro picks one)"""
-    return tasks.of(PIPELINE.toolchain)
+    return tasks.of(PIPELINE.toolchain, PIPELINE.turn)
 
 
 def task_environment():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.checkouts import ROOT, small_checkout
+from tests.tally import Tally
 from voltforge.checkout import Settings
 from voltforge.pipeline import Pipeline
 from voltforge.toolchain import Toolchain
@@ -33,3 +35,11 @@ def saxpy(tmp_path: Path, toolchain: Toolchain) -> Pipeline:
     The toolchain is the checkout's: putting another together would test nothing more.
     """
     return small_checkout(tmp_path / "checkout")
+
+
+@pytest.fixture(scope="session")
+def counted() -> Iterator[Tally]:
+    """Counts for the table of docs/trust.md: ``counted("kill points recovered")``."""
+    tally = Tally()
+    yield tally
+    tally.keep(ROOT / "build")

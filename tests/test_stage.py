@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from voltforge import files
 from voltforge import stage as module
 from voltforge.errors import VoltforgeError
-from voltforge.stage import NotRun, Stage
+from voltforge.stage import Changed, NotRun, Stage, changed
 
 
 class Work:
@@ -28,7 +30,7 @@ class Work:
         self.runs = 0
         self.fails: BaseException | None = None
         self.stage = Stage(
-            name, folder / "records" / f"{name}.json", lambda: self.inputs, self.make, self.intact, (), unless
+            name, folder / "records" / f"{name}.json", lambda: self.inputs, self.make, self.intact, unless=unless
         )
 
     def make(self, key: str) -> dict[str, Any]:
@@ -143,17 +145,67 @@ def test_a_killed_run_leaves_no_record(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
-def test_the_inputs_of_the_record_are_those_of_its_key(work):
-    """Even when they change while they are asked for."""
-    asked = []
+def test_an_input_that_changes_during_the_work_leaves_no_record_and_is_named(work):
+    make = work.stage.make
 
-    def inputs() -> dict[str, Any]:
-        asked.append(len(asked))
-        return {"time": len(asked)}
+    def slow(key: str) -> dict[str, Any]:
+        work.inputs = {"source": "abd", "patches": {"0001.patch": "1234"}}
+        return make(key)
 
-    moving = Stage("moving", work.stage.record, inputs, work.make, work.intact)
+    moving = replace(work.stage, make=slow)
+    with pytest.raises(Changed) as caught:
+        moving.run()
+    assert caught.value.what == (
+        "changed while tree:vllm was at work, so that nothing of it was kept:"
+        '\n  - patches: (none) -> {"0001.patch": "1234"}\n  - source: abc -> abd'
+    )
+    assert not work.stage.record.exists()
     moving.run()
-    assert moving.kept()["key"] == moving.key(moving.kept()["inputs"])
+    assert moving.kept()["inputs"] == work.inputs
+
+
+def test_what_a_stage_before_was_made_of_must_not_change_either(work, tmp_path):
+    after = Work(tmp_path, "build:vllm")
+    built = replace(after.stage, after=lambda: [work.stage])
+    with pytest.raises(NotRun, match="tree:vllm has not run"):
+        built.run()
+    work.stage.run()
+    work.inputs = {"source": "abd"}
+    with pytest.raises(Changed, match="changed while build:vllm was at work"):
+        built.run()
+    assert after.runs == 0
+    work.stage.run()
+    built.run()
+    assert built.current()
+
+
+NESTED = st.recursive(
+    st.none() | st.text(max_size=3) | st.integers(0, 9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=2), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(NESTED, NESTED)
+def test_there_are_changes_exactly_where_the_values_differ(one, other):
+    found = [*changed(one, other)]
+    assert all(files.digest(change.old) != files.digest(change.new) for change in found)
+    assert bool(found) == (without_nothing(one) != without_nothing(other))
+
+
+def without_nothing(value: Any) -> Any:
+    """Without entries that are none: an input that is none and one that is not there are the same."""
+    if isinstance(value, dict):
+        return {key: inner for key, item in value.items() if (inner := without_nothing(item)) is not None}
+    return value
+
+
+def test_changes_are_named_from_the_outside_in(work):
+    work.inputs = {"patches": {"1": "a", "2": "b"}, "arch": ["7.0"]}
+    work.stage.run()
+    work.inputs = {"patches": {"1": "a", "2": "c", "3": "d"}, "arch": ["7.0", "8.0"]}
+    told = ['arch: ["7.0"] -> ["7.0", "8.0"]', "patches.2: b -> c", "patches.3: (none) -> d"]
+    assert [str(change) for change in work.stage.changes()] == told
 
 
 def test_results_before_a_run_are_refused_with_what_to_do(work):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from voltforge.fetch import Store
 from voltforge.recipe import CHOICES
+from voltforge.turn import Turn
 from voltforge.wheelhouse import Wheelhouse
 
 
@@ -31,6 +33,8 @@ class Settings:
     """The address of a running server, for ``serve:check``."""
     base: str = ""
     """The image that ours stands on, such as ``python:3.11-slim``; empty for one of the distribution's packages."""
+    gc: str = ""
+    """``delete`` for removing what ``gc`` lists."""
     arch: str = "7.0"
     """Architectures that ``thin`` keeps, as in TORCH_CUDA_ARCH_LIST: ``7.0``, or ``9.0;9.0a``."""
 
@@ -56,6 +60,11 @@ class Checkout:
     def store(self) -> Store:
         """The downloads, with the mirrors and indexes that the environment names."""
         return Store.from_environment(self.scratch / "downloads")
+
+    @cached_property
+    def turn(self) -> Turn:
+        """The right to change this checkout, which one run has at a time."""
+        return Turn(self.scratch / ".turn", " ".join(["doit", *sys.argv[1:]]))
 
     @property
     def wheelhouse(self) -> Wheelhouse:

@@ -29,14 +29,12 @@ class Compiled(Package):
 
     def making(self, kept: Stage) -> dict[str, Stage]:
         """``tree``, ``environment`` and ``build``."""
-        name = self.recipe.name
-        tree_after = (f"fetch:{name}",)
         # In this order: a source that cannot be had is told before an environment of gigabytes is made for it.
-        build_after = f"fetch:{name}", f"tree:{name}", f"environment:{name}", "toolchain"
+        needed = "fetch", "tree", "environment", "toolchain"
         return {
-            "tree": self.planned("tree", self._patched, self._grow, folder_stands, tree_after),
+            "tree": self.planned("tree", self._patched, self._grow, folder_stands, ("fetch",), kept),
             "environment": self.planned("environment", self._locked, self._settle, folder_stands, (), kept),
-            "build": self.planned("build", self.made_of, self._build, file_stands, build_after, kept),
+            "build": self.planned("build", self.made_of, self._build, file_stands, needed, kept),
         }
 
     def expectation(self) -> Expectation:
@@ -87,7 +85,7 @@ class Compiled(Package):
         patches = self.series()
         console.step(f"unpack {self.source.file} and apply {len(patches)} patches")
         grown = tree.grow(self.fetched(), patches, self.checkout.scratch / "trees" / self.recipe.name)
-        return {"path": str(grown.path), "epoch": grown.epoch}
+        return {"path": str(grown.path), "epoch": grown.epoch, "picture": files.picture(grown.path)}
 
     def _settle(self, _: str) -> Values:
         lock = self.recipe.beside(self.recipe.build.lock)
@@ -95,7 +93,7 @@ class Compiled(Package):
         settled = self.settled(lock, lock.stem)
         for folder in {path for pattern in self.recipe.build.links for path in settled.site_packages.glob(pattern)}:
             elf.link_libraries(folder)
-        return {"path": str(settled.path)}
+        return {"path": str(settled.path), "picture": files.picture(settled.path)}
 
     def _build(self, key: str) -> Values:
         around = sandbox.choose(self.checkout.settings.sandbox)

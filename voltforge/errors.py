@@ -10,6 +10,9 @@ class VoltforgeError(Exception):
     ``what`` in red, ``hint`` below it, and no traceback.
     """
 
+    exit_status = 1
+    """What the program exits with."""
+
     def __init__(self, what: str, *, hint: str = "") -> None:
         super().__init__(what)
         self.what = what

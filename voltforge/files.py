@@ -115,6 +115,21 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def picture(folder: Path) -> str:
+    """A digest of all that is in a folder, by name, mode, size and time: another when a file was changed or cut off.
+
+    It reads no content and so takes half a second for 50,000 files. The times of folders do not count.
+    """
+    entries = []
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        for path in (f"{parent}/{name}" for name in (*names, *links)):
+            found = os.lstat(path)
+            target = os.readlink(path) if stat.S_ISLNK(found.st_mode) else found.st_mtime_ns
+            entries.append([os.path.relpath(path, folder), found.st_mode, found.st_size, target])
+    return digest(sorted(entries))
+
+
 def digest(value: Any) -> str:
     """The hexadecimal SHA-256 of a JSON value's canonical form: equal values have equal digests."""
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())

@@ -45,15 +45,15 @@ class Package(ABC):
         """All stages by kind: ``fetch``, …, ``build``, ``check``, ``wheels``."""
         house, name = self.checkout.wheelhouse, self.recipe.name
         receipt = house.receipt(name, environment.python_tag())
-        kept = Stage(f"wheels:{name}", receipt, self._picture, self._keep, house.holds, (f"check:{name}",))
-        after = f"build:{name}", "toolchain"  # which has the driver's stub
+        kept = Stage(f"wheels:{name}", receipt, self._picture, self._keep, house.holds, lambda: [self.stage("check")])
+        after = "build", "toolchain"  # which has the driver's stub
         check = self.planned("check", self._checked, self._check, lambda _: True, after, kept)
         fetch = self.planned("fetch", self.fetched_by, self._fetch, self._held, (), kept)
         return {"fetch": fetch, **self.making(kept), "check": check, "wheels": kept}
 
     def stage(self, kind: str) -> Stage:
-        """The stage of that kind."""
-        return self.stages()[kind]
+        """The stage of that kind, or the toolchain's."""
+        return self.toolkit if kind == "toolchain" else self.stages()[kind]
 
     def planned(
         self,
@@ -66,7 +66,9 @@ class Package(ABC):
     ) -> Stage:
         """A stage of this package, with its record where the checkout keeps it."""
         name = f"{kind}:{self.recipe.name}"
-        return Stage(name, self.checkout.record(name), inputs, make, intact, after, unless)
+        return Stage(
+            name, self.checkout.record(name), inputs, make, intact, lambda: [self.stage(one) for one in after], unless
+        )
 
     def toolchain(self) -> Toolchain:
         """What it is compiled with; its stage must have run."""
@@ -160,8 +162,9 @@ class Package(ABC):
 
 
 def folder_stands(results: Values) -> bool:
-    """Whether the folder that a stage made is there."""
-    return Path(results["path"]).is_dir()
+    """Whether the folder that a stage made is there, with every file as it was."""
+    folder = Path(results["path"])
+    return folder.is_dir() and files.picture(folder) == results["picture"]
 
 
 def file_stands(results: Values) -> bool:

@@ -51,8 +51,8 @@ class Runtime:
         """The archive."""
         # Without wheels that is said at once, and no base made before.
         there = all(any(self.checkout.wheelhouse.path.glob(f"{name}-*.whl")) for name in PROJECTS)
-        after = ("image:base",) if there and not self.checkout.settings.base else ()
-        return Stage("image", self.checkout.record("image"), self._made_of, self._build, _stands, after)
+        after = [self.base] if there and not self.checkout.settings.base else []
+        return Stage("image", self.checkout.record("image"), self._made_of, self._build, _stands, lambda: after)
 
     def why(self) -> None:
         """Print the sizes of the image, and what was left out and why; it must have been made."""

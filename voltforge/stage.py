@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from voltforge import PIPELINE_VERSION, files
-from voltforge.errors import VoltforgeError
+from voltforge.errors import VoltforgeError, listed
 
 Values = Mapping[str, Any]
 """What JSON can hold, by name."""
+WIDTH = 120
+"""How much of a value is shown; a sha256 is 64."""
 
 
 class NotRun(VoltforgeError):  # noqa: N818 - it says what happened
     """A stage whose results are asked for before it has run."""
+
+
+class Changed(VoltforgeError):  # noqa: N818 - it says what happened
+    """An input that is no longer what it was when the work on it began."""
+
+    def __init__(self, name: str, changes: Sequence[Change]) -> None:
+        told = listed([str(change) for change in changes])
+        super().__init__(
+            f"changed while {name} was at work, so that nothing of it was kept:{told}", hint="run it again"
+        )
+        self.changes = tuple(changes)
+
+
+@dataclass(frozen=True)
+class Change:
+    """An input with two values; ``None`` where it is on one side only."""
+
+    name: str
+    """Its names from the outside in, with dots: ``patches.0001-imports.patch``."""
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_shown(self.old)} -> {_shown(self.new)}"
 
 
 @dataclass(frozen=True)
@@ -36,8 +64,8 @@ class Stage:
     """Does the work; takes the key and gives the results to keep."""
     intact: Callable[[Values], bool]
     """Whether what the results speak of is still there, as it was."""
-    after: tuple[str, ...] = ()
-    """The stages that must have run before."""
+    after: Callable[[], Sequence[Stage]] = lambda: ()
+    """Gives the stages that must have run before."""
     unless: Stage | None = None
     """A later stage that makes this one needless while it is current: a kept wheel needs no build tree."""
 
@@ -65,22 +93,63 @@ class Stage:
     def current(self) -> bool:
         """Whether there is nothing to do.
 
-        Nothing is where what is kept, here or in the stage that makes this one needless, is of today's inputs.
+        Nothing is where what is kept, in the stage that makes this one needless or here, is of today's inputs.
         """
+        if self.unless is not None and self.unless.current():
+            return True
         try:
             kept = self.kept()
-            if kept and kept.get("key") == self.key() and self.intact(kept["results"]):
-                return True
+            return bool(kept and kept.get("key") == self.key() and self.intact(kept["results"]))
         except VoltforgeError:
-            pass  # what cannot be asked is not current by itself
-        return self.unless is not None and self.unless.current()
+            return False  # what cannot be asked is not current by itself
 
     def run(self) -> None:
-        """Do the work and keep the record, unless there is nothing to do."""
+        """Do the work and keep the record, unless there is nothing to do.
+
+        Raises:
+            NotRun: a stage that must have run before has not.
+            Changed: an input, here or of a stage before, was changed while the work was done; nothing is kept.
+        """
         if self.current():
             return
+        self._stand()
         inputs = dict(self.inputs())
         key = self.key(inputs)
         self.record.unlink(missing_ok=True)
         results = self.make(key)
+        self._stand()
+        if changes := [*changed(inputs, self.inputs())]:
+            raise Changed(self.name, changes)
+        os.sync()  # a record must not be on the disk before what it speaks of
         files.write_json(self.record, {"stage": self.name, "key": key, "inputs": inputs, "results": dict(results)})
+
+    def changes(self) -> list[Change]:
+        """The inputs that are not what they were when the stage ran last, as it is kept.
+
+        Raises:
+            NotRun: it has no record, or a stage that it takes values from has none.
+        """
+        self.results()
+        return [*changed(self.kept()["inputs"], self.inputs())]
+
+    def _stand(self) -> None:
+        """See that the stages before are still those that this one's inputs speak of."""
+        for below in self.after():
+            if changes := below.changes():
+                raise Changed(self.name, changes)
+
+
+def changed(old: Any, new: Any, name: str = "") -> Iterator[Change]:
+    """Where two values of JSON differ, by the names of what is in them; lists are compared as a whole."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            yield from changed(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif files.digest(old) != files.digest(new):
+        yield Change(name, old, new)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "(none)"
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text if len(text) <= WIDTH else f"{text[:WIDTH]}…"

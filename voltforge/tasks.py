@@ -20,6 +20,7 @@ from voltforge.checkout import Settings
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline import Pipeline
 from voltforge.stage import Stage
+from voltforge.turn import Turn
 
 INTERRUPTED = 130
 """The exit status of a program that Ctrl-C ended, as shells give it."""
@@ -56,7 +57,7 @@ def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
     """The pipeline of a checkout with the command line's ``name=value``.
 
     Raises:
-        InvalidDodoFile: a recipe cannot be used, a variable is not one of :class:`Settings`, or nothing can be written.
+        InvalidDodoFile: a recipe cannot be used, or a variable is not one of :class:`Settings`.
     """
     sys.excepthook = _excepthook
     known = [field.name for field in fields(Settings)]
@@ -64,10 +65,6 @@ def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
     if unknown := [name for name in given if name not in known]:
         there_are = ", ".join(f"{name}=" for name in known)
         raise InvalidDodoFile(f"{', '.join(unknown)}: no such variable; there are {there_are}")
-    try:
-        (root / "build").mkdir(exist_ok=True)  # where doit keeps its notes, before any stage has run
-    except OSError as error:
-        raise InvalidDodoFile(f"{root / 'build'}: {error.strerror}") from error
     try:
         return Pipeline.load(root, Settings(**{name: variable(name, getattr(Settings, name)) for name in known}))
     except VoltforgeError as error:
@@ -78,20 +75,28 @@ def each(pipeline: Pipeline, kind: str) -> Iterator[dict[str, Any]]:
     """A task for every package that has a stage of that kind."""
     for recipe in pipeline.recipes.values():
         if stage := pipeline.package(recipe).stages().get(kind):
-            yield {**of(stage), "name": recipe.name, "doc": recipe.summary}
+            yield {**of(stage, pipeline.turn), "name": recipe.name, "doc": recipe.summary}
 
 
-def of(stage: Stage) -> dict[str, Any]:
+def of(stage: Stage, turn: Turn) -> dict[str, Any]:
     """The task of one stage: it runs unless the stage's own record says that there is nothing to do."""
-    return {**action(stage.run), "uptodate": [lambda: stage.current()], "task_dep": list(stage.after)}
+
+    def nothing_to_do() -> bool:
+        # The turn is taken here, in doit's own process, and not by its workers (doit -n).
+        return stage.current() or (turn.take() and stage.current())
+
+    before = [one.name for one in stage.after()]
+    return {**action(stage.run), "uptodate": [nothing_to_do], "task_dep": before}
 
 
-def action(work: Callable[..., Any], *words: Any) -> dict[str, Any]:
-    """A task that does one thing, and whose problems are a sentence."""
+def action(work: Callable[..., Any], *words: Any, turn: Turn | None = None) -> dict[str, Any]:
+    """A task that does one thing, and whose problems are a sentence; with ``turn``, when no other run is at work."""
 
     def guarded() -> TaskFailed | None:
         _end_like_ctrl_c()
         try:
+            if turn:
+                turn.take()
             work(*words)
         except VoltforgeError as error:
             return _failed(error)
@@ -109,6 +114,9 @@ def action(work: Callable[..., Any], *words: Any) -> dict[str, Any]:
 
 
 def _failed(error: VoltforgeError) -> TaskFailed:
+    if error.exit_status != VoltforgeError.exit_status:  # which doit has no word for
+        console.error(error)
+        raise SystemExit(error.exit_status)
     failed = TaskFailed(error.what)
     failed.problem = error
     return failed

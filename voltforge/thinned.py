@@ -26,10 +26,7 @@ class Thinned(Package):
 
     def making(self, kept: Stage) -> dict[str, Stage]:
         """``build`` alone."""
-        after = (f"fetch:{self.recipe.name}",)
-        return {
-            "build": self.planned("build", self.made_of, self._thin, file_stands, after, kept),
-        }
+        return {"build": self.planned("build", self.made_of, self._thin, file_stands, ("fetch",), kept)}
 
     def made_of(self) -> Values:
         """The stock wheel, what is done to it, and the tools that do it."""
