@@ -179,6 +179,20 @@ def test_what_a_stage_before_was_made_of_must_not_change_either(work, tmp_path):
     assert built.current()
 
 
+def test_what_a_stage_before_made_must_be_whole_until_the_end(work, tmp_path):
+    after = Work(tmp_path, "build:vllm")
+
+    def spoiling(key: str) -> dict[str, Any]:
+        work.product.unlink()
+        return after.make(key)
+
+    built = replace(after.stage, after=lambda: [work.stage], make=spoiling)
+    work.stage.run()
+    with pytest.raises(Changed, match="what tree:vllm made: whole -> changed or gone"):
+        built.run()
+    assert not built.record.exists()
+
+
 NESTED = st.recursive(
     st.none() | st.text(max_size=3) | st.integers(0, 9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=2), inner, max_size=3),

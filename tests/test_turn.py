@@ -17,8 +17,8 @@ TAKE = """
 import sys, time
 from pathlib import Path
 from voltforge.turn import Turn
-waited = Turn(Path(sys.argv[1]), sys.argv[2]).take()
-print("waited" if waited else "taken", flush=True)
+turn = Turn(Path(sys.argv[1]), sys.argv[2])
+print("waited" if turn.take() else "taken", flush=True)
 time.sleep(float(sys.argv[3]))
 """
 

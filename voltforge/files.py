@@ -123,10 +123,10 @@ def picture(folder: Path) -> str:
     entries = []
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if Path(parent, name).is_symlink()]
-        for path in (f"{parent}/{name}" for name in (*names, *links)):
-            found = os.lstat(path)
-            target = os.readlink(path) if stat.S_ISLNK(found.st_mode) else found.st_mtime_ns
-            entries.append([os.path.relpath(path, folder), found.st_mode, found.st_size, target])
+        for path in (Path(parent, name) for name in (*names, *links)):
+            found = path.lstat()
+            target = str(path.readlink()) if stat.S_ISLNK(found.st_mode) else found.st_mtime_ns
+            entries.append([str(path.relative_to(folder)), found.st_mode, found.st_size, target])
     return digest(sorted(entries))
 
 

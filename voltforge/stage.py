@@ -133,9 +133,12 @@ class Stage:
         return [*changed(self.kept()["inputs"], self.inputs())]
 
     def _stand(self) -> None:
-        """See that the stages before are still those that this one's inputs speak of."""
+        """See that what the stages before made is there, and of what this one's inputs speak of."""
         for below in self.after():
-            if changes := below.changes():
+            changes = below.changes()
+            if not changes and not below.intact(below.results()):
+                changes = [Change(f"what {below.name} made", "whole", "changed or gone")]
+            if changes:
                 raise Changed(self.name, changes)
 
 
