@@ -37,6 +37,11 @@ def task_serve():
     yield {"name": "check", **tasks.action(chores.check_server, PIPELINE)}
 
 
+def task_why():
+    """say which inputs of a stage changed since its result was kept: why wheels:vllm"""
+    return tasks.action(chores.why, PIPELINE, RUNTIME, takes_names=True)
+
+
 def task_verify():
     """hold the wheels that were kept to their recipes again, or any wheel with file=PATH.whl"""
     return tasks.action(chores.verify_wheels, PIPELINE, turn=PIPELINE.turn)

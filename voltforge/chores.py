@@ -12,6 +12,8 @@ from voltforge import console, environment, thin, verify, wheel
 from voltforge.errors import VoltforgeError
 from voltforge.files import size
 from voltforge.pipeline import Pipeline
+from voltforge.runtime import Runtime
+from voltforge.stage import shown
 
 
 def verify_wheels(pipeline: Pipeline) -> None:
@@ -49,6 +51,29 @@ def thin_wheel(pipeline: Pipeline) -> None:
     made = thin.thin_wheel(path, pipeline.scratch / "thin", archs, special=pipeline.thin(wheel.Wheel.read(path).name))
     before, after = path.stat().st_size, made.stat().st_size
     console.note(f"{made.relative_to(pipeline.root)}, {size(after)} of {size(before)}")
+
+
+def why(pipeline: Pipeline, runtime: Runtime, *names: str) -> None:
+    """Print which inputs of stages are not what they were when their results were kept, the old and the new.
+
+    Raises:
+        VoltforgeError: there is no such stage.
+    """
+    stages = {**pipeline.stages(), **{stage.name: stage for stage in (runtime.base, runtime.image)}}
+    if unknown := [name for name in names if name not in stages]:
+        raise VoltforgeError(f"{', '.join(unknown)}: no such stage", hint=f"one of {', '.join(stages)}")
+    for name in names or [name for name in stages if name.startswith("wheels:")]:
+        console.step(name)
+        try:
+            reason = stages[name].reason()
+            changes = [] if reason else stages[name].changes()
+        except VoltforgeError as error:
+            changes, reason = [], f"it cannot be said before that: {error.what}, {error.hint}"
+        if changes:
+            rows = [(change.name, shown(change.old), shown(change.new)) for change in changes]
+            console.table("", ("changed since it was kept", "then", "now"), rows)
+        else:
+            console.note(reason or "nothing changed")
 
 
 def check_server(pipeline: Pipeline) -> None:

@@ -55,6 +55,10 @@ class Package(ABC):
         """The stage of that kind, or the toolchain's."""
         return self.toolkit if kind == "toolchain" else self.stages()[kind]
 
+    def has(self, kind: str) -> bool:
+        """Whether there is a stage of that kind: a wheel that is thinned has no tree."""
+        return kind == "toolchain" or kind in self.stages()
+
     def planned(
         self,
         kind: str,

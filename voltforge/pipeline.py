@@ -47,6 +47,12 @@ class Pipeline(Checkout):
             return Thinned(self, recipe, self.toolchain)
         return Compiled(self, recipe, self.toolchain)
 
+    def stages(self) -> dict[str, Stage]:
+        """Every stage by its name, in the order that the data takes."""
+        packages = [self.package(recipe) for recipe in self.recipes.values()]
+        found = [package.stage(kind) for kind in STAGES for package in packages if package.has(kind)]
+        return {stage.name: stage for stage in found}
+
     def thin(self, name: str) -> Thin:
         """What a project's wheel needs beyond what thinning does to every wheel, whatever is built of it here."""
         path = self.root / "recipes" / f"{name}-thin.toml"

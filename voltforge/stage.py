@@ -43,7 +43,7 @@ class Change:
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.name}: {_shown(self.old)} -> {_shown(self.new)}"
+        return f"{self.name}: {shown(self.old)} -> {shown(self.new)}"
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,21 @@ class Stage:
         self.results()
         return [*changed(self.kept()["inputs"], self.inputs())]
 
+    def reason(self) -> str:
+        """In a sentence why it would run now, but for inputs that changed; empty if there is no other reason.
+
+        Raises:
+            VoltforgeError: an input cannot be asked for.
+        """
+        kept = self.kept()
+        if not kept:
+            return "it has not run here, or was not finished"
+        if self.changes():
+            return ""
+        if kept.get("key") != self.key():
+            return "it ran in another version of the pipeline"
+        return "" if self.intact(kept["results"]) else "what it made is gone, or not as it was"
+
     def _stand(self) -> None:
         """See that what the stages before made is there, and of what this one's inputs speak of."""
         for below in self.after():
@@ -151,7 +166,8 @@ def changed(old: Any, new: Any, name: str = "") -> Iterator[Change]:
         yield Change(name, old, new)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """An input for people to read: text as it is, the rest as JSON, cut short."""
     if value is None:
         return "(none)"
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)

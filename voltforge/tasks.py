@@ -6,7 +6,7 @@ import errno
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -89,15 +89,21 @@ def of(stage: Stage, turn: Turn) -> dict[str, Any]:
     return {**action(stage.run), "uptodate": [nothing_to_do], "task_dep": before}
 
 
-def action(work: Callable[..., Any], *words: Any, turn: Turn | None = None) -> dict[str, Any]:
-    """A task that does one thing, and whose problems are a sentence; with ``turn``, when no other run is at work."""
+def action(
+    work: Callable[..., Any], *words: Any, turn: Turn | None = None, takes_names: bool = False
+) -> dict[str, Any]:
+    """A task that does one thing, and whose problems are a sentence.
 
-    def guarded() -> TaskFailed | None:
+    With ``turn`` it waits until no other run is at work; if it takes names, it is given what follows it on the command
+    line.
+    """
+
+    def guarded(names: Sequence[str] = ()) -> TaskFailed | None:
         _end_like_ctrl_c()
         try:
             if turn:
                 turn.take()
-            work(*words)
+            work(*words, *names)
         except VoltforgeError as error:
             return _failed(error)
         except OSError as error:
@@ -110,7 +116,8 @@ def action(work: Callable[..., Any], *words: Any, turn: Turn | None = None) -> d
             raise SystemExit(INTERRUPTED) from None
         return None
 
-    return {"actions": [guarded], "verbosity": 2, "io": {"capture": False}}
+    named = {"pos_arg": "names"} if takes_names else {}
+    return {"actions": [guarded], "verbosity": 2, "io": {"capture": False}, **named}
 
 
 def _failed(error: VoltforgeError) -> TaskFailed:
