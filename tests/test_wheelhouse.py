@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.version import Version
@@ -21,7 +22,8 @@ from uv import find_uv_bin
 
 from tests import samples
 from tests.rights import ordinary_user
-from voltforge import files
+from voltforge import files, provenance, signing
+from voltforge.signing import Signer, Trust
 from voltforge.wheel import WheelError
 from voltforge.wheelhouse import Wheelhouse, WheelhouseError
 
@@ -37,6 +39,23 @@ def wheel(
     return samples.wheel(
         folder / name / version / where, content, name=name, version=version, metadata=metadata, **more
     )
+
+
+def described(folder: Path, version: str = LOCAL, *, name: str = "thing") -> Path:
+    """A wheel with an SBOM, as the pipeline makes them."""
+    content = {f"{name}/__init__.py": "", f"{name}-{version}.dist-info/sboms/{name}.cdx.json": '{"bomFormat": "x"}'}
+    return samples.wheel(folder / name / version, content, name=name, version=version)
+
+
+def keep(one: Wheelhouse, path: Path, signer: Signer | None = None, python: str = "cp311") -> dict[str, Any]:
+    """Take a wheel in with receipt and provenance, as the last stage does; gives the receipt's results."""
+    results = {**one.entry(path), "build_key": "1" * 64, "materials": [{"name": "a.c", "kind": "source"}]}
+    stage = f"wheels:{results['name']}"
+    statement = provenance.statement({"stage": stage, "key": "2" * 64, "inputs": {}, "results": results})
+    one.add(path, statement, signer)
+    results["statement"] = files.sha256_bytes(statement)
+    files.write_json(one.receipt(results["name"], python), {"stage": stage, "results": results})
+    return results
 
 
 def house(folder: Path, *wheels: Path) -> Wheelhouse:
@@ -250,16 +269,24 @@ def test_an_index_of_nothing_is_still_an_index(tmp_path, pip):
 # --- keeping ---
 
 
-def test_add_says_what_came_in(tmp_path):
-    path = wheel(tmp_path / "made")
-    one = Wheelhouse(tmp_path / "ours")
-    kept = one.add(path)
-    assert kept == {
+def test_an_entry_says_what_a_wheel_is(tmp_path):
+    path = described(tmp_path / "made")
+    document = {"file": f"{path.name}.cdx.json", "sha256": files.sha256_bytes(b'{"bomFormat": "x"}')}
+    assert Wheelhouse(tmp_path).entry(path) == {
         "file": path.name, "name": "thing", "version": LOCAL,
-        "sha256": files.sha256(path), "size": path.stat().st_size,
+        "sha256": files.sha256(path), "size": path.stat().st_size, "sbom": document,
     }  # fmt: skip
-    assert one.holds(kept)
+    assert Wheelhouse(tmp_path).entry(wheel(tmp_path / "made"))["sbom"] is None
+
+
+def test_what_came_in_is_held_and_has_what_goes_with_it_beside_it(tmp_path):
+    one = Wheelhouse(tmp_path / "ours")
+    path = described(tmp_path / "made")
+    assert one.holds(keep(one, path))
     assert [str(made.version) for made in one.wheels()] == [LOCAL]
+    assert (one.path / f"{path.name}.cdx.json").read_bytes() == b'{"bomFormat": "x"}'
+    said = provenance.read(signing.payload((one.path / f"{path.name}.intoto.jsonl").read_bytes()))
+    assert (said.file, said.sha256) == (path.name, files.sha256(path))
 
 
 @pytest.mark.parametrize("older", ["0.9", "1.0+sm70.cu123", "1.1"])
@@ -289,19 +316,71 @@ def test_a_project_whose_name_has_signs_is_found_by_every_spelling(tmp_path):
         assert Installer("uv", tmp_path).install("--index-url", simple(one), name) == "1"
 
 
-def test_holds_sees_a_wheel_that_is_gone_or_changed_and_a_page_that_is_gone(tmp_path):
+PARTS = ["", ".metadata", ".cdx.json", ".intoto.jsonl", "simple/thing/index.html", "simple/thing/index.json"]
+
+
+def part(one: Wheelhouse, kept: dict[str, Any], name: str) -> Path:
+    return one.path / name if "/" in name else one.path / f"{kept['file']}{name}"
+
+
+@pytest.mark.parametrize("spoil", ["gone", "cut", "emptied", "another byte"])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_wheel_is_not_held_when_any_part_is_gone_or_not_as_it_was(tmp_path, name, spoil):
     one = Wheelhouse(tmp_path / "ours")
-    kept = one.add(wheel(tmp_path / "made"))
-    path = one.path / kept["file"]
+    kept = keep(one, described(tmp_path / "made"))
+    path = part(one, kept, name)
     data = path.read_bytes()
-    path.write_bytes(data[:-1] + b"?")
+    if spoil == "gone":
+        path.unlink()
+    else:
+        at = data.find(kept["sha256"].encode()) if "/" in name else len(data) // 2
+        other = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        path.write_bytes({"cut": data[: len(data) // 2], "emptied": b"", "another byte": other}[spoil])
     assert not one.holds(kept)
-    path.unlink()
-    assert not one.holds(kept)
+    assert one.disagreements(one.wheels()[0], Trust())[0] if name else True
     path.write_bytes(data)
     assert one.holds(kept)
-    (one.path / "simple" / "thing" / "index.html").unlink()
-    assert not one.holds(kept)
+    assert one.disagreements(one.wheels()[0], Trust()) == ([], "nobody: no key is trusted here")
+
+
+def test_only_the_word_of_a_trusted_key_is_taken_where_keys_are_trusted(tmp_path):
+    mine, other = (signing.make_key(tmp_path / name) for name in ("mine.pem", "other.pem"))
+    one = Wheelhouse(tmp_path / "ours")
+    keep(one, described(tmp_path / "made"))
+    made = one.wheels()[0]
+    assert "the statement is not signed" in one.disagreements(made, Trust.of(mine))[0][0]
+    assert one.sign(other) == [made.path.name]
+    assert "unknown key" in one.disagreements(made, Trust.of(mine))[0][0]
+    assert one.sign(mine) == [made.path.name]
+    assert one.disagreements(made, Trust.of(mine)) == ([], "a trusted key")
+
+
+def test_a_signed_wheel_stays_held(tmp_path):
+    one = Wheelhouse(tmp_path / "ours")
+    kept = keep(one, described(tmp_path / "made"), signing.make_key(tmp_path / "first.pem"))
+    assert one.holds(kept)
+    one.sign(signing.make_key(tmp_path / "second.pem"))
+    assert one.holds(kept)
+
+
+def test_the_provenance_of_another_wheel_does_not_pass(tmp_path):
+    """Nor does its receipt, nor a wheel that nobody made here."""
+    signer = signing.make_key(tmp_path / "key.pem")
+    one, elsewhere = Wheelhouse(tmp_path / "ours"), Wheelhouse(tmp_path / "elsewhere")
+    kept = keep(one, described(tmp_path / "made"), signer)
+    keep(elsewhere, described(tmp_path / "made", "1.0"), signer)
+    replayed = next(elsewhere.path.glob("*.intoto.jsonl")).read_bytes()
+    made, envelope = one.wheels()[0], one.path / f"{kept['file']}.intoto.jsonl"
+    mine = envelope.read_bytes()
+    envelope.write_bytes(replayed)
+    told = one.disagreements(made, Trust.of(signer))[0]
+    assert [line.split(" with")[0] for line in told] == [
+        "its provenance is of thing-1.0-py3-none-any.whl",
+        f"the receipt of {kept['file']} and its provenance say different things",
+    ]
+    envelope.write_bytes(mine)
+    one.receipt("thing", "cp311").unlink()
+    assert one.disagreements(made, Trust.of(signer))[0] == [f"no receipt speaks of {kept['file']}"]
 
 
 def test_receipts_are_kept_by_project_and_python(tmp_path):
@@ -323,8 +402,9 @@ def test_a_wheel_for_another_python_stays_beside_that_of_this_one(tmp_path):
 def test_receipts_of_wheels_that_are_no_more_go_with_them(tmp_path):
     one = Wheelhouse(tmp_path / "ours")
     for version, name in (("1.0", "thing"), ("1.0", "other"), ("2.0", "thing")):
-        kept = one.add(wheel(tmp_path / "made", version, name=name))
-        files.write_json(one.receipt(name, f"cp{version[0]}"), {"results": kept})
+        keep(one, described(tmp_path / "made", version, name=name), python=f"cp{version[0]}")
+    files.write(one.receipt("broken", "cp9"), "{")
+    one.add(described(tmp_path / "made", "3.0", name="third"))
     assert {path.name for path in (one.path / "receipts").iterdir()} == {"other-cp1.json", "thing-cp2.json"}
 
 

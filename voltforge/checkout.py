@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from voltforge import signing
 from voltforge.fetch import Store
 from voltforge.recipe import CHOICES
+from voltforge.signing import Signer, Trust
 from voltforge.turn import Turn
 from voltforge.wheelhouse import Wheelhouse
 
@@ -65,6 +68,16 @@ class Checkout:
     def turn(self) -> Turn:
         """The right to change this checkout, which one run has at a time."""
         return Turn(self.scratch / ".turn", " ".join(["doit", *sys.argv[1:]]))
+
+    @property
+    def signer(self) -> Signer | None:
+        """The person's own key, if there is one."""
+        return signing.configured(os.environ)[0]
+
+    @property
+    def trust(self) -> Trust:
+        """The keys whose signatures the person believes."""
+        return signing.configured(os.environ)[1]
 
     @property
     def wheelhouse(self) -> Wheelhouse:

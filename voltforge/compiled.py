@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from voltforge import build, console, elf, environment, files, jobs, options, sandbox, tree, wheel
+from voltforge import build, console, elf, environment, files, jobs, material, options, sandbox, tree, wheel
 from voltforge.checkout import Checkout
 from voltforge.environment import Environment
+from voltforge.material import Material
 from voltforge.package import Package, file_stands, folder_stands
 from voltforge.recipe import Source, SourceRecipe
 from voltforge.stage import Stage, Values
@@ -65,8 +66,17 @@ class Compiled(Package):
             "variables": build.variables(self.recipe, self.tree(), chosen, places),
             "config_settings": dict(self.recipe.build.config_settings),
             "finish": self.recipe.finish.model_dump(mode="json"),
-            "compression": wheel.DEFLATE,
+            **self.written(),
         }
+
+    def materials(self) -> list[Material]:
+        """Source, patches, the lock of the environment with its entries, and the toolchain."""
+        return [
+            material.of_source(self.source),
+            *(material.of_file(patch.path, "patch") for patch in self.series()),
+            *material.of_lock(self.recipe.beside(self.recipe.build.lock)),
+            *map(material.from_json, self.toolkit.results()["materials"]),
+        ]
 
     # The values that the stages hand on.
 
@@ -111,7 +121,8 @@ class Compiled(Package):
         )  # fmt: skip
         built = build.compile(shop, self.checkout.scratch / "logs" / f"{self.recipe.name}.log")
         folder = self.checkout.scratch / "wheels" / f"{self.recipe.name}-{key[:12]}"
-        finished = wheel.finish(built.wheel, folder, runpath=self.recipe.finish.runpath, epoch=grown.epoch)
+        finished = wheel.finish(built.wheel, folder, runpath=self.recipe.finish.runpath, epoch=grown.epoch,
+                                complete=self.describe)  # fmt: skip
         console.note(f"{finished.name}, {files.size(finished.stat().st_size)}, {built.usage}")
         return {
             "path": str(finished),

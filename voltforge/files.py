@@ -9,11 +9,15 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 BLOCK = 1 << 20
+SETTLED = 2_000_000_000
+"""Nanoseconds that a file must have stood still for its hash to be remembered."""
+_HASHED: dict[tuple[int, ...], str] = {}
 
 
 @contextlib.contextmanager
@@ -102,12 +106,24 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file's content."""
+    """The hexadecimal SHA-256 of a file's content; one that stood still since is read once in a process."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
+        stood = _stood(file)
+        if stood in _HASHED:
+            return _HASHED[stood]
         while block := file.read(BLOCK):
             digest.update(block)
+        # A change so soon after the last one that the clock did not move on would not show (git's racy files).
+        if _stood(file) == stood and time.time_ns() - stood[-1] > SETTLED:
+            _HASHED[stood] = digest.hexdigest()
     return digest.hexdigest()
+
+
+def _stood(file: IO[bytes]) -> tuple[int, ...]:
+    """What of a file changes with its content; its ctime no program can set."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def sha256_bytes(data: bytes) -> str:

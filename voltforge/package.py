@@ -5,17 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
-from voltforge import build, console, environment, files, sandbox, verify
+from voltforge import build, console, environment, files, material, provenance, sandbox, sbom, verify, wheel, wheelhouse
 from voltforge.checkout import Checkout
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
 from voltforge.fetch import FetchError
+from voltforge.material import Material
 from voltforge.recipe import Recipe, Source
 from voltforge.stage import Stage, Values
 from voltforge.toolchain import HostCompiler, Toolchain
 from voltforge.verify import Expectation, Finding
+
+BUILT = ("commit", "linked", "sandbox", "hermetic")
+"""What the build stage says of a wheel besides its bytes, for whoever gets it from a shared cache."""
 
 
 class Package(ABC):
@@ -36,6 +41,10 @@ class Package(ABC):
     @abstractmethod
     def made_of(self) -> Values:
         """Everything that can change the wheel."""
+
+    @abstractmethod
+    def materials(self) -> list[Material]:
+        """What the wheel is made of and with, each by its hash; the stages before ``build`` must have run."""
 
     @abstractmethod
     def making(self, kept: Stage) -> dict[str, Stage]:
@@ -125,6 +134,22 @@ class Package(ABC):
         files.remove(fresh.path)
         return findings
 
+    def written(self) -> Values:
+        """What decides the bytes of a wheel besides its content."""
+        return {
+            "compression": wheel.DEFLATE,
+            "sbom": f"cyclonedx-python-lib {metadata.version('cyclonedx-python-lib')}",
+        }
+
+    def describe(self, folder: Path, epoch: int) -> None:
+        """Put the SBOM into an unpacked wheel, where PEP 770 has it."""
+        info = wheel.dist_info(folder)
+        version = info.name.removesuffix(".dist-info").rpartition("-")[2]
+        document = sbom.describe(
+            folder, name=self.recipe.name, version=version, materials=self.materials(), epoch=epoch
+        )
+        files.write(info / "sboms" / f"{self.recipe.name}{wheelhouse.SBOM}", document)
+
     def _held(self, _: Values) -> bool:
         return self.checkout.store.holds(self.source.artifact)
 
@@ -158,11 +183,23 @@ class Package(ABC):
             )
         return {"findings": [asdict(finding) for finding in findings]}
 
-    def _keep(self, _: str) -> Values:
+    def _keep(self, key: str) -> Values:
         built, checked = self.stage("build").results(), self.stage("check").results()
-        kept = self.checkout.wheelhouse.add(Path(built["path"]))
-        console.step(f"kept wheelhouse/{kept['file']}, {files.size(kept['size'])}")
-        return {**kept, **{name: value for name, value in built.items() if name != "path"}, **checked}
+        house, path = self.checkout.wheelhouse, Path(built["path"])
+        results = {
+            **house.entry(path),
+            **{name: value for name, value in built.items() if name != "path"},
+            **checked,
+            "build": {name: built[name] for name in BUILT if name in built},
+            "build_key": self.stage("build").key(),
+            "materials": [material.as_json(one) for one in sorted(self.materials())],
+        }
+        statement = provenance.statement(
+            {"stage": f"wheels:{self.recipe.name}", "key": key, "inputs": self._picture(), "results": results}
+        )
+        house.add(path, statement, self.checkout.signer)
+        console.step(f"kept wheelhouse/{results['file']}, {files.size(results['size'])}")
+        return {**results, "statement": files.sha256_bytes(statement)}
 
 
 def folder_stands(results: Values) -> bool:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from voltforge import console, files, toolchain, verify, wheel
+from voltforge import console, files, material, toolchain, verify, wheel
 from voltforge.checkout import Checkout, Settings
 from voltforge.compiled import Compiled
 from voltforge.errors import VoltforgeError
@@ -78,7 +78,8 @@ class Pipeline(Checkout):
             console.step("toolchain")
             chosen = toolchain.select(self.cuda, self.settings.cuda, self.store, self.scratch / "toolchains")
             console.note(f"{chosen}, in {_shown(chosen.home, self.root)}")
-            return {**_plain(asdict(chosen)), "signature": toolchain.signature(chosen)}
+            made_of = [material.as_json(one) for one in toolchain.materials(chosen, self.cuda)]
+            return {**_plain(asdict(chosen)), "signature": toolchain.signature(chosen), "materials": made_of}
 
         def intact(results: Values) -> bool:
             return toolchain.stands(results["signature"])

@@ -13,7 +13,7 @@ import mmap
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -65,6 +65,7 @@ def thin_wheel(
     *,
     drop_foreign: bool = False,
     special: Thin = _PLAIN,
+    complete: Callable[[Path, int], None] = lambda *_: None,
 ) -> Path:
     """Write ``wheel``, thinned to ``archs``, into ``out_dir``; equal wheels give equal bytes.
 
@@ -77,6 +78,7 @@ def thin_wheel(
         drop_foreign: leave out binaries and containers that have device code, but none for ``archs``; else they are an
             error.
         special: what this project needs beyond what every wheel gets.
+        complete: is given the unpacked wheel and its epoch, to put in what describes the rest.
 
     Raises:
         ThinError: one of its binaries cannot be thinned; it names all of them.
@@ -106,7 +108,9 @@ def thin_wheel(
             _tell_version(wheel, folder, special.version, version)
         _rename(folder, stock, version, [stub.requirement for stub in stubs.values() if stub.requirement])
         tag = "-".join(wheel.stem.split("-")[-3:])
-        return normalise(folder, out_dir, tag=tag, epoch=_newest(wheel))
+        epoch = _newest(wheel)
+        complete(folder, epoch)
+        return normalise(folder, out_dir, tag=tag, epoch=epoch)
 
 
 def make_stub(path: Path, soname: str, symbols: Iterable[str], stub: Stub) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import cache
+from pathlib import Path
+
 from packaging.tags import sys_tags
 from packaging.utils import parse_wheel_filename
 
-from voltforge import console, elf, environment, files, thin, wheel
+from voltforge import console, elf, environment, files, material, thin
 from voltforge.checkout import Checkout
 from voltforge.errors import VoltforgeError
+from voltforge.material import Material
 from voltforge.package import Package, file_stands
 from voltforge.process import run
 from voltforge.recipe import Source, ThinRecipe
@@ -15,6 +20,8 @@ from voltforge.stage import Stage, Values
 
 TOOLS = ("gcc", "strip", "patchelf")
 """The programs that write a part of the wheel."""
+BEHIND = ("cc1", "as", "collect2", "ld")
+"""Those that gcc runs, by the names that ``-print-prog-name`` knows."""
 
 
 class Thinned(Package):
@@ -30,14 +37,18 @@ class Thinned(Package):
 
     def made_of(self) -> Values:
         """The stock wheel, what is done to it, and the tools that do it."""
-        tools = {tool: run([elf.tool(tool, f"install {tool}"), "--version"]).output.splitlines()[0] for tool in TOOLS}
         return {
             **self.fetched_by(),
             "arch": list(self.recipe.arch),
             "thin": self.recipe.thin.model_dump(mode="json"),
-            "tools": tools,
-            "compression": wheel.DEFLATE,
+            "tools": {name: files.sha256(path) for name, path in tools().items()},
+            **self.written(),
         }
+
+    def materials(self) -> list[Material]:
+        """The stock wheel and the tools."""
+        made_with = [Material(name, "compiler", sha256=(files.sha256(path),)) for name, path in tools().items()]
+        return [material.of_source(self.source), *made_with]
 
     @property
     def source(self) -> Source:
@@ -60,6 +71,22 @@ class Thinned(Package):
         stock = self.fetched()
         console.step(f"thin {stock.name} to {', '.join(self.recipe.arch)}")
         folder = self.checkout.scratch / "wheels" / f"{self.recipe.name}-{key[:12]}"
-        made = thin.thin_wheel(stock, folder, self.recipe.arch, special=self.recipe.thin)
+        made = thin.thin_wheel(stock, folder, self.recipe.arch, special=self.recipe.thin, complete=self.describe)
         console.note(f"{made.name}, {files.size(made.stat().st_size)} of {files.size(stock.stat().st_size)}")
         return {"path": str(made), "sha256": files.sha256(made), "linked": None}
+
+
+def tools() -> dict[str, Path]:
+    """All programs that write a part of the wheel, by name, with the links to them followed.
+
+    Raises:
+        ElfError: one is not installed.
+    """
+    found = {tool: elf.tool(tool, f"install {tool}") for tool in TOOLS}
+    found |= {name: shutil.which(path) or path for name, path in _behind(found["gcc"]).items()}
+    return {name: Path(path).resolve() for name, path in found.items()}
+
+
+@cache
+def _behind(gcc: str) -> dict[str, str]:
+    return {name: run([gcc, f"-print-prog-name={name}"]).output.strip() for name in BEHIND}

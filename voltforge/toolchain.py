@@ -6,14 +6,15 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packaging.version import Version
 
-from voltforge import console, elf, environment, files, tree
+from voltforge import console, elf, environment, files, material, tree
 from voltforge.errors import VoltforgeError, listed
 from voltforge.fetch import NotFetchedError, Store
+from voltforge.material import Material
 from voltforge.process import ProgramFailed, run
 from voltforge.recipe import CudaRecipe, Provision
 
@@ -207,6 +208,22 @@ def host_compiler(home: Path, environ: Mapping[str, str] = os.environ) -> HostCo
             found.append(f"{path} is g++ {version}")
     said = "; ".join(found) or "no g++ on PATH"
     raise ToolchainError([f"its newest C++ compiler is g++ {newest} ({said}); apt-get install g++-{newest}"])
+
+
+def materials(toolchain: Toolchain, recipe: CudaRecipe) -> list[Material]:
+    """Every compiler by the hash of its content, and what the toolkit was put together from if it was."""
+    made = [
+        Material(
+            name, "compiler", toolchain.host.version if name.startswith("g++/") else toolchain.version, "", (hash,)
+        )
+        for name, hash in toolchain.identity.items()
+        if name in COMPILERS or name.startswith("g++/")
+    ]
+    provision = {"redist": recipe.redist, "distro": recipe.distro}.get(toolchain.origin)
+    if provision:
+        made += [replace(material.of_source(archive), kind="compiler") for archive in provision.archives]
+        made += material.of_lock(recipe.beside(provision.lock))
+    return made
 
 
 def signature(toolchain: Toolchain) -> dict[str, list[int]]:

@@ -23,7 +23,9 @@ from voltforge import console, cubin, files, options
 from voltforge.elf import Elf, ElfError, Loader, is_binary, system_libraries
 from voltforge.errors import VoltforgeError
 from voltforge.process import ProgramFailed, run
+from voltforge.signing import Trust
 from voltforge.wheel import PROVIDED, PlatformTag, Wheel, WheelError, members, platform_tag, record_problems, unpack
+from voltforge.wheelhouse import Wheelhouse
 
 DRIVER = "libcuda.so.1"
 """The library of the NVIDIA driver, which no wheel brings and a build machine need not have."""
@@ -490,6 +492,12 @@ def check_answers(subject: Subject) -> Iterator[Finding]:
             yield Finding("answers", "fail", f"{expression} is {answer.strip()[:300]!r}, not {pattern!r}")
         else:
             yield Finding("answers", "pass", f"{expression} is {answer.strip()[:300]}")
+
+
+def kept(house: Wheelhouse, path: Path, trust: Trust) -> list[Finding]:
+    """Whether index, receipt, provenance and signature go with a wheel of the wheelhouse."""
+    problems, by = house.disagreements(Wheel.read(path), trust)
+    return [*_judged("provenance", problems, f"wheel, index, receipt and provenance agree; signed by {by}")]
 
 
 CHECKS: tuple[Check, ...] = (

@@ -21,7 +21,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -248,6 +248,7 @@ def finish(
     runpath: Mapping[str, Sequence[str]],
     exclude: Sequence[str] = PROVIDED,
     epoch: int,
+    complete: Callable[[Path, int], None] = lambda *_: None,
 ) -> Path:
     """Make a wheel as a build backend left it fit to publish: stripped, with the right RUNPATHs and tag, normalised.
 
@@ -258,6 +259,7 @@ def finish(
             binaries that no pattern names keep theirs.
         exclude: see :func:`platform_tag`.
         epoch: see :func:`normalise`.
+        complete: is given the unpacked wheel and the epoch, to put in what describes the rest.
 
     Raises:
         WheelError: it is no well-formed wheel, or a pattern names no binary in it.
@@ -269,11 +271,21 @@ def finish(
         for file in _binaries(folder):
             elf.strip(folder / file)
         set_runpaths(folder, runpath)
+        complete(folder, epoch)
         prefix = "-".join(path.stem.split("-")[-3:-1])
         # Only what is about to be published is analysed, so it is packed twice, the first time without compression.
         provisional = _pack(folder, Path(name), tag=f"{prefix}-linux_x86_64", epoch=epoch, method=zipfile.ZIP_STORED)
         platform = platform_tag(provisional, exclude)
         return normalise(folder, out_dir, tag=f"{prefix}-{platform.tag}", epoch=epoch)
+
+
+def dist_info(folder: Path) -> Path:
+    """The dist-info folder of an unpacked wheel.
+
+    Raises:
+        WheelError: there is none, or several.
+    """
+    return folder / _only_dist_info(folder, {child.name for child in folder.iterdir()})
 
 
 def set_runpaths(folder: Path, runpath: Mapping[str, Sequence[str]]) -> None:
@@ -489,3 +501,10 @@ def metadata_bytes(path: Path) -> bytes:
     """The METADATA file of a wheel that :meth:`Wheel.read` accepts, byte for byte, as PEP 658 serves it."""
     with zipfile.ZipFile(path) as archive:
         return archive.read(next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA")))
+
+
+def sbom_bytes(path: Path) -> bytes | None:
+    """The first SBOM in the dist-info folder of a wheel that :meth:`Wheel.read` accepts (PEP 770), if it has one."""
+    with zipfile.ZipFile(path) as archive:
+        found = sorted(name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/sboms/[^/]+", name))
+        return archive.read(found[0]) if found else None

@@ -1,7 +1,11 @@
-"""The wheelhouse: verified wheels, the receipts that say what each was made of, and a package index over them."""
+"""The wheelhouse: verified wheels, the receipts that say what each was made of, and a package index over them.
+
+Beside each wheel are its METADATA, its SBOM as it is in the wheel, and its provenance in a signed envelope.
+"""
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import shutil
@@ -13,11 +17,14 @@ from urllib.parse import quote
 
 from packaging.tags import Tag, sys_tags
 
-from voltforge import files, wheel
+from voltforge import files, provenance, signing, wheel
 from voltforge.errors import VoltforgeError
+from voltforge.signing import Signer, Trust
 
 API_VERSION = "1.1"
 """Of the simple repository API (PEP 700)."""
+METADATA, SBOM, PROVENANCE = ".metadata", ".cdx.json", ".intoto.jsonl"
+"""What is appended to a wheel's name for the files beside it (PEP 658; CycloneDX; DSSE, a line for each envelope)."""
 
 
 class WheelhouseError(VoltforgeError):
@@ -35,16 +42,36 @@ class Wheelhouse:
         return self.path / "receipts" / f"{name}-{python}.json"
 
     def holds(self, results: Mapping[str, Any]) -> bool:
-        """Whether the wheel of a receipt is here, byte for byte, and in the index."""
+        """Whether the wheel of a receipt is here, byte for byte, and the index and the files beside it go with it."""
         file = self.path / str(results["file"])
-        page = self.path / "simple" / str(results["name"]) / "index.html"
-        return file.is_file() and page.is_file() and files.sha256(file) == results["sha256"]
+        if not file.is_file() or files.sha256(file) != results["sha256"]:
+            return False
+        try:
+            statement = _payload(self.beside(file, PROVENANCE).read_bytes())
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return files.sha256_bytes(statement) == results["statement"] and not self.misfits(wheel.Wheel.read(file))
 
-    def add(self, verified: Path) -> dict[str, Any]:
+    def beside(self, path: Path, ending: str) -> Path:
+        """The file that goes with a wheel: its METADATA, its SBOM or its provenance."""
+        return path.with_name(f"{path.name}{ending}")
+
+    def entry(self, verified: Path) -> dict[str, Any]:
+        """What a receipt says of a wheel: file, name, version, sha256, size, and the SBOM in it.
+
+        Raises:
+            WheelError: it is none.
+        """
+        made, document = wheel.Wheel.read(verified), wheel.sbom_bytes(verified)
+        known = {"file": f"{verified.name}{SBOM}", "sha256": files.sha256_bytes(document)} if document else None
+        return {"file": verified.name, "name": made.name, "version": str(made.version),
+                "sha256": files.sha256(verified), "size": verified.stat().st_size, "sbom": known}  # fmt: skip
+
+    def add(self, verified: Path, statement: bytes = b"", signer: Signer | None = None) -> None:
         """Take a verified wheel in, drop the project's others for this Python, and renew the index.
 
         Wheels for another Python stay: ``cp312`` beside ``cp311``. Receipts of wheels that are no more go with them.
-        Gives what the receipt says of it: file, name, version, sha256, size.
+        Its provenance, if there is a statement, is signed where there is a signer.
 
         Raises:
             WheelhouseError: the folder cannot be written.
@@ -54,6 +81,10 @@ class Wheelhouse:
         try:
             with verified.open("rb") as source, files.replacing(target) as beside:
                 shutil.copyfileobj(source, beside, files.BLOCK)
+            if document := wheel.sbom_bytes(target):
+                files.write(self.beside(target, SBOM), document)
+            if statement:
+                files.write(self.beside(target, PROVENANCE), signing.sealed(statement, signer))
             here, its = _pythons(sys_tags()), _pythons(made.tags)
             served = its | here if its & here else its
             others = {
@@ -63,23 +94,78 @@ class Wheelhouse:
             }
             self.index(without=others)
             for path in others:
-                files.remove(path)
-                files.remove(_metadata(path))
+                for gone in (path, *(self.beside(path, ending) for ending in (METADATA, SBOM, PROVENANCE))):
+                    files.remove(gone)
             self._drop_receipts()
         except OSError as error:
             raise WheelhouseError(
                 f"{self.path} could not be written: {error.strerror}", hint="check its owner and the disk's free space"
             ) from error
-        return {"file": target.name, "name": made.name, "version": str(made.version), "sha256": files.sha256(target),
-                "size": target.stat().st_size}  # fmt: skip
+
+    def sign(self, signer: Signer) -> list[str]:
+        """Sign the provenance of every wheel that is here; gives the wheels' names.
+
+        Raises:
+            SignatureError: a statement cannot be read.
+        """
+        signed = []
+        for one in self.wheels():
+            envelope = self.beside(one.path, PROVENANCE)
+            if envelope.is_file():
+                files.write(envelope, signing.sealed(signing.payload(envelope.read_bytes()), signer))
+                signed.append(one.path.name)
+        return signed
+
+    def misfits(self, made: wheel.Wheel) -> list[str]:
+        """What in the index and in the files beside a wheel does not go with its bytes, a sentence each."""
+        found, name = [], made.path.name
+        metadata = wheel.metadata_bytes(made.path)
+        wanted = {METADATA: metadata, SBOM: wheel.sbom_bytes(made.path)}
+        for ending, content in wanted.items():
+            if content is not None and _read(self.beside(made.path, ending)) != content:
+                found.append(f"{name}{ending} is not what is in the wheel")
+        entry = _entry(made, files.sha256_bytes(metadata))
+        page = files.read_json(self.path / "simple" / made.name / "index.json")
+        listed = page.get("files", []) if isinstance(page, dict) else []
+        if {key: value for key, value in entry.items() if key != "version"} not in listed:
+            found.append(f"the index (simple/{made.name}/index.json) does not list {name} with its hash")
+        if f"    {_link(entry)}\n".encode() not in (_read(self.path / "simple" / made.name / "index.html") or b""):
+            found.append(f"the index (simple/{made.name}/index.html) does not list {name} with its hash")
+        return found
+
+    def disagreements(self, made: wheel.Wheel, trust: Trust) -> tuple[list[str], str]:
+        """What of index, receipt, provenance and signature does not go with a wheel, and whose word there is for it.
+
+        Where keys are trusted, one of them must have signed.
+        """
+        found, name, sha256 = self.misfits(made), made.path.name, files.sha256(made.path)
+        ours = [results for _, results in self.receipts() if results.get("file") == name]
+        found += [] if ours else [f"no receipt speaks of {name}"]
+        found += [f"the receipt of {name} is of other bytes" for one in ours if one.get("sha256") != sha256]
+        envelope = _read(self.beside(made.path, PROVENANCE))
+        if envelope is None:
+            return [*found, f"there is no {name}{PROVENANCE}"], "nobody"
+        try:
+            statement = signing.verified(envelope, trust) if trust else signing.payload(envelope)
+            said = provenance.read(statement)
+            if (said.file, said.sha256) != (name, sha256):
+                found.append(f"its provenance is of {said.file} with sha256 {said.sha256[:16]}…")
+            if any(files.sha256_bytes(statement) != one.get("statement") for one in ours):
+                found.append(f"the receipt of {name} and its provenance say different things")
+        except VoltforgeError as error:
+            found.append(f"{name}{PROVENANCE}: {error.what}")
+        return found, "a trusted key" if trust else "nobody: no key is trusted here"
 
     def _drop_receipts(self) -> None:
-        for receipt in (self.path / "receipts").glob("*.json"):
-            kept = files.read_json(receipt) or {}
-            results = kept.get("results", {})
-            file = self.path / str(results.get("file", ""))
-            if not file.is_file() or files.sha256(file) != results["sha256"]:
-                receipt.unlink()
+        for path, results in self.receipts():
+            file = self.path / str(results.get("file"))
+            if not file.is_file() or files.sha256(file) != results.get("sha256"):
+                path.unlink()
+
+    def receipts(self) -> list[tuple[Path, Mapping[str, Any]]]:
+        """The receipts that are here, each with its results; one that cannot be read has none."""
+        found = [(path, files.read_json(path)) for path in sorted((self.path / "receipts").glob("*.json"))]
+        return [(path, one.get("results") or {} if isinstance(one, dict) else {}) for path, one in found]
 
     def wheels(self) -> list[wheel.Wheel]:
         """The wheels that are here, by file name.
@@ -99,17 +185,18 @@ class Wheelhouse:
             if made.path in without:
                 continue
             metadata = wheel.metadata_bytes(made.path)
-            files.write(_metadata(made.path), metadata)
+            files.write(self.beside(made.path, METADATA), metadata)
             projects.setdefault(made.name, []).append(_entry(made, files.sha256_bytes(metadata)))
-        for stale in self.path.glob("*.metadata"):
-            if not stale.with_suffix("").exists():
-                stale.unlink()
+        for ending in (METADATA, SBOM, PROVENANCE):
+            for stale in self.path.glob(f"*.whl{ending}"):
+                if not stale.with_name(stale.name.removesuffix(ending)).exists():
+                    stale.unlink()
         simple = self.path / "simple"
         with files.replacing_folder(simple) as beside:
-            _page(beside, "Simple index", [(name, f"{name}/", {}) for name in projects],
-                  {"projects": [{"name": name} for name in projects]})  # fmt: skip
+            links = [f'<a href="{html.escape(name)}/">{html.escape(name)}</a><br>' for name in projects]
+            _page(beside, "Simple index", links, {"projects": [{"name": name} for name in projects]})
             for name, entries in projects.items():
-                links = [(entry["filename"], _hashed(entry), _attributes(entry)) for entry in entries]
+                links = [_link(entry) for entry in entries]
                 versions = sorted({str(entry.pop("version")) for entry in entries})
                 _page(beside / name, f"Links for {name}", links, {"name": name, "files": entries, "versions": versions})
 
@@ -119,8 +206,16 @@ def _pythons(tags: Iterable[Tag]) -> set[tuple[str, str]]:
     return {(tag.interpreter, tag.abi) for tag in tags}
 
 
-def _metadata(path: Path) -> Path:
-    return path.with_name(f"{path.name}.metadata")
+def _payload(envelope: bytes) -> bytes:
+    """What is in an envelope that we wrote; :mod:`voltforge.signing`, which asks for more, is slow to import."""
+    return base64.b64decode(json.loads(envelope)["payload"], validate=True)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _entry(made: wheel.Wheel, metadata: str) -> dict[str, Any]:
@@ -139,23 +234,22 @@ def _entry(made: wheel.Wheel, metadata: str) -> dict[str, Any]:
     return entry
 
 
-def _hashed(entry: Mapping[str, Any]) -> str:
-    return f"{entry['url']}#sha256={entry['hashes']['sha256']}"
-
-
-def _attributes(entry: Mapping[str, Any]) -> dict[str, str]:
+def _link(entry: Mapping[str, Any]) -> str:
+    """The same as an anchor of PEP 503, with the attributes of PEP 658 and 714."""
     hashed = f"sha256={entry['core-metadata']['sha256']}"
-    attributes = {"data-core-metadata": hashed, "data-dist-info-metadata": hashed}
+    attributes = {
+        "href": f"{entry['url']}#sha256={entry['hashes']['sha256']}",
+        "data-core-metadata": hashed,
+        "data-dist-info-metadata": hashed,
+    }
     if "requires-python" in entry:
         attributes["data-requires-python"] = entry["requires-python"]
-    return attributes
+    words = "".join(f' {key}="{html.escape(value)}"' for key, value in attributes.items())
+    return f"<a{words}>{html.escape(entry['filename'])}</a><br>"
 
 
-def _page(folder: Path, title: str, links: list[tuple[str, str, dict[str, str]]], answer: dict[str, Any]) -> None:
-    lines = []
-    for text, address, attributes in links:
-        extra = "".join(f' {key}="{html.escape(value)}"' for key, value in attributes.items())
-        lines.append(f'    <a href="{html.escape(address)}"{extra}>{html.escape(text)}</a><br>')
+def _page(folder: Path, title: str, links: list[str], answer: dict[str, Any]) -> None:
+    lines = [f"    {link}" for link in links]
     head = f'<meta name="pypi:repository-version" content="{API_VERSION}"><title>{html.escape(title)}</title>'
     page = ["<!DOCTYPE html>", "<html>", f"  <head>{head}</head>", "  <body>", *lines, "  </body>", "</html>", ""]
     files.write(folder / "index.html", "\n".join(page))
