@@ -5,7 +5,7 @@ from pathlib import Path
 
 from doit import get_var
 
-from voltforge import chores, doctor, tasks
+from voltforge import chores, doctor, reproduce, tasks
 from voltforge.runtime import Runtime
 
 ROOT = Path(__file__).parent
@@ -45,6 +45,30 @@ def task_why():
 def task_verify():
     """hold the wheels that were kept to their recipes again, or any wheel with file=PATH.whl"""
     return tasks.action(chores.verify_wheels, PIPELINE, turn=PIPELINE.turn)
+
+
+def task_reproduce():
+    """build again, elsewhere and under other conditions, and compare the bytes: reproduce:vllm, reproduce:image"""
+    for name in PIPELINE.recipes:
+        again = tasks.action(reproduce.wheel, PIPELINE, name, turn=PIPELINE.turn)
+        yield {"name": name, "task_dep": [f"wheels:{name}"], **again}
+    again = tasks.action(reproduce.image, PIPELINE, RUNTIME, turn=PIPELINE.turn)
+    yield {"name": "image", "task_dep": ["image"], **again}
+
+
+def task_key():
+    """show the key that wheels are signed with; the first time it makes one"""
+    return tasks.action(chores.key, PIPELINE, turn=PIPELINE.turn)
+
+
+def task_push():
+    """give the wheels to the shared cache that VOLTFORGE_CACHE names: a folder or an address"""
+    return tasks.action(chores.push, PIPELINE, turn=PIPELINE.turn)
+
+
+def task_gc():
+    """list what no recipe needs any more, and its size; gc=delete removes it"""
+    return tasks.action(chores.collect_garbage, PIPELINE, RUNTIME, turn=PIPELINE.turn)
 
 
 def task_thin():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from voltforge import console, files, options
+from voltforge import console, files, options, sandbox
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
 from voltforge.process import Completed, ProgramFailed, Usage, run
@@ -113,10 +114,25 @@ class Workshop:
         real = (self.work / "tree", self.environment.path, self.toolchain.home, self.work / "dist", self.work / "home")
         return {name: path.absolute() for name, path in zip(FOLDERS, real, strict=True)}
 
+    @functools.cached_property
+    def around(self) -> Sandbox:
+        """The sandbox, as far as it goes with these folders."""
+        return self.sandbox.settled(self.work)
+
+    @property
+    def writable(self) -> dict[str, Path]:
+        """The real folders that the build may write."""
+        return {name: self.folders[name] for name in ("tree", "dist", "home")}
+
+    @property
+    def readable(self) -> dict[str, Path]:
+        """The real folders that it may read."""
+        return {name: self.folders[name] for name in ("environment", "toolchain")}
+
     @property
     def places(self) -> dict[str, Path]:
         """Where the build sees them."""
-        return {name: self.sandbox.place(name, path) for name, path in self.folders.items()}
+        return {name: self.around.place(name, path) for name, path in self.folders.items()}
 
     def prepare(self) -> None:
         """Bring the sources in, and take out what the last build packed."""
@@ -136,16 +152,13 @@ class Workshop:
         Raises:
             ProgramFailed: it failed.
         """
-        folders = self.folders
-        command = self.sandbox.command(
-            argv,
-            writable={name: folders[name] for name in ("tree", "dist", "home")},
-            readable={name: folders[name] for name in ("environment", "toolchain")},
-            cwd=self.places["tree"],
-        )
-        handed = variables(self.recipe, self.tree, self.toolchain, self.places)
+        places, folders = self.places, self.folders
+        words = self.around.command(argv, writable=self.writable, readable=self.readable, cwd=places["tree"])
+        handed = variables(self.recipe, self.tree, self.toolchain, places)
         handed |= {"MAX_JOBS": str(self.jobs), "CMAKE_BUILD_PARALLEL_LEVEL": str(self.jobs)}
-        return run(command, cwd=folders["tree"], env=handed, log=log, watch=watch)
+        start = places["tree"] if self.around.kind == "none" else folders["tree"]
+        with self.around.shown(self.writable, self.readable):
+            return run(words, cwd=start, env=handed, log=log, watch=watch)
 
 
 def compile(shop: Workshop, log: Path) -> Built:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from voltforge import signing
+from voltforge.cache import Cache
 from voltforge.fetch import Store
 from voltforge.recipe import CHOICES
 from voltforge.signing import Signer, Trust
@@ -68,6 +69,11 @@ class Checkout:
     def turn(self) -> Turn:
         """The right to change this checkout, which one run has at a time."""
         return Turn(self.scratch / ".turn", " ".join(["doit", *sys.argv[1:]]))
+
+    @property
+    def cache(self) -> Cache | None:
+        """The shared cache that the environment names, if it names one."""
+        return Cache.from_environment()
 
     @property
     def signer(self) -> Signer | None:

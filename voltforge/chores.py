@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from voltforge import console, environment, thin, verify, wheel
+from voltforge import console, environment, garbage, signing, thin, verify, wheel
 from voltforge.errors import VoltforgeError
 from voltforge.files import size
 from voltforge.pipeline import Pipeline
 from voltforge.runtime import Runtime
 from voltforge.stage import shown
+from voltforge.wheelhouse import PROVENANCE
 
 
 def verify_wheels(pipeline: Pipeline) -> None:
@@ -75,6 +76,55 @@ def why(pipeline: Pipeline, runtime: Runtime, *names: str) -> None:
             console.table("", ("changed since it was kept", "then", "now"), rows)
         else:
             console.note(reason or "nothing changed")
+
+
+def key(pipeline: Pipeline) -> None:
+    """Print the key that wheels are signed with, made if there is none, and sign what the wheelhouse has with it.
+
+    Raises:
+        VoltforgeError: it cannot be made or used.
+    """
+    path = Path(os.environ.get("VOLTFORGE_KEY") or signing.default_key(os.environ))
+    signer = signing.Signer.load(path) if path.exists() else signing.make_key(path)
+    console.step(f"key {path}, for you alone")
+    for name in pipeline.wheelhouse.sign(signer):
+        console.note(f"signed {name}")
+    console.note("who is to trust it adds this to the file that their VOLTFORGE_TRUSTED names,")
+    console.note(f"or to {signing.default_trusted(os.environ)}:")
+    console.screen.print(f"{signer.keyid}\n{signer.public}", end="")
+
+
+def push(pipeline: Pipeline) -> None:
+    """Give the wheels of the wheelhouse to the shared cache.
+
+    Raises:
+        VoltforgeError: none is named, it does not take one, or a wheel is not signed.
+    """
+    cache = pipeline.cache
+    if not cache:
+        raise VoltforgeError(
+            "VOLTFORGE_CACHE names no shared cache", hint="VOLTFORGE_CACHE=https://host/path ./doit push"
+        )
+    house = pipeline.wheelhouse
+    kept = [results for _, results in house.receipts() if results.get("build_key")]
+    if not kept:
+        raise VoltforgeError("the wheelhouse has nothing to give", hint="./doit wheels")
+    for results in kept:
+        path = house.path / results["file"]
+        new = cache.put(results["build_key"], path, house.beside(path, PROVENANCE).read_bytes())
+        console.note(f"{path.name}: {'given to' if new else 'is in'} {cache}")
+
+
+def collect_garbage(pipeline: Pipeline, runtime: Runtime) -> None:
+    """List what no recipe needs, or remove it with ``gc=delete``.
+
+    Raises:
+        VoltforgeError: ``gc=`` is something else.
+    """
+    choice = pipeline.settings.gc
+    if choice not in ("", "delete"):
+        raise VoltforgeError(f"gc={choice} is no choice", hint="./doit gc lists, ./doit gc gc=delete removes")
+    garbage.report(pipeline, runtime, delete=choice == "delete")
 
 
 def check_server(pipeline: Pipeline) -> None:

@@ -35,7 +35,7 @@ class Compiled(Package):
         return {
             "tree": self.planned("tree", self._patched, self._grow, folder_stands, ("fetch",), kept),
             "environment": self.planned("environment", self._locked, self._settle, folder_stands, (), kept),
-            "build": self.planned("build", self.made_of, self._build, file_stands, needed, kept),
+            "build": self.planned("build", self.made_of, self.shared(self._build), file_stands, needed, kept),
         }
 
     def expectation(self) -> Expectation:

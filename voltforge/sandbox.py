@@ -2,21 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import functools
+import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
+from voltforge import console, files
 from voltforge.errors import VoltforgeError
 from voltforge.process import ProgramFailed, run
 
 CHOICES = ("auto", "require", "off")
 ROOT = Path("/build")
-"""Where a sandboxed build finds its folders: nvcc writes a hash of the path into device code, so it must not vary."""
+"""Where a build finds its folders: nvcc writes a hash of the path into device code, so it must not vary."""
+MOVED = "moved.json"
+"""The note in :data:`ROOT` that says where each folder was moved from; nothing for a copy."""
+PROGRAMS = {"bin", "nvvm"}
+"""The folders that programs are in, which find their own files by their real path."""
+LARGE = 8 * 2**20
+"""Bytes of the largest header, and more: a larger file is a library, whose real path no compiler writes anywhere."""
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/opt", "/nix", "/gnu")
 """The parts of the machine that compilers and interpreters live in, shown read-only where they exist."""
+VIEW = """\
+set -e
+mount -t tmpfs -o mode=755 view /sys
+for entry in /*; do
+    case $entry in /sys | /proc | "$1") continue ;; esac
+    if [ -L "$entry" ]; then
+        cp -P "$entry" "/sys$entry"
+    elif [ -d "$entry" ]; then
+        mkdir "/sys$entry"
+        mount --rbind "$entry" "/sys$entry"
+    fi
+done
+mkdir /sys/proc
+mount -t proc proc /sys/proc 2>/dev/null || mount --rbind /proc /sys/proc
+hostname build 2>/dev/null || :
+shift
+while [ "$1" != -- ]; do
+    mkdir -p "/sys$2"
+    mount --rbind "$1" "/sys$2"
+    shift 2
+done
+cwd=$2
+shift 2
+exec unshare --root=/sys --wd="$cwd" -- setpriv --inh-caps=-all --ambient-caps=-all --bounding-set=-all -- "$@"
+"""
+"""What unshare(1) runs: the machine as it is, but for the folders at :data:`ROOT`, as an ordinary user can mount it.
+
+Its words are ROOT, each folder and its place, ``--``, where to start, and the program. The new root is put together
+at /sys, which every machine has and no build needs. A container that hides parts of /proc allows no new one.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,6 +70,8 @@ class Sandbox:
 
     kind: str
     """``bubblewrap``, ``no network`` (util-linux's unshare) or ``none``."""
+    moves: bool = False
+    """For ``none``: whether the folders are moved to :data:`ROOT` while a program runs, as :meth:`settled` finds."""
 
     @property
     def hermetic(self) -> bool:
@@ -33,7 +80,52 @@ class Sandbox:
 
     def place(self, name: str, real: Path) -> Path:
         """Where the build will see the folder ``real``, which it knows as ``name``."""
-        return ROOT / name if self.hermetic else real
+        return real if self.kind == "none" and not self.moves else ROOT / name
+
+    def settled(self, work: Path) -> Sandbox:
+        """The same, as far as it goes with folders below ``work``, which only a mount or a move puts elsewhere.
+
+        For ``none`` it is tried whether they can be moved; where they cannot, the person is told.
+        """
+        if self.kind != "none":
+            return self
+        try:
+            with _root():
+                work.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=work) as probe:
+                    Path(probe).rename(ROOT / "probe")
+                    (ROOT / "probe").rename(probe)
+        except OSError as error:
+            why = f"not {ROOT}: {error.strerror}"
+            console.note(f"the build's path is this checkout's own ({why}), so its bytes may differ elsewhere")
+            return self
+        return replace(self, moves=True)
+
+    @contextlib.contextmanager
+    def shown(self, writable: Mapping[str, Path], readable: Mapping[str, Path]) -> Iterator[None]:
+        """For the time of the block the folders are where :meth:`place` says, if that takes more than a mount.
+
+        Those that are writable are moved there and back. The others, which may be in use elsewhere, are copied: through
+        a symbolic link CMake and gcc would see the real path, and the toolchain is known by the ctime of its compilers,
+        which a hard link changes. Two builds do not meet, the later one waits.
+
+        Raises:
+            OSError: a folder cannot be moved or copied; all are back in their places.
+        """
+        if not self.moves:
+            yield
+            return
+        with _root():
+            origins = {name: str(real.absolute()) for name, real in writable.items()}
+            files.write_json(ROOT / MOVED, origins | dict.fromkeys(readable, ""))
+            try:
+                for name, real in writable.items():
+                    real.rename(ROOT / name)
+                for name, real in readable.items():
+                    _copy(real, ROOT / name)
+                yield
+            finally:
+                _give_back()
 
     def command(
         self, argv: Sequence[str | Path], *, writable: Mapping[str, Path], readable: Mapping[str, Path], cwd: Path
@@ -46,7 +138,9 @@ class Sandbox:
         if self.kind == "none":
             return words
         if self.kind == "no network":
-            return [*_unshare(), *words]
+            binds = [(real.absolute(), self.place(name, real)) for name, real in {**readable, **writable}.items()]
+            return [*UNSHARE, "sh", "-c", VIEW, "view", str(ROOT), *(str(path) for bind in binds for path in bind),
+                    "--", str(cwd), *words]  # fmt: skip
         view = ["bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
         view += ["--hostname", "build"]
         for folder in SYSTEM:
@@ -62,6 +156,13 @@ class Sandbox:
             for name, real in folders.items():
                 view += [option, str(real.absolute()), str(self.place(name, real))]
         return [*view, "--remount-ro", "/", "--chdir", str(cwd), "--", *words]
+
+
+UNSHARE = (
+    *("setpriv", "--pdeathsig", "KILL", "--"),  # what is inside ends with the program that started it
+    *("unshare", "--user", "--map-current-user", "--keep-caps", "--mount", "--net", "--ipc", "--uts"),
+    *("--pid", "--fork", "--kill-child", "--"),
+)
 
 
 @functools.cache
@@ -97,5 +198,77 @@ def choose(choice: str) -> Sandbox:
     return sandbox
 
 
-def _unshare() -> list[str]:
-    return ["unshare", "--user", "--map-current-user", "--net", "--"]
+def recover() -> None:
+    """Give back what a killed run left at :data:`ROOT`: to where it was, if nothing is there by now."""
+    with contextlib.suppress(OSError):  # another's, who looks after it
+        if (ROOT / MOVED).exists():
+            with _root():
+                pass
+
+
+@contextlib.contextmanager
+def _root() -> Iterator[None]:
+    """:data:`ROOT` for this process alone: made if need be, and empty, for what a killed run left is given back.
+
+    Raises:
+        OSError: it cannot be made, belongs to another, or holds something else.
+    """
+    ROOT.mkdir(exist_ok=True)
+    descriptor = os.open(ROOT, os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            raise PermissionError(errno.EACCES, "it belongs to another user", ROOT)
+        _lock(descriptor)
+        if (ROOT / MOVED).exists():
+            _wait_for_the_orphaned()
+            _give_back()
+        if strangers := os.listdir(descriptor):
+            raise FileExistsError(errno.EEXIST, f"{strangers[0]} is there", ROOT)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        console.note(f"waiting for another build at {ROOT}")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _wait_for_the_orphaned() -> None:
+    """A run that was killed could not end its compilers; they would write into the next build's folders."""
+    told = False
+    while pids := [
+        one.pid for one in psutil.process_iter(["cwd"]) if Path(one.info["cwd"] or "/").is_relative_to(ROOT)
+    ]:
+        if not told:
+            console.note(f"waiting for what a killed build left running at {ROOT}: {', '.join(map(str, pids))}")
+        told = True
+        time.sleep(0.2)
+
+
+def _give_back() -> None:
+    """Move each folder of the note back if its place is free, else remove it, as well as copies made of links."""
+    for name, origin in (files.read_json(ROOT / MOVED) or {}).items():
+        if not (ROOT / name).exists():
+            continue
+        if origin and Path(origin).parent.is_dir() and not os.path.lexists(origin):
+            (ROOT / name).rename(origin)
+        else:
+            files.remove(ROOT / name)
+    (ROOT / MOVED).unlink(missing_ok=True)
+
+
+def _copy(real: Path, place: Path) -> None:
+    """Copy a folder that a build reads, with links in place of large libraries."""
+
+    def copy(source: str, target: str) -> None:
+        program = PROGRAMS & {*Path(source).relative_to(real).parts}
+        if program or Path(source).stat().st_size <= LARGE:
+            shutil.copy2(source, target)
+        else:
+            Path(target).symlink_to(source)
+
+    shutil.copytree(real, place, symlinks=True, copy_function=copy)

@@ -33,7 +33,7 @@ class Thinned(Package):
 
     def making(self, kept: Stage) -> dict[str, Stage]:
         """``build`` alone."""
-        return {"build": self.planned("build", self.made_of, self._thin, file_stands, ("fetch",), kept)}
+        return {"build": self.planned("build", self.made_of, self.shared(self._thin), file_stands, ("fetch",), kept)}
 
     def made_of(self) -> Values:
         """The stock wheel, what is done to it, and the tools that do it."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import calendar
 import contextlib
+import errno
+import gzip
+import itertools
 import lzma
 import os
 import re
@@ -12,24 +16,56 @@ import stat
 import struct
 import tarfile
 import tempfile
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO, cast
 
 from voltforge import files
 from voltforge.errors import VoltforgeError, listed
 from voltforge.process import ProgramFailed, run
 
-MAX_UNPACKED = 20 * 10**9
-"""Bytes that an archive may unpack to; PyTorch's release tarball is well below 3 GB."""
 BROKEN = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
-    EOFError, KeyError, ValueError, OverflowError, RuntimeError,
+    EOFError, LookupError, ValueError, OverflowError, RuntimeError, MemoryError,
 )  # fmt: skip
 """What the standard library raises for a truncated, corrupt, encrypted or absurd archive, but for some OSErrors."""
+
+_LONGEST, _LONGEST_PART, _DEEPEST = 1000, 255, 60
+"""Bytes of a member's path and of one name in it (NAME_MAX), and folders above it: 178, 133 and 11 in PyTorch's source.
+
+Deeper ones could be unpacked, but then Python's own functions that walk a folder give up on the way.
+"""
+_CLUMSY = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
+"""What no name should have: control characters, backslashes, bytes that are no UTF-8 (as Python stands for them)."""
+_LATEST = 253_402_300_800
+"""The end of the year 9999 in seconds since 1970, the last that calendars can tell."""
+
+_COMPRESSED: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+    b"\x1f\x8b": lambda file: cast(IO[bytes], gzip.open(file)),
+    b"BZh": lambda file: cast(IO[bytes], bz2.open(file)),
+    b"\xfd7zXZ\x00": lambda file: cast(IO[bytes], lzma.open(file)),
+}
+"""What opens a compressed file, by how it begins."""
+_BLOCK = tarfile.BLOCKSIZE
+_HEADERS, _HEADER = 1_000_000, 4096
+"""Bytes of headers that one member of a tar archive may have, and all of them on average."""
+_GLOBALS = 100
+"""Entries that a tar archive's global headers may have: git writes one."""
+_REST = 16_000_000
+"""Bytes that may stand behind the mark that ends a tar archive: it fills up a block of the tape."""
+_RECORD = re.compile(rb"([1-9]\d{0,6}) ")
+"""How a record of a pax header begins (pax(1)): its length."""
+_LONG_NUMBER = re.compile(rb"\d{64}")
+
+_LOCAL = struct.Struct("<4s5H3L2H")
+"""The header in front of each file of a zip archive (APPNOTE 4.3.7)."""
+_STREAMED, _UTF8, _ZIP64 = 0x8, 0x800, 0xFFFFFFFF
+"""Flags for sizes that follow the data and for names in UTF-8, and what stands for a size beyond 32 bits."""
 
 
 class ArchiveError(VoltforgeError):
@@ -75,6 +111,19 @@ class Tree:
     """The newest time of the archive's members in seconds since 1970: the build's SOURCE_DATE_EPOCH."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How much an archive may unpack to; what goes beyond is taken for a trap."""
+
+    size: int = 20 * 10**9
+    """Bytes; PyTorch's release tarball is well below 3 GB."""
+    members: int = 250_000
+    """Files, folders and links; PyTorch 2.6's source has 17,000, without most of what it bundles."""
+
+
+LIMITS = Limits()
+
+
 def series(folder: Path) -> tuple[Patch, ...]:
     """The patches of a folder in the order of their names; none if there is no such folder.
 
@@ -105,29 +154,30 @@ def grow(archive: Path, patches: Sequence[Patch], path: Path) -> Tree:
     return Tree(path, epoch)
 
 
-def unpack(archive: Path, folder: Path) -> int:
+def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> int:
     """Unpack a tar, zip, wheel or Debian archive; a single top folder is left out, as sdists have one.
 
-    Gives the newest time of its members. Modes become 644 or 755 and owners the caller's.
+    Gives the newest time of its members. Modes become 644 or 755 and owners the caller's. Memory is bounded, whatever
+    the archive says of itself; and but for what breaks in the middle, nothing is written of one that is refused.
 
     Raises:
-        ArchiveError: it is broken, too large, or a member is absolute, climbs out, is a device, links outside,
-            or appears twice.
+        ArchiveError: it is broken or too large, or a member is absolute, climbs out, is a device, links outside,
+            appears twice, or, but in a Debian archive, differs from another by case alone.
     """
     try:
         if archive.suffix in (".zip", ".whl"):
-            epoch = _unpack_zip(archive, folder)
+            epoch = _unpack_zip(archive, folder, limits)
         elif archive.suffix == ".deb":
-            epoch = _unpack_deb(archive, folder)
+            epoch = _unpack_deb(archive, folder, limits)
         else:
-            epoch = _unpack_tar(archive, folder)
+            epoch = _unpack_tar(archive, folder, limits)
         _lift_single_folder(folder)
     except BROKEN as error:
-        raise ArchiveError(archive, [f"is broken: {error}"]) from error
+        raise ArchiveError(archive, [f"is broken: {_shown(str(error) or type(error).__name__)}"]) from error
     except OSError as error:
-        if error.errno is not None:
+        if error.errno not in (None, errno.EINVAL):
             raise ArchiveError(archive, [f"{error.filename or folder}: {error.strerror}"]) from error
-        raise ArchiveError(archive, [f"is broken: {error}"]) from error  # gzip says it so
+        raise ArchiveError(archive, [f"is broken: {error}"]) from error  # gzip says it so, and seek of an absurd place
     return epoch
 
 
@@ -199,64 +249,231 @@ def _rejects(output: str) -> Iterator[tuple[str, str]]:
         yield file, (output.strip().splitlines() or ["patch said nothing"])[-1]
 
 
-def _unsafe(name: str) -> str | None:
+def name_problem(name: str) -> str | None:
+    """What keeps a member's name from being a file's inside the folder it is unpacked to, as a sentence about it."""
     path = PurePosixPath(name)
+    if _CLUMSY.search(name):
+        return f"{_shown(name)}: is no portable name"
     if path.is_absolute():
-        return f"{name}: is absolute"
+        return f"{_shown(name)}: is absolute"
     if ".." in path.parts:
-        return f"{name}: climbs out with '..'"
-    if "\\" in name or "\0" in name:
-        return f"{name!r}: is no portable name"
+        return f"{_shown(name)}: climbs out with '..'"
+    if len(name.encode()) > _LONGEST or any(len(part.encode()) > _LONGEST_PART for part in path.parts):
+        return f"{_shown(name)}: is too long a name"
+    if len(path.parts) > _DEEPEST:
+        return f"{_shown(name)}: lies too deep"
     return None
 
 
-def _refuse(archive: Path, problems: list[str]) -> None:
-    if problems:
-        raise ArchiveError(archive, problems[:20])
+def _shown(text: str) -> str:
+    """Words of an archive as a person may be shown them."""
+    short = text if len(text) <= 200 else f"{text[:200]}…"
+    return repr(short) if _CLUMSY.search(short) else short
 
 
-def _unpack_tar(archive: Path, folder: Path, *, rooted: bool = False) -> int:
-    with tarfile.open(archive) as tar:
-        members = [member for member in tar if not (rooted and member.issym() and member.linkname.startswith("/"))]
-        _refuse(archive, _tar_problems(members))
-        for member in members:
-            member.mode = 0o755 if member.isdir() or member.mode & stat.S_IXUSR else 0o644
-            member.uid, member.gid, member.uname, member.gname = os.getuid(), os.getgid(), "", ""
-        # A second pair of eyes, where it exists: from Python 3.10.12 and 3.11.4 on (PEP 706), so not on Debian 12.
-        tar.extraction_filter = getattr(tarfile, "data_filter", None)
-        tar.extractall(folder, members)
+def _refuse(archive: Path, problems: Iterable[str]) -> None:
+    if first := list(itertools.islice(problems, 20)):
+        raise ArchiveError(archive, first)
+
+
+def _conflicts(names: Sequence[str], folders: Iterable[str], *, case: bool) -> Iterator[str]:
+    """What members do to each other, by their normalised names; ``names`` are those of files and links.
+
+    ``case``: whether two may differ in case alone, or in how Unicode spells them. Some file systems keep one of them.
+    """
+    count = Counter(names)
+    yield from (f"{_shown(name)}: appears twice" for name in count if count[name] > 1)
+    parents = set(folders)
+    for name in itertools.chain(names, tuple(parents)):
+        while (name := name.rpartition("/")[0]) and name not in parents:
+            parents.add(name)
+    yield from (f"{_shown(name)}: is both a file and a folder" for name in sorted(parents.intersection(count)))
+    known: dict[str, str] = {}
+    for name in () if case else sorted(parents.union(count)):
+        if (other := known.setdefault(_folded(name), name)) != name:
+            yield f"{_shown(name)}: is the same as {_shown(other)} where case does not count"
+
+
+def _folded(name: str) -> str:
+    """Equal for names that a file system without case takes for one (Unicode 3.13, D145)."""
+    if name.isascii():
+        return name.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+class _Tape:
+    """The bytes of a tar archive for ``tarfile``, which itself believes whatever length a header states.
+
+    While headers are read, what they may take is bounded, and those that older releases of Python read in quadratic
+    time (CVE-2024-6232 and its like) are refused.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._left: int | None = _HEADERS
+        self._pax = False
+        """Whether a pax header's records come next."""
+
+    def read(self, size: int = -1) -> bytes:
+        if self._left is None:
+            return self._file.read(size)
+        self._left -= size
+        if size < 0 or self._left < 0:
+            raise tarfile.ReadError("a member's headers are too long, or of a negative length")
+        data = self._file.read(size)
+        if self._pax:
+            _check_records(data.rstrip(b"\0"))
+        self._pax = not self._pax and data[156:157] in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        return data
+
+    def seek(self, offset: int) -> int:
+        self._pax = False
+        return self._file.seek(offset)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def next_member(self) -> None:
+        """Let the headers of one more member be read."""
+        assert self._left is not None
+        self._left = min(_HEADERS, self._left + _HEADER)
+
+    def finish(self, end: int) -> None:
+        """Check that the archive ends at ``end`` as one should, and read on to where its compression has a checksum.
+
+        From then on files are read, without bounds.
+
+        Raises:
+            tarfile.TarError: it does not: what follows is damaged, or missing.
+        """
+        self._left = None
+        self.seek(end)
+        mark = self.read(_BLOCK)
+        if len(mark) < _BLOCK or any(mark):
+            raise tarfile.ReadError(f"what stands at byte {end} is neither a member nor the archive's end")
+        rest = 0
+        while block := self.read(files.BLOCK):
+            rest += len(block)
+            if rest > _REST:
+                raise tarfile.ReadError("it goes on behind its end")
+
+
+def _check_records(header: bytes) -> None:
+    at = 0
+    while at < len(header):
+        match = _RECORD.match(header, at)
+        record = header[at : at + int(match[1])] if match else b""
+        if not record.endswith(b"\n") or b"=" not in record or _LONG_NUMBER.search(record):
+            raise tarfile.ReadError("a pax header is malformed")
+        at += len(record)
+
+
+@contextlib.contextmanager
+def _decompressed(archive: Path) -> Iterator[IO[bytes]]:
+    with contextlib.ExitStack() as stack:
+        file: IO[bytes] = stack.enter_context(archive.open("rb"))
+        begin = file.read(6)
+        file.seek(0)
+        for mark, opener in _COMPRESSED.items():
+            if begin.startswith(mark):
+                file = stack.enter_context(opener(file))
+        yield file
+
+
+def _unpack_tar(archive: Path, folder: Path, limits: Limits, *, debian: bool = False) -> int:
+    with _decompressed(archive) as file:
+        tape = _Tape(file)
+        with tarfile.open(fileobj=cast(IO[bytes], tape), mode="r:") as tar:
+            members = _members(archive, tar, tape, limits)
+            if debian:
+                members = [one for one in members if not (one.issym() and one.linkname.startswith("/"))]
+            _refuse(archive, _tar_problems(members, case=debian))
+            for member in members:
+                member.mode = 0o755 if member.isdir() or member.mode & stat.S_IXUSR else 0o644
+                member.uid, member.gid, member.uname, member.gname = os.getuid(), os.getgid(), "", ""
+            # A second pair of eyes, where it exists: from Python 3.10.12 and 3.11.4 on (PEP 706), so not on Debian 12.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            # Links come last, so that nothing can be written by way of one.
+            tar.extractall(folder, sorted(members, key=tarfile.TarInfo.issym))
     links = [member.name for member in members if member.issym()]
-    outside = [name for name in links if not (folder / name).resolve().is_relative_to(folder.resolve())]
-    _refuse(archive, [f"{name}: links outside, by way of other links" for name in outside])
+    _refuse(archive, (problem for name in links if (problem := _astray(folder, name))))
     return int(max((0, *(member.mtime for member in members))))
 
 
-def _tar_problems(members: Sequence[tarfile.TarInfo]) -> list[str]:
+def _members(archive: Path, tar: tarfile.TarFile, tape: _Tape, limits: Limits) -> list[tarfile.TarInfo]:
+    """The members of a tar archive, read no further than the bounds allow."""
+    members: list[tarfile.TarInfo] = []
     problems: list[str] = []
-    seen: set[str] = set()
+    total = 0
+    while len(problems) < 20 and (member := tar.next()) is not None:
+        members.append(member)
+        total += member.size
+        if (problem := _trap(member, tar)) or (problem := _beyond(total, len(members), limits)):
+            _refuse(archive, [problem])
+        problems += _member_problems(member)
+        member.pax_headers = {}  # each member has a copy of all global ones
+        tape.next_member()
+    _refuse(archive, problems)
+    tape.finish(tar.offset)
+    if not members:
+        raise tarfile.ReadError("it holds nothing")
+    return members
+
+
+def _trap(member: tarfile.TarInfo, tar: tarfile.TarFile) -> str | None:
+    """Why no header behind a member's may be looked for: it would be in the wrong place, or the search have no end."""
+    if member.size < 0:  # the next header would be in front of this one (CVE-2025-8194)
+        return f"{_shown(member.name)}: has a size below zero"
+    if member.issparse():  # how much is written of one has nothing to do with its size
+        return f"{_shown(member.name)}: is a sparse file"
+    if len(tar.pax_headers) > _GLOBALS:
+        return f"has more than {_GLOBALS} global headers"
+    return None
+
+
+def _beyond(size: int, members: int, limits: Limits) -> str | None:
+    if size > limits.size:
+        return f"unpacks to more than {files.size(limits.size)}"
+    if members > limits.members:
+        return f"has more than {limits.members} members"
+    return None
+
+
+def _member_problems(member: tarfile.TarInfo) -> Iterator[str]:
+    """What can be said against a member of a tar archive by itself."""
+    name = _shown(member.name)
+    if problem := name_problem(member.name):
+        yield problem
+    elif member.isdev():
+        yield f"{name}: is a device or a pipe"
+    elif not (member.isfile() or member.isdir() or member.issym() or member.islnk()):
+        yield f"{name}: is of an unknown kind, {member.type!r}"
+    elif not member.isdir() and os.path.normpath(member.name) == ".":
+        yield f"{name}: is no name of a file"
+    elif not -_LATEST < member.mtime < _LATEST:
+        yield f"{name}: has a time that no calendar tells"
+    elif member.issym() or member.islnk():
+        base = PurePosixPath(member.name).parent if member.issym() else PurePosixPath()
+        target = os.path.normpath(base / member.linkname)
+        if target == ".." or target.startswith(("/", "../")):
+            yield f"{name}: links outside, to {_shown(member.linkname)}"
+        elif _CLUMSY.search(member.linkname) or len(member.linkname) > _LONGEST:
+            yield f"{name}: links to {_shown(member.linkname)}, which is no portable name"
+        elif member.islnk() and ".." in PurePosixPath(member.linkname).parts:
+            yield f"{name}: links to {_shown(member.linkname)}, which is no name of a member"
+
+
+def _tar_problems(members: Sequence[tarfile.TarInfo], *, case: bool) -> Iterator[str]:
+    """What members of a tar archive do to each other."""
     links = {os.path.normpath(member.name) for member in members if member.issym()}
-    for member in members:
-        name = os.path.normpath(member.name)
-        if problem := _unsafe(member.name):
-            problems.append(problem)
-        elif member.isdev():
-            problems.append(f"{member.name}: is a device or a pipe")
-        elif member.issym() or member.islnk():
-            base = PurePosixPath(member.name).parent if member.issym() else PurePosixPath()
-            target = os.path.normpath(base / member.linkname)
-            if target == ".." or target.startswith(("/", "../")):
-                problems.append(f"{member.name}: links outside, to {member.linkname}")
-            elif member.islnk() and (target in links or _below(links, target)):
-                problems.append(f"{member.name}: links to {member.linkname}, by way of a link")
+    for member in members if links else ():
+        name, target = os.path.normpath(member.name), os.path.normpath(member.linkname)
+        if member.islnk() and (target in links or _below(links, target)):
+            yield f"{_shown(member.name)}: links to {_shown(member.linkname)}, by way of a link"
         if through := _below(links, name):
-            problems.append(f"{member.name}: lies below a link, {min(through)}")
-        if not member.isdir():
-            if name in seen:
-                problems.append(f"{member.name}: appears twice")
-            seen.add(name)
-    if sum(member.size for member in members) > MAX_UNPACKED:
-        problems.append(f"unpacks to more than {files.size(MAX_UNPACKED)}")
-    return problems
+            yield f"{_shown(member.name)}: lies below a link, {_shown(min(through))}"
+    others = [os.path.normpath(member.name) for member in members if not member.isdir()]
+    yield from _conflicts(others, (os.path.normpath(member.name) for member in members if member.isdir()), case=case)
 
 
 def _below(links: Set[str], name: str) -> set[str]:
@@ -264,21 +481,96 @@ def _below(links: Set[str], name: str) -> set[str]:
     return {parent for parent in map(str, PurePosixPath(name).parents) if parent in links}
 
 
-def _unpack_zip(archive: Path, folder: Path) -> int:
+def _astray(folder: Path, name: str) -> str | None:
+    """What is wrong with where a link leads."""
+    try:
+        (folder / name).stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return f"{_shown(name)}: links to itself, by way of other links"
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        return f"{_shown(name)}: links outside, by way of other links"
+    return None
+
+
+def _unpack_zip(archive: Path, folder: Path, limits: Limits) -> int:
     with zipfile.ZipFile(archive) as bundle:
-        members = bundle.infolist()
-        count = Counter(os.path.normpath(member.filename) for member in members if not member.is_dir())
-        problems = [problem for member in members if (problem := _unsafe(member.filename))]
-        problems += [f"{name}: appears twice" for name in sorted(count) if count[name] > 1]
-        problems += [f"{m.filename}: is a link" for m in members if stat.S_ISLNK(m.external_attr >> 16)]
-        if sum(member.file_size for member in members) > MAX_UNPACKED:
-            problems.append(f"unpacks to more than {files.size(MAX_UNPACKED)}")
-        _refuse(archive, problems)
-        for member in members:
-            path = Path(bundle.extract(member, folder))
-            if not member.is_dir():
-                path.chmod(0o755 if (member.external_attr >> 16) & stat.S_IXUSR else 0o644)
-    return max((0, *(_zip_time(member) for member in members)))
+        _refuse(archive, zip_problems(bundle, limits))
+        epoch = max((0, *(_zip_time(member) for member in bundle.infolist())))
+        extract(bundle, folder)
+    return epoch
+
+
+def zip_problems(bundle: zipfile.ZipFile, limits: Limits = LIMITS) -> Iterator[str]:
+    """What speaks against unpacking a zip archive, as sentences.
+
+    ``zipfile`` gives no more bytes of a member than the directory states, whatever they inflate to, so that a bound on
+    what is stated is one on what is written.
+    """
+    members = bundle.infolist()
+    if problem := _beyond(sum(member.file_size for member in members), len(members), limits):
+        yield problem
+        return
+    for member in members:
+        name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
+        if problem := name_problem(name):
+            yield problem
+        elif kind not in {0, stat.S_IFREG, stat.S_IFDIR}:
+            yield f"{_shown(name)}: is a link or a device"
+        elif member.flag_bits & 1:
+            yield f"{_shown(name)}: is encrypted"
+        elif member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            # zipfile inflates whole blocks of these, and a few kB of bzip2 may be gigabytes.
+            yield f"{_shown(name)}: is compressed in another way than by deflate"
+        elif not member.is_dir() and os.path.normpath(name) == ".":
+            yield f"{_shown(name)}: is no name of a file"
+    names = [os.path.normpath(member.filename) for member in members if not member.is_dir()]
+    folders = (os.path.normpath(member.filename) for member in members if member.is_dir())
+    yield from _conflicts(names, folders, case=False)
+    yield from _contradictions(bundle)
+
+
+def _contradictions(bundle: zipfile.ZipFile) -> Iterator[str]:
+    """Where a zip archive's directory and the headers in front of its files differ, or files share their bytes.
+
+    Programs that read it from its beginning would find other files in it than those that go by the directory.
+    """
+    file, end = cast(IO[bytes], bundle.fp), 0
+    for member in sorted(bundle.infolist(), key=lambda member: member.header_offset):
+        file.seek(member.header_offset)
+        mark, _, flags, method, _, _, crc, packed, size, length, extra = _LOCAL.unpack(file.read(_LOCAL.size))
+        name = file.read(length).decode("utf-8" if flags & _UTF8 else "cp437")
+        told = (crc, packed if packed != _ZIP64 else member.compress_size, size if size != _ZIP64 else member.file_size)
+        truth = (member.CRC, member.compress_size, member.file_size)
+        streamed = flags & _STREAMED and told == (0, 0, 0)
+        if (mark, name, method) != (b"PK\3\4", member.orig_filename, member.compress_type) or not (
+            told == truth or streamed
+        ):
+            yield f"{_shown(member.filename)}: is told in two ways, in front of it and in the archive's directory"
+        if member.header_offset < end:
+            yield f"{_shown(member.filename)}: lies in the bytes of another member"
+        end = max(end, member.header_offset + _LOCAL.size + length + extra + member.compress_size)
+    if end > bundle.start_dir:
+        yield "has members that reach into its directory"
+
+
+def extract(bundle: zipfile.ZipFile, folder: Path) -> None:
+    """Write the members of a zip archive that :func:`zip_problems` has nothing against: modes 644 or 755.
+
+    Raises:
+        FileExistsError: one of them is there already.
+        Exception: whatever ``zipfile`` finds to be damaged, see ``BROKEN``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for member in bundle.infolist():
+        target = folder / member.filename
+        if member.is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with bundle.open(member) as source, target.open("xb") as sink:
+            shutil.copyfileobj(source, sink, files.BLOCK)
+        target.chmod(0o755 if member.external_attr >> 16 & stat.S_IXUSR else 0o644)
 
 
 def _zip_time(member: zipfile.ZipInfo) -> int:
@@ -287,20 +579,22 @@ def _zip_time(member: zipfile.ZipInfo) -> int:
     return calendar.timegm((year, max(month, 1), max(day, 1), *clock))
 
 
-def _unpack_deb(archive: Path, folder: Path) -> int:
+def _unpack_deb(archive: Path, folder: Path, limits: Limits) -> int:
     """Unpack the files of a Debian package, deb(5), whose parts binutils' ar reads.
 
-    Its absolute links refer to the system that it would be installed on and are left out.
+    Its absolute links refer to the system that it would be installed on and are left out. Names may differ in case
+    alone: it is made for file systems that tell them apart, and the kernel's headers have such names.
     """
     if not shutil.which("ar"):
         raise VoltforgeError("ar is not installed, which opens Debian packages", hint="apt-get install binutils")
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            data = next(part for part in run(["ar", "t", archive]).output.split() if part.startswith("data.tar"))
+            parts = run(["ar", "t", archive.absolute()]).output.split()
+            [data] = [part for part in parts if re.fullmatch(r"data\.tar(\.\w+)?", part)]
             run(["ar", "x", archive.absolute(), data], cwd=Path(scratch))
-        except (ProgramFailed, StopIteration) as error:
+        except (ProgramFailed, ValueError) as error:
             raise ArchiveError(archive, ["is no Debian package that ar can read"]) from error
-        return _unpack_tar(Path(scratch, data), folder, rooted=True)
+        return _unpack_tar(Path(scratch, data), folder, limits, debian=True)
 
 
 def _lift_single_folder(folder: Path) -> None:
