@@ -153,7 +153,7 @@ def _material(descriptor: Any) -> Material:
     value = _dict(descriptor.annotations)
     permitted = value.pop(PERMITTED, [])
     if descriptor.digest:
-        permitted = [_sha256(descriptor)]
+        permitted = [_sha256(descriptor)] if not permitted else None
     try:
         return from_json({**value, "name": descriptor.name, "uri": descriptor.uri, "sha256": permitted})
     except MaterialError as error:
@@ -224,9 +224,9 @@ def _dict(message: Any) -> dict[str, Any]:
 
 
 def _whole(value: Any) -> Any:
-    """JSON with whole numbers as integers, as RFC 8785 writes them: the messages know doubles only."""
+    """JSON with whole numbers as integers, as RFC 8785 writes them, and names in order: messages know neither."""
     if isinstance(value, dict):
-        return {name: _whole(inner) for name, inner in value.items()}
+        return {name: _whole(value[name]) for name in sorted(value)}
     if isinstance(value, list):
         return list(map(_whole, value))
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53 else value

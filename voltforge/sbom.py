@@ -66,7 +66,7 @@ def describe(folder: Path, *, name: str, version: str, materials: Sequence[Mater
             text = make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string()
     except (CycloneDxException, ValueError, OverflowError) as error:
         raise SbomError(f"{name} {version} cannot be described as CycloneDX: {error}") from error
-    document = _ordered(json.loads(text))
+    document = json.loads(text)
     document["serialNumber"] = ""
     document["serialNumber"] = uuid.uuid5(_NAMESPACE, files.digest(document)).urn
     made = json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
@@ -221,12 +221,3 @@ def _hashes(values: Iterable[str]) -> list[HashType]:
     from cyclonedx.model import HashAlgorithm, HashType
 
     return [HashType(alg=HashAlgorithm.SHA_256, content=value) for value in values]
-
-
-def _ordered(value: Any) -> Any:
-    """A document with each of its lists, which CycloneDX takes as sets, in the order of what stands in them."""
-    if isinstance(value, dict):
-        return {key: _ordered(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return sorted(map(_ordered, value), key=lambda inner: json.dumps(inner, sort_keys=True))
-    return value
