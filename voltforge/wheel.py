@@ -12,10 +12,11 @@ import email
 import email.policy
 import hashlib
 import io
+import itertools
 import logging
+import math
 import os
 import re
-import shutil
 import stat
 import tempfile
 import time
@@ -37,10 +38,11 @@ from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.tags import Tag, parse_tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from voltforge import elf, files
 from voltforge.errors import VoltforgeError, listed
+from voltforge.tree import Limits, extract, name_problem, shown, zip_problems
 
 PROVIDED = (
     "libtorch.so", "libtorch_*.so", "libc10.so", "libc10_*.so", "libshm.so",
@@ -60,10 +62,14 @@ GENERATOR = "voltforge"
 
 _EARLIEST, _LATEST = 315_532_800, 4_354_819_198
 """The first and the last moment that a zip file can say: 1980-01-01 and 2107-12-31 (APPNOTE 4.4.6, MS-DOS time)."""
-_MOST = 64_000_000_000
-"""Bytes beyond which a wheel is taken for a trap; the largest known wheel unpacks to under 5 GB."""
-_MOST_TEXT = 10_000_000
-"""Bytes of METADATA or WHEEL beyond which it is not read."""
+LIMITS = Limits(size=64_000_000_000)
+"""Beyond which a wheel is taken for a trap; the largest known wheel unpacks to under 5 GB, and has 12,000 files."""
+_MOST_TEXT = 2_000_000
+"""Bytes of METADATA or WHEEL beyond which it is not read; those with a long README have a tenth of it."""
+_MOST_RECORD = 100_000_000
+"""Bytes of RECORD beyond which it is not read; torch's is 1.4 MB."""
+_MOST_TAGS = 1000
+"""Tags that one line of WHEEL may stand for, which are as many as the product of what stands between its points."""
 _SIGNATURES = ("RECORD.jws", "RECORD.p7s")
 
 # auditwheel tells its steps through logging; without a handler Python prints some of them to standard error.
@@ -91,7 +97,7 @@ class Wheel:
     """Requires-Dist, in order, those of extras included."""
 
     @classmethod
-    def read(cls, path: Path) -> Wheel:
+    def read(cls, path: Path, limits: Limits = LIMITS) -> Wheel:
         """Read the file name, METADATA and WHEEL of a wheel.
 
         Raises:
@@ -103,8 +109,8 @@ class Wheel:
             raise WheelError(f"{path} is not named like a wheel: {error}") from error
         try:
             with zipfile.ZipFile(path) as archive:
-                _check_entries(path, archive)
-                folder = _only_dist_info(path, {entry.split("/")[0] for entry in archive.namelist()})
+                _check_entries(path, archive, limits)
+                folder = _only_dist_info(path, _top(archive))
                 metadata = Metadata.from_email(_text(path, archive, f"{folder}/METADATA"))
                 declared = _declared_tags(path, _text(path, archive, f"{folder}/WHEEL"))
         except WheelError:
@@ -135,7 +141,7 @@ class PlatformTag:
     """The newest GLIBCXX version that they ask for, such as ``3.4.30`` (gcc 12)."""
 
 
-def unpack(path: Path, folder: Path) -> None:
+def unpack(path: Path, folder: Path, limits: Limits = LIMITS) -> None:
     """Put a wheel's files into ``folder``, which is made if need be: modes 644, or 755 for those marked executable.
 
     Raises:
@@ -143,17 +149,8 @@ def unpack(path: Path, folder: Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_entries(path, archive)
-            folder.mkdir(parents=True, exist_ok=True)
-            for entry in archive.infolist():
-                target = folder / entry.filename
-                if entry.is_dir():
-                    target.mkdir(parents=True, exist_ok=True)
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(entry) as source, target.open("xb") as sink:
-                    shutil.copyfileobj(source, sink, files.BLOCK)
-                target.chmod(0o755 if entry.external_attr >> 16 & stat.S_IXUSR else 0o644)
+            _check_entries(path, archive, limits)
+            extract(archive, folder)
     except WheelError:
         raise
     except Exception as error:
@@ -185,6 +182,8 @@ def record_problems(folder: Path) -> list[str]:
     dist_info = _only_dist_info(folder, {child.name for child in folder.iterdir()})
     record = f"{dist_info}/RECORD"
     try:
+        if (folder / record).stat().st_size > _MOST_RECORD:
+            return [f"{record} has more than {files.size(_MOST_RECORD)}"]
         rows = list(csv.reader(io.StringIO((folder / record).read_text("utf-8"), newline=""), strict=True))
     except (OSError, ValueError, csv.Error) as error:
         return [f"{record} cannot be read: {_sentence(error)}"]
@@ -193,14 +192,14 @@ def record_problems(folder: Path) -> list[str]:
     present = set(members(folder))
     for row in rows:
         if len(row) != 3:
-            problems.append(f"{record} has a line of {len(row)} fields, not 3: {','.join(row)[:80]}")
+            problems.append(f"{record} has a line of {len(row)} fields, not 3: {shown(','.join(row)[:80])}")
             continue
         name, digest, size = row
         if name in listed_names:
-            problems.append(f"{name} stands in RECORD twice")
+            problems.append(f"{shown(name)} stands in RECORD twice")
         listed_names.add(name)
         if name not in present:
-            problems.append(f"{name} stands in RECORD but is missing")
+            problems.append(f"{shown(name)} stands in RECORD but is missing")
         elif name in unsigned:
             continue
         elif not digest.startswith("sha256="):
@@ -208,7 +207,7 @@ def record_problems(folder: Path) -> list[str]:
         elif (now := _hash(folder / name)) != digest:
             problems.append(f"{name} does not have the hash of RECORD: it is {now}")
         elif size and size != str((folder / name).stat().st_size):
-            problems.append(f"{name} does not have the size of RECORD, {size} bytes")
+            problems.append(f"{name} does not have the size of RECORD, {shown(size)} bytes")
     problems += [f"{name} is missing from RECORD" for name in sorted(present - listed_names - unsigned)]
     return problems
 
@@ -398,28 +397,14 @@ def _wheel_text(path: Path, tag: str) -> tuple[bytes, str]:
     return ("\n".join(lines) + "\n").encode(), "".join(f"{build}-" for build in old.get_all("Build", []))
 
 
-def _check_entries(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse entries that would be written elsewhere or as something else than a file, all named at once."""
-    problems, seen, total = [], set(), 0
-    for entry in archive.infolist():
-        name = entry.filename
-        kind = stat.S_IFMT(entry.external_attr >> 16)
-        bare = name.removesuffix("/") if entry.is_dir() else name
-        if not bare or str(PurePosixPath(bare)) != bare or ".." in PurePosixPath(bare).parts or "\\" in bare:
-            problems.append(f"{name!r} is not a plain relative path")
-        elif bare.startswith("/"):
-            problems.append(f"{name!r} is an absolute path")
-        elif kind not in {0, stat.S_IFREG, stat.S_IFDIR}:
-            problems.append(f"{name!r} is a link or a device")
-        elif entry.flag_bits & 1:
-            problems.append(f"{name!r} is encrypted")
-        elif bare in seen:
-            problems.append(f"{name!r} stands there twice")
-        seen.add(bare)
-        total += entry.file_size
-    if total > _MOST:
-        problems.append(f"it would unpack to {files.size(total)}")
-    if problems:
+def _check_entries(path: Path, archive: zipfile.ZipFile, limits: Limits) -> None:
+    """Refuse entries that would be written elsewhere or as something else than a file, the first of them at once."""
+    plain = [
+        f"{entry.filename!r} is not a plain relative path"
+        for entry in archive.infolist()
+        if not name_problem(entry.filename) and str(PurePosixPath(entry.filename)) != entry.filename.removesuffix("/")
+    ]
+    if problems := list(itertools.islice(itertools.chain(plain, zip_problems(archive, limits)), 20)):
         raise WheelError(f"{path} must not be unpacked:{listed(problems)}")
 
 
@@ -434,7 +419,7 @@ def _project(dist_info: str) -> tuple[str, Version]:
     name, _, version = dist_info.removesuffix(".dist-info").rpartition("-")
     try:
         return canonicalize_name(name), Version(version)
-    except InvalidVersion as error:
+    except ValueError as error:
         raise WheelError(f"{dist_info} is not named for a project and its version") from error
 
 
@@ -452,8 +437,16 @@ def _declared_tags(path: Path, text: str) -> frozenset[Tag]:
     header = email.message_from_string(text)
     version = str(header.get("Wheel-Version", ""))
     if version.split(".")[0] != "1":
-        raise WheelError(f"{path} has Wheel-Version {version or 'nowhere'}, and only 1 is known here")
-    return frozenset(tag for line in header.get_all("Tag", []) for tag in parse_tag(line))
+        raise WheelError(f"{path} has Wheel-Version {shown(version) or 'nowhere'}, and only 1 is known here")
+    lines = [str(line) for line in header.get_all("Tag", [])]
+    if len(lines) > _MOST_TAGS or any(math.prod(map(len, _alternatives(line))) > _MOST_TAGS for line in lines):
+        raise WheelError(f"{path} has a WHEEL file of more than {_MOST_TAGS} tags")
+    return frozenset(tag for line in lines for tag in parse_tag(line))
+
+
+def _alternatives(tag: str) -> list[list[str]]:
+    """What a compressed tag set leaves to choose from (PEP 425): pythons, ABIs, platforms."""
+    return [part.split(".") for part in tag.split("-")]
 
 
 def _binaries(folder: Path) -> list[str]:
@@ -486,7 +479,7 @@ def _why(found: WheelAbIInfo, glibc: str | None, libstdcxx: str | None) -> str:
 
 def _sentence(error: BaseException) -> str:
     inner = getattr(error, "exceptions", None)
-    text = "; ".join(map(_sentence, inner)) if inner else " ".join(str(error).split())
+    text = "; ".join(map(_sentence, inner[:10])) if inner else shown(" ".join(str(error).split()))
     return text or type(error).__name__
 
 
@@ -500,7 +493,11 @@ def _encodes(text: str) -> bool:
 def metadata_bytes(path: Path) -> bytes:
     """The METADATA file of a wheel that :meth:`Wheel.read` accepts, byte for byte, as PEP 658 serves it."""
     with zipfile.ZipFile(path) as archive:
-        return archive.read(next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA")))
+        return archive.read(f"{_only_dist_info(path, _top(archive))}/METADATA")
+
+
+def _top(archive: zipfile.ZipFile) -> set[str]:
+    return {entry.split("/")[0] for entry in archive.namelist()}
 
 
 def sbom_bytes(path: Path) -> bytes | None:
