@@ -320,6 +320,20 @@ def test_requirements_with_another_hash_are_not_installed_and_not_taken_for_inst
     assert stocked.doit("list").returncode == 0
 
 
+@pytest.mark.slow
+def test_two_first_calls_at_once_make_one_environment(stocked):
+    calls = [
+        subprocess.Popen(["./doit", "list"], cwd=stocked.root, env=stocked.env, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [call.communicate(timeout=120) for call in calls]
+    assert [call.returncode for call in calls] == [0, 0]
+    assert [out for out, _ in said] == ["doit was given ['list']\n"] * 2
+    told = "".join(err for _, err in said)
+    assert (told.count("* making .venv"), told.count("* waiting for the .venv")) == (1, 1)
+
+
 def test_the_script_is_plain_posix_shell(repository):
     script = (repository / "doit").read_text()
     assert script.startswith("#!/bin/sh\n")
