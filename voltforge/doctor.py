@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import psutil
 import requests
 
-from voltforge import console, distro, engine, index, jobs, sandbox, toolchain
+from voltforge import console, distro, engine, index, jobs, sandbox, signing, toolchain
 from voltforge.errors import VoltforgeError
 from voltforge.files import size
 from voltforge.pipeline import Pipeline
@@ -46,7 +46,7 @@ class Check:
 def examine(pipeline: Pipeline) -> list[Check]:
     """Every check, in the order of the report; none of them changes anything."""
     looks: tuple[Callable[[Pipeline], Iterator[Check]], ...] = (
-        _python, _programs, _disk, _memory, _namespaces, _driver, _index, _upstream, _compiler, _engine,
+        _python, _programs, _disk, _memory, _namespaces, _driver, _index, _upstream, _compiler, _engine, _key, _cache,
     )  # fmt: skip
     return [check for look in looks for check in look(pipeline)]
 
@@ -208,6 +208,28 @@ def _engine(_: Pipeline) -> Iterator[Check]:
         yield Check("image engine", "ok", str(engine.choose()))
     except VoltforgeError as error:
         yield Check("image engine", "note", f"{error.what}; wheels need none", error.hint)
+
+
+def _key(_: Pipeline) -> Iterator[Check]:
+    try:
+        signer, trust = signing.configured(os.environ)
+    except VoltforgeError as error:
+        yield Check("signing key", "missing", error.what, error.hint)
+        return
+    others = len(trust.keys) - bool(signer)
+    trusted = f"{others} more are trusted" if others else "no other is trusted"
+    if signer:
+        yield Check("signing key", "ok", f"{signer.keyid[:16]}…; {trusted}")
+    else:
+        yield Check("signing key", "note", f"none: wheels are not signed; {trusted}", "./doit key makes one")
+
+
+def _cache(pipeline: Pipeline) -> Iterator[Check]:
+    try:
+        if pipeline.cache:
+            yield Check("shared cache", "ok", str(pipeline.cache))
+    except VoltforgeError as error:
+        yield Check("shared cache", "missing", error.what, error.hint)
 
 
 def _first_line(argv: list[str], lines: int = 1) -> str:
