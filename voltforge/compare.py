@@ -65,6 +65,8 @@ _FOLLOW = {".note.gnu.build-id", ".gnu_debuglink"}
 """Sections that hold a hash of the others (ld(1), --build-id)."""
 _DERIVED = {"digest", "size", "diff_ids", "mediaType"}
 """Keys of the OCI's image-spec that say what a layer is packed to: they follow from the layers."""
+_OF_LAYERS = {"history", "org.opencontainers.image.base.digest"}
+"""Keys that name what layers were made of, by ids and hashes that change with them."""
 _PRINTABLE = re.compile(rb"[\x20-\x7e]{4,}")
 _AROUND = 40
 """Bytes on either side of a difference in which a string is looked for."""
@@ -117,8 +119,8 @@ class Comparison:
 def compare(one: Path, other: Path) -> Comparison:
     """Compare two wheels, two archives of OCI image layouts, or two files of any other kind.
 
-    Members that a wheel's RECORD, a binary's build id or an image's manifest only repeats are told once, where they
-    are. What cannot be opened as the archive that it seems to be is compared byte by byte.
+    What a RECORD, an SBOM, a build id or an image's manifest only repeats is told once, where it is. What cannot be
+    opened as the archive that it seems to be is compared byte by byte.
     """
     sha256 = files.sha256(one), files.sha256(other)
     if sha256[0] == sha256[1]:
@@ -264,7 +266,9 @@ class _Layer:
         if entry.type in _LINKS:
             kind = f"{_LINKS[entry.type]} {entry.linkname}"
         content = tar.extractfile(entry) if entry.isfile() else None
-        return _Member(kind, entry.mode, f"{entry.uid}:{entry.gid}", entry.size, _sha256(content) if content else "")
+        return _Member(
+            kind, stat.S_IMODE(entry.mode), f"{entry.uid}:{entry.gid}", entry.size, _sha256(content) if content else ""
+        )
 
 
 def _members(prefix: str, one: _Archive, other: _Archive, found: _Found) -> None:
@@ -278,7 +282,7 @@ def _members(prefix: str, one: _Archive, other: _Archive, found: _Found) -> None
         one.take(here)
         other.take(there)
         for name in names:
-            if name in here and _record_follows(name, here[name], there[name], names):
+            if name in here and _repeats(name, here[name], there[name], names):
                 continue
             found.add(_attributes(f"{prefix}{name}", first.get(name), second.get(name)))
             if name in here:
@@ -301,16 +305,34 @@ def _attributes(name: str, one: _Member | None, other: _Member | None) -> Iterat
             yield Difference(name, what, "", *texts)
 
 
-def _record_follows(name: str, one: Path, other: Path, differing: Iterable[str]) -> bool:
-    """Whether a member is a RECORD (PEP 376) that differs only in what it says of other members that differ."""
+def _repeats(name: str, one: Path, other: Path, differing: Iterable[str]) -> bool:
+    """Whether a RECORD (PEP 376) or SBOM (PEP 770) differs only in what it says of other members that differ."""
     path = PurePosixPath(name)
-    if path.name != "RECORD" or not path.parent.name.endswith(".dist-info"):
+    read = next((read for pattern, read in _REPEATING.items() if path.match(pattern)), None)
+    if not read:
         return False
-    known, rest = set(differing), []
-    for file in (one, other):
-        rows = csv.reader(io.StringIO(file.read_text("utf-8", errors="replace"), newline=""))
-        rest.append([row for row in rows if row and os.path.normpath(path.parent.parent / row[0]) not in known])
-    return rest[0] == rest[1]
+    root = next(folder for folder in path.parents if folder.name.endswith(".dist-info")).parent
+    known = {os.path.relpath(member, root) for member in differing}
+    try:
+        return bool(read(one, known) == read(other, known))
+    except (ValueError, AttributeError):  # it is no SBOM
+        return False
+
+
+def _record(path: Path, known: set[str]) -> list[list[str]]:
+    rows = csv.reader(io.StringIO(path.read_text("utf-8", errors="replace"), newline=""))
+    return [row for row in rows if row and os.path.normpath(row[0]) not in known]
+
+
+def _sbom(path: Path, known: set[str]) -> Any:
+    """A CycloneDX document without its number, which is made of the rest, and without the files that are known."""
+    document = json.loads(path.read_bytes())
+    components = [one for one in document.get("components", ()) if one.get("name") not in known]
+    return {**document, "serialNumber": "", "components": components}
+
+
+_REPEATING = {"*.dist-info/RECORD": _record, "*.dist-info/sboms/*.cdx.json": _sbom}
+"""Members of a wheel that hold the hashes of others, and how they are read without some of them."""
 
 
 # Contents.
@@ -587,8 +609,7 @@ def _images(one: _Layout, other: _Layout, found: _Found) -> None:
 def _image(one: _Layout, other: _Layout, manifests: tuple[Any, Any], found: _Found) -> None:
     layers = [[str(layer["digest"]) for layer in manifest["layers"]] for manifest in manifests]
     configurations = one.document(manifests[0]["config"]["digest"]), other.document(manifests[1]["config"]["digest"])
-    # The history names what each layer was made of, by ids and hashes that change with it.
-    left_out = _DERIVED | ({"history"} if layers[0] != layers[1] else set())
+    left_out = _DERIVED | (_OF_LAYERS if layers[0] != layers[1] else set())
     for name, documents in (("manifest", manifests), ("configuration", configurations)):
         values = [dict(_leaves(document, left_out)) for document in documents]
         found.add(

@@ -38,8 +38,11 @@ ZONES = ("NPT-5:45", "CST+6")
 SEEDS = ("4242", "2424")
 USERS = ("1234", "1235")
 """Of each of these the second build gets the first one that the first build did not have."""
-OWN = ("jobs", "file", "url")
+OWN = ("jobs", "file", "url", "gc")
 """Settings that are not handed on to the second build."""
+WITHHELD = ("VOLTFORGE_CACHE", "VOLTFORGE_KEY", "VOLTFORGE_TRUSTED", "FORCE_COLOR")
+"""Variables that are not: a second build must be a build, nobody signs what came of it, and its log is read by people.
+"""
 CONFIGURATION = {
     "NETRC": ".netrc",
     "UV_CONFIG_FILE": ".config/uv/uv.toml",
@@ -198,10 +201,10 @@ def _build(pipeline: Pipeline, second: Second, name: str, task: str) -> None:
     try:
         second.run([sys.executable, "-m", "doit", *words, task], log, name)
     except ProgramFailed as error:
-        said = [line for line in error.output.splitlines() if line.startswith("x ")]
-        why = said[-1].removeprefix("x ") if said else error.what
+        said = re.search(r"^x (.*?)\n(?=  try:|[x*!] |\Z)", error.output, re.DOTALL | re.MULTILINE)
+        why = said[1] if said else error.what
         raise VoltforgeError(
-            f"the second build of {name} failed: {why}", hint=f"its log is {log}; it is kept in {second.root}"
+            f"the second build of {name} failed: {why}", hint=f"its log is {log}, its checkout {second.root}"
         ) from error
 
 
@@ -211,6 +214,7 @@ def _judged(pipeline: Pipeline, second: Second, name: str, one: Path, other: Pat
         (v.what, v.first, f"the same: {v.same_because}" if v.same_because else v.second) for v in second.variations
     ]
     console.table("", ("condition", "first build", "second build"), shown)
+    console.note(f"{second.varied} of {len(shown)} conditions were others for the second build")
     report(comparison)
     record = {
         "sha256": comparison.sha256,
@@ -258,8 +262,7 @@ def _variables(home: Path) -> dict[str, Variation]:
 
 def _handed_on(pipeline: Pipeline) -> dict[str, str]:
     """The environment of the first build as far as it says where things are to be had, whatever HOME is."""
-    # A second build must be a build; and its log is read by people.
-    environ = {key: value for key, value in os.environ.items() if key not in ("VOLTFORGE_CACHE", "FORCE_COLOR")}
+    environ = {key: value for key, value in os.environ.items() if key not in WITHHELD}
     found = {key: Path.home() / file for key, file in CONFIGURATION.items() if (Path.home() / file).exists()}
     # The first build's downloads are a mirror like any other: what comes from there is held to its hash.
     mirrors = (pipeline.scratch / "downloads").absolute().as_uri(), environ.get("VOLTFORGE_MIRRORS", "")
