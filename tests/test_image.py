@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -103,6 +105,21 @@ def test_record_and_entry_points_tell_what_is_left(settled: Environment, tmp_pat
     assert entries.read_text() == "[console_scripts]\nquick = quick:main\n"
     original = next(settled.site_packages.glob("torch-*/RECORD"))
     assert "tests" in original.read_text(), "the environment shares its files with uv's cache"
+
+
+def test_whatever_the_umask_everybody_can_read_the_image_and_uvs_cache_stays_as_it_was(settled, tmp_path) -> None:
+    [library] = settled.site_packages.glob("nvidia/cublas/lib/*.so*")
+    library.chmod(0o700)
+    before = os.umask(0o077)
+    try:
+        lay_out(settled, reachable(settled, ("vllm",)), leave_out(tmp_path, OMITTED), tmp_path / "context")
+        image.set_modes(tmp_path / "context")
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "context").rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o755}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o755, 0o644}
+    assert stat.S_IMODE(library.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize(

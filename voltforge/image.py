@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -271,6 +272,21 @@ def _mend(folder: Path, record: Sequence[str], dropped: set[str]) -> None:
         if absent := dropped - {line.strip() for line in text}:
             raise ImageError(f"leave-out.toml names entry points that are not there:{listed(sorted(absent))}")
         files.write(entries, "\n".join(line for line in text if line.strip() not in dropped) + "\n")
+
+
+def set_modes(context: Path) -> None:
+    """Give folders the mode 755, and files 755 or 644: whatever the umask was, nobody special must read the image.
+
+    A file that is a hard link to uv's cache gets another mode as a copy.
+    """
+    for parent, _, names in os.walk(context):
+        Path(parent).chmod(0o755)
+        for path in (Path(parent, name) for name in names):
+            found = path.lstat()
+            mode = 0o755 if found.st_mode & stat.S_IXUSR else 0o644
+            if stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) != mode:
+                with path.open("rb") as source, files.replacing(path, mode) as sink:
+                    shutil.copyfileobj(source, sink, files.BLOCK)
 
 
 def _weight(distribution: Distribution) -> int:

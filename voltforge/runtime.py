@@ -146,6 +146,7 @@ class Runtime:
         configuration = context / "configuration" / "opt" / "voltforge"
         files.write(configuration / "start.py", (self.checkout.root / "docker" / "start.py").read_bytes())
         (configuration / "triton-cache").mkdir()
+        image.set_modes(context)
         console.note(f"{len(content.projects)} projects, {files.size(sum(content.projects.values()))}")
         labels = {
             "org.opencontainers.image.title": "voltforge",
