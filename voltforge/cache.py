@@ -29,7 +29,7 @@ from requests.adapters import BaseAdapter
 from voltforge import console, files, index, provenance, signing
 from voltforge.errors import VoltforgeError
 from voltforge.fetch import Artifact, NotFetchedError, Store
-from voltforge.index import Indexes, Patience, explained, local_path, redacted
+from voltforge.index import Indexes, Patience, answered, explained, local_path, redacted
 from voltforge.provenance import Provenance
 from voltforge.signing import Trust
 
@@ -183,9 +183,7 @@ class Cache:
             made = _believed(lines, key, trust, place.shown(_statements(key)))
             address = place.address(_wheel(made))
         # Its own mirrors and indexes have no finished wheels: to ask them would cost time.
-        store = replace(
-            downloads, mirrors=(), patience=self.patience, ask_indexes=lambda: _Watching(**vars(ask()))
-        )  # fmt: skip
+        store = replace(downloads, mirrors=(), patience=self.patience, ask_indexes=lambda: _Watching(**vars(ask())))
         return Hit(store.get(Artifact(made.file, made.sha256, url=address)), made)
 
 
@@ -242,7 +240,7 @@ def _fitting(key: str, wheel: Path, envelope: bytes) -> Provenance:
     except OSError as error:
         raise CacheError(f"{wheel} cannot be read: {error.strerror}") from error
     except VoltforgeError as problem:
-        hint = "./doit wheels makes wheels that are signed with the key of VOLTFORGE_KEY"
+        hint = "./doit key signs what the wheelhouse has"
         raise CacheError(f"{wheel.name} cannot be shared: {problem.what}", hint=hint) from problem
     return made
 
@@ -254,7 +252,7 @@ def _others(lines: bytes, key: str, made: Provenance, shown: str) -> list[bytes]
         CacheError: one says that the build has given another wheel.
     """
     same = []
-    for line in lines.splitlines(keepends=True):
+    for line in lines.splitlines(keepends=True)[:BUILDERS]:
         try:
             other = _of_build(signing.payload(line), key)
         except VoltforgeError as problem:
@@ -420,13 +418,16 @@ class _Server:
             CacheError: the server does not take it.
         """
         with self._told(path):
-            response = self._make_folders(path)
+            refusals = self._make_folders(path)
             try:
                 response = self._put(path, source)
             except requests.ConnectionError:
                 # A server that refuses may hang up before it has read everything, and then its answer is lost.
-                if response.status_code not in (401, 403, 507):
+                if not refusals:
                     raise
+                response = refusals[0]
+            if response.status_code in (404, 409) and refusals:
+                response = refusals[0]
             self._refuse(path, response, writing=True)
 
     def _put(self, path: str, source: Path | bytes) -> requests.Response:
@@ -435,14 +436,15 @@ class _Server:
         with console.download(source.name, source.stat().st_size) as advance, _Told(source, advance) as file:
             return self._ask("PUT", path, data=file, allow_redirects=False)
 
-    def _make_folders(self, path: str) -> requests.Response:
-        """Make the folders of a file (RFC 4918, section 9.3), and give the answer about the innermost one.
+    def _make_folders(self, path: str) -> list[requests.Response]:
+        """Make the folders of a file (RFC 4918, section 9.3), and give the answers that refuse more than that.
 
         Before the file, for what is uploaded to a missing folder is refused only after it was sent; nginx says 500.
         That a folder is there already is 405, as is that the server makes none: the upload tells.
         """
         folders = ["", *(f"{folder}/" for folder in reversed(Path(path).parents[:-1]))]
-        return [self._ask("MKCOL", folder, allow_redirects=False) for folder in folders][-1]
+        answers = [self._ask("MKCOL", folder, allow_redirects=False) for folder in folders]
+        return [answer for answer in answers if answer.status_code in (401, 403, 507)]
 
     def _ask(self, method: str, path: str, **more: Any) -> requests.Response:
         headers = {"Accept-Encoding": "identity"}
@@ -454,8 +456,11 @@ class _Server:
         try:
             yield
         except requests.RequestException as error:
-            raise CacheError(f"{self.shown(path)}: {explained(error, self.indexes)}") from error
-        except urllib3.exceptions.HTTPError as error:  # what the bare body raises
+            hint = "see whether its server runs, and what VOLTFORGE_CACHE is"
+            raise CacheError(f"{self.shown(path)}: {explained(error, self.indexes)}", hint=hint) from error
+        except urllib3.exceptions.ReadTimeoutError as error:  # this and the next are what the bare body raises
+            raise CacheError(f"{self.shown(path)}: stopped sending") from error
+        except urllib3.exceptions.HTTPError as error:
             raise CacheError(f"{self.shown(path)}: broke off its answer, or garbled it") from error
 
     def _refuse(self, path: str, response: requests.Response, *, writing: bool = False) -> None:
@@ -470,9 +475,9 @@ class _Server:
         if writing and response.is_redirect:
             target = redacted(response.headers["Location"])
             raise CacheError(f"{self.shown(path)} is sent on to {target}", hint="name the other in VOLTFORGE_CACHE")
-        answer = f"answered {status} {response.reason or ''}".rstrip()
-        meaning, hint = _MEANINGS.get(status, ("", "")) if writing or status == 401 else ("", "")
-        raise CacheError(f"{self.shown(path)} {answer}{meaning}", hint=hint)
+        known = _MEANINGS if writing or status == 401 else {}
+        meaning, hint = known.get(status, ("", "look at the log of its server"))
+        raise CacheError(f"{self.shown(path)} {answered(response)}{meaning}", hint=hint)
 
 
 _MEANINGS: Mapping[int, tuple[str, str]] = {

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from voltforge.elf import opened
+from voltforge.elf import opened, section_bytes
 from voltforge.errors import VoltforgeError
 
 SECTIONS = {".nv_fatbin": False, "__nv_relfatbin": True}
@@ -146,11 +146,14 @@ def containers(path: Path) -> list[Container]:
     """
     with opened(path) as (file, content):
         found: list[Container] = []
+        total = 0
         for section in file.iter_sections():
             if section.name in SECTIONS:
                 begin, size = section["sh_offset"], section["sh_size"]
                 if begin + size > len(content):
                     raise FatbinError(path, begin, "ends beyond the file")
+                if (total := total + size) > len(content):
+                    raise FatbinError(path, begin, "lies in another section with device code")
                 found += _containers(path, content, begin, begin + size, SECTIONS[section.name])
         return found
 
@@ -170,15 +173,15 @@ def kernels(path: Path) -> frozenset[str]:
         if section is None:
             return frozenset()
         # A zero in front lets the first string count as one.
-        return frozenset(name.decode() for name in _KERNEL.findall(b"\0" + section.data()))
+        return frozenset(name.decode() for name in _KERNEL.findall(b"\0" + section_bytes(section)))
 
 
 def _containers(path: Path, content: mmap.mmap, begin: int, end: int, relocatable: bool) -> Iterator[Container]:
     number, at = 0, begin
     while at < end:
         padding = _ZEROS.match(content, at, end)
-        if padding and len(padding[0]) >= _ALIGNMENT:
-            at += len(padding[0]) // _ALIGNMENT * _ALIGNMENT  # what the linker puts between two units
+        if padding and padding.end() - at >= _ALIGNMENT:
+            at += (padding.end() - at) // _ALIGNMENT * _ALIGNMENT  # what the linker puts between two units
             continue
         if at + _CONTAINER.size > end:
             raise FatbinError(path, at, "is cut short within a container's header")

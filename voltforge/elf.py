@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import mmap
 import os
 import platform
@@ -15,20 +14,19 @@ import shutil
 import struct
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerDefSection, GNUVerNeedSection, GNUVerSymSection
+from elftools.elf.sections import Section as PartOfElf
 from elftools.elf.sections import SymbolTableSection
 
 from voltforge.errors import VoltforgeError
 from voltforge.process import run
-
-_T = TypeVar("_T")
 
 MAGIC = b"\x7fELF"
 
@@ -46,8 +44,13 @@ _DEFAULT, _PROTECTED = 0, 3
 """Visibilities of a symbol that other files can see: STV_DEFAULT, STV_PROTECTED."""
 _NAMELESS = 2
 """Version indices below this one, VER_NDX_LOCAL and VER_NDX_GLOBAL, stand for no version."""
-_MOST_VERSIONS = 0x10000
-"""More symbol versions, and libraries that offer them, than an index of 16 bits can tell apart."""
+_MOST_READ, _A_READ = 16_000_000, 64
+"""Bytes beyond twice its size that a file may have its parser read, and how many each read counts for at least.
+
+Tables that stand in the file once are read once or twice; more is asked for by a file whose tables lie in each other.
+"""
+_MOST_NAMES = 16
+"""How often on average a byte of a string table may belong to a symbol's name: linkers let names share their ends."""
 _HIDDEN = 0x8000
 """Bit of a version index: an old version, kept for programs linked long ago."""
 
@@ -141,6 +144,23 @@ class Elf:
             )
 
 
+class _Metered:
+    """A file's bytes for pyelftools, which follows whatever a table says, as often as it says it."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self._content = content
+        self._left = 2 * len(content) + _MOST_READ
+        self.seek, self.tell = content.seek, content.tell
+
+    def read(self, size: int = -1) -> bytes:
+        # The mapped bytes give less beyond their end, and never allocate more.
+        data = self._content.read(size)
+        self._left -= max(_A_READ, len(data))
+        if self._left < 0:
+            raise ValueError("its tables refer to the same bytes again and again")
+        return data
+
+
 def is_binary(path: Path) -> bool:
     """Whether a file is a program or a shared object; a cubin, an ELF file for a GPU, is not."""
     with path.open("rb") as file:
@@ -168,8 +188,7 @@ def opened(path: Path) -> Iterator[tuple[ELFFile, mmap.mmap]]:
         try:
             if content[:4] != MAGIC:
                 raise ElfError(f"{path} is not an ELF file")
-            # The mapped bytes serve as the stream: a read beyond the end gives less, and never allocates more.
-            parsed = ELFFile(cast(BinaryIO, content))
+            parsed = ELFFile(cast(BinaryIO, _Metered(content)))
             if parsed.elfclass != 64 or not parsed.little_endian:
                 raise ElfError(f"{path} is not a 64-bit little-endian ELF file")
             yield parsed, content
@@ -178,6 +197,18 @@ def opened(path: Path) -> Iterator[tuple[ELFFile, mmap.mmap]]:
         except Exception as error:
             # pyelftools has no error of its own for most malformations: it lets out whatever its parsers met.
             raise ElfError(f"{path} is not a well-formed ELF file: {error or type(error).__name__}") from error
+
+
+def section_bytes(section: PartOfElf) -> bytes:
+    """The bytes that a section of :func:`opened` has in the file.
+
+    pyelftools' own ``data`` inflates what claims to be compressed, and makes zeros for what has no bytes in the file:
+    a flipped bit would ask for all memory there is.
+    """
+    if section["sh_type"] == "SHT_NOBITS":
+        return b""
+    section.stream.seek(section["sh_offset"])
+    return section.stream.read(section["sh_size"])
 
 
 def strip(path: Path) -> None:
@@ -382,22 +413,13 @@ def _versions(found: dict[str, Any]) -> tuple[dict[int, str], frozenset[tuple[st
     """What each version index means, and the versions asked of other libraries."""
     meaning: dict[int, str] = {}
     needs: set[tuple[str, str]] = set()
-    seen = itertools.count()
-
-    def bounded(chain: Iterable[_T]) -> Iterator[_T]:
-        # A chain is as long as the file claims, which may be billions.
-        for link in chain:
-            if next(seen) > _MOST_VERSIONS:
-                raise ValueError("it has more symbol versions than there can be")
-            yield link
-
     if isinstance(asked := found.get(".gnu.version_r"), GNUVerNeedSection):
-        for library, versions in bounded(asked.iter_versions()):
-            for version in bounded(versions):
+        for library, versions in asked.iter_versions():
+            for version in versions:
                 meaning[version["vna_other"]] = version.name
                 needs.add((str(library.name), version.name))
     if isinstance(offered := found.get(".gnu.version_d"), GNUVerDefSection):
-        for definition, names in bounded(offered.iter_versions()):
+        for definition, names in offered.iter_versions():
             meaning[definition["vd_ndx"]] = next(names).name
     return meaning, frozenset(needs)
 
@@ -410,12 +432,13 @@ def _symbols(found: dict[str, Any], versions: dict[int, str]) -> tuple[frozenset
     table = found.get(".dynsym")
     if not isinstance(table, SymbolTableSection):
         return frozenset(), frozenset()
-    entries = table.data()
+    entries = section_bytes(table)
     count = len(entries) // _SYMBOL.size
-    names = table.stringtable.data()
+    names = section_bytes(table.stringtable)
+    left = _MOST_NAMES * len(names)
     indices: Sequence[int] = ()
     if isinstance(section := found.get(".gnu.version"), GNUVerSymSection):
-        raw = section.data()
+        raw = section_bytes(section)
         indices = struct.unpack(f"<{len(raw) // 2}H", raw[: len(raw) // 2 * 2])
     defined, undefined = set(), set()
     whole = _SYMBOL.iter_unpack(entries[: count * _SYMBOL.size])
@@ -425,7 +448,10 @@ def _symbols(found: dict[str, Any], versions: dict[int, str]) -> tuple[frozenset
             continue
         index = indices[number] & ~_HIDDEN if number < len(indices) else 0
         version = versions.get(index) if index >= _NAMELESS else None
-        symbol = Symbol(names[name : names.index(b"\0", name)].decode(), version)
+        text = names[name : names.index(b"\0", name)]
+        if (left := left - len(text)) < 0:
+            raise ValueError("its symbols' names lie in each other")
+        symbol = Symbol(text.decode(), version)
         if home:
             defined.add(symbol)
         elif binding != _WEAK:

@@ -27,7 +27,7 @@ from elftools.elf.elffile import ELFFile
 
 from voltforge import cubin, files
 from voltforge.cubin import Container, FatbinError, Image
-from voltforge.elf import ElfError, opened
+from voltforge.elf import ElfError, opened, section_bytes
 from voltforge.errors import VoltforgeError
 
 _CODE, _WRAPPERS = ".nv_fatbin", ".nvFatBinSegment"
@@ -396,7 +396,8 @@ def _dynamic(path: Path, content: mmap.mmap, segments: Sequence[_Segment], regio
     if len(tables) != 1 or tables[0].offset + tables[0].size > len(content):
         raise ThinError(path, f"has {len(tables)} dynamic sections, not a whole one")
     tags: dict[int, int] = {}
-    for tag, value in _TAG.iter_unpack(content[tables[0].offset :][: tables[0].size // _TAG.size * _TAG.size]):
+    begin, whole = tables[0].offset, tables[0].size // _TAG.size * _TAG.size
+    for tag, value in _TAG.iter_unpack(content[begin : begin + whole]):
         if not tag:
             break
         if tag in _OTHER_RELOCATIONS:
@@ -416,7 +417,7 @@ def _values(path: Path, file: ELFFile, tags: Mapping[int, int]) -> list[int]:
         raise ThinError(
             path, f"has {len(tables)} tables of dynamic symbols, not the one that its dynamic section names"
         )
-    data = tables[0].data()
+    data = section_bytes(tables[0])
     return [symbol[4] for symbol in _SYMBOL.iter_unpack(data[: len(data) // _SYMBOL.size * _SYMBOL.size])]
 
 
@@ -445,7 +446,7 @@ def _symbols(path: Path, file: ELFFile, region: _Region, moved: Mapping[int, int
     for section in file.iter_sections():
         if section["sh_type"] not in {"SHT_SYMTAB", "SHT_DYNSYM"}:
             continue
-        data = section.data()
+        data = section_bytes(section)
         whole = _SYMBOL.iter_unpack(data[: len(data) // _SYMBOL.size * _SYMBOL.size])
         for number, (_, info, _, home, value, _) in enumerate(whole):
             if home != region.number and (home in _NOWHERE or info & 15 == _TLS or not region.holds(value)):

@@ -20,7 +20,14 @@ import urllib3
 
 from voltforge import console, distro, files, index
 from voltforge.errors import VoltforgeError, listed
-from voltforge.index import Indexes, Patience, explained, local_path, redacted
+from voltforge.index import HASH, Indexes, Patience, answered, explained, local_path, redacted
+
+MOST = 64 * 10**9
+"""Bytes beyond which a file of unknown size is not downloaded."""
+LEAST = 1000
+"""Bytes that a server has to send in the time that index.TIMEOUT gives it for one."""
+_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
+"""A Content-Range header (RFC 9110, section 14.4)."""
 
 
 @dataclass(frozen=True)
@@ -447,7 +454,7 @@ class _Transfer:
         )  # fmt: skip
 
     def _continues(self, response: requests.Response) -> bool:
-        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+        match = _RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
         if not match:
             return False
         start, end, total = int(match[1]), int(match[2]), match[3]
@@ -457,13 +464,15 @@ class _Transfer:
 
     def _refuse_size(self, response: requests.Response) -> None:
         length = response.headers.get("Content-Length", "")
-        if self.artifact.size is not None and length.isdecimal():
+        if self.artifact.size is not None and re.fullmatch(r"\d{1,18}", length, re.ASCII):
             offered = self.part.count + int(length)
             if offered != self.artifact.size:
                 raise _RefusedError(f"offers {offered} bytes, not the {self.artifact.size} that it should have")
 
     def _receive_body(self, response: requests.Response, advance: Callable[[int], None]) -> None:
         size = self.artifact.size
+        most = MOST if size is None else size
+        moment, before = time.monotonic(), self.part.count
         while True:
             try:
                 # read1 gives what has come; read and stream would lose up to a block when the connection breaks.
@@ -474,18 +483,22 @@ class _Transfer:
                 raise _CutError("broke off in the middle of the file") from error
             if not block:
                 break
-            if size is not None and self.part.count + len(block) > size:
+            if self.part.count + len(block) > most:
                 self.part.restart()
-                raise _RefusedError(f"sends more than the {size} bytes that it should have")
+                raise _RefusedError(f"sends more than the {most} bytes that it should have")
             self.part.add(block)
             advance(len(block))
+            if time.monotonic() - moment > index.TIMEOUT[1]:
+                if self.part.count - before < LEAST:
+                    raise _CutError("sends next to nothing")
+                moment, before = time.monotonic(), self.part.count
         if size is not None and self.part.count < size:
             raise _CutError(f"sends only {self.part.count} bytes")
 
 
 def _refuse_status(response: requests.Response) -> None:
     """Let only 200 and 206 pass."""
-    answer = f"answered {response.status_code} {response.reason or ''}".rstrip()
+    answer = answered(response)
     if response.status_code in (404, 410):
         raise _AbsentError(answer)
     if response.status_code not in (200, 206):
@@ -528,5 +541,5 @@ def _check(artifact: Artifact) -> None:
     """Refuse what would lead out of the store's folder, or is no hash."""
     if artifact.file in ("", ".", "..", "rejected") or Path(artifact.file).name != artifact.file:
         raise FetchError(f"{artifact.file!r} is not the name of a file", hint="mend it in the recipe")
-    if not re.fullmatch("[0-9a-f]{64}", artifact.sha256):
+    if not HASH.fullmatch(artifact.sha256):
         raise FetchError(f"the sha256 of {artifact.file} is not 64 hexadecimal digits", hint="mend it in the recipe")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import http.client
+import io
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,29 +18,35 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import url2pathname
 
 import requests
+import urllib3
 from packaging.utils import canonicalize_name
-from pypi_simple import (
-    PYPI_SIMPLE_ENDPOINT,
-    DistributionPackage,
-    NoSuchProjectError,
-    ProjectPage,
-    PyPISimple,
-    RepositoryPage,
-    UnsupportedRepoVersionError,
-)
+from pypi_simple import ACCEPT_ANY, PYPI_SIMPLE_ENDPOINT, DistributionPackage, ProjectPage, RepositoryPage
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import MaxRetryError, NameResolutionError, ProxyError
 from urllib3.response import BaseHTTPResponse
 from urllib3.util import Retry
 
 from voltforge.errors import VoltforgeError, listed
+from voltforge.files import BLOCK, size
 from voltforge.process import ProgramFailed, run
 
 TIMEOUT = (10.0, 60.0)
 """Seconds to wait for a connection, and then for each next byte."""
 
-UNREADABLE = (requests.RequestException, UnsupportedRepoVersionError, ValueError, LookupError, TypeError)
-"""What asking an index can raise: the request's own errors, and what pypi-simple makes of a page that is none."""
+MOST_PAGE = 16_000_000
+"""Bytes of a page beyond which it is not read; the longest pages of real indexes have 4 MB."""
+PAGE_TIME = 300.0
+"""Seconds that a page may take from its first byte to its last."""
+HASH = re.compile("[0-9a-f]{64}")
+"""A SHA-256 as it is written."""
+
+
+class PageError(Exception):
+    """What an index answers is no page of one; the message is the rest of a sentence about the index."""
+
+
+UNREADABLE = (requests.RequestException, PageError)
+"""What asking an index can raise: the request's own errors, and what is wrong with its page."""
 
 
 class NotOnIndexError(VoltforgeError):
@@ -62,7 +71,7 @@ class Link:
     url: str
     """Where the file is: http, https, or file for an index on disk. May hold credentials."""
     sha256: str | None
-    """The hash that the index gives for it; many give none."""
+    """The hash that the index gives for it; many give none, and what is no hash counts as none."""
     place: str
     """The index or find-links place that lists it. May hold credentials."""
 
@@ -112,6 +121,8 @@ class _Retry(Retry):
         if _unresolved(error) and any(_unresolved(earlier.error) for earlier in self.history):
             assert error is not None
             raise MaxRetryError(_pool, url or "", error) from error
+        if response is not None:
+            response.close()  # or urllib3 would read its body to the end, which may never come
         return super().increment(method, url, response, error, _pool, _stacktrace)
 
 
@@ -127,8 +138,23 @@ class _Session(requests.Session):
         verify = self.verify if verify is None else verify
         return super().merge_environment_settings(url, proxies, stream, verify, cert)
 
+    def send(self, *arguments: Any, **more: Any) -> requests.Response:
+        try:
+            return super().send(*arguments, **more)
+        except requests.RequestException:
+            raise
+        except (urllib3.exceptions.HTTPError, ValueError, LookupError, OverflowError) as error:
+            # What urllib3 and the standard library make of a Location or a Retry-After that is none.
+            raise requests.exceptions.InvalidHeader from error
+
 
 class _Adapter(HTTPAdapter):
+    def send(self, *arguments: Any, **more: Any) -> requests.Response:
+        response = super().send(*arguments, **more)
+        if response.is_redirect:
+            response.raw.close()  # or requests would read its body to the end, which may never come
+        return response
+
     def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
         try:
             super().cert_verify(conn, url, verify, cert)  # type: ignore[no-untyped-call]
@@ -180,10 +206,11 @@ class Indexes:
             Exception: one of ``UNREADABLE``, which ``explained`` puts in words.
         """
         for package in _packages(place, project, session, flat=place in self.find_links):
-            if file in (package.filename, unquote(urlsplit(package.url).path).rpartition("/")[2]):
-                if local_path(place) is None and local_path(package.url) is not None:
+            if file in (package.filename, _last_name(package.url)):
+                if local_path(place) is None and not re.match("https?://", package.url, re.IGNORECASE):
                     raise requests.exceptions.InvalidSchema  # a page from the network must not reach into this disk
-                return Link(_with_credentials_of(place, package.url), package.digests.get("sha256"), place)
+                sha256 = package.digests.get("sha256", "").lower()
+                return Link(_with_credentials_of(place, package.url), sha256 if HASH.fullmatch(sha256) else None, place)
         return None
 
     def session(self, patience: Patience | None = None) -> requests.Session:
@@ -260,21 +287,33 @@ def configured(environ: Mapping[str, str] = os.environ, python: str | Path | Non
     )
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_MOST_SHOWN = 500
+"""Characters of an address that a person is shown."""
+
+
 def redacted(url: str) -> str:
-    """``url`` as it may be shown: no user, no password, no query (which signed addresses keep their secret in)."""
+    """``url`` as it may be shown: no user, no password, no query (which signed addresses keep their secret in).
+
+    Nor control characters, which would move the terminal's cursor, nor more than a few lines.
+    """
+    url = _CONTROL.sub(lambda found: quote(found[0], errors="replace"), url)
     scheme, mark, rest = url.partition("://")
     if not mark:
-        return url
+        return url[:_MOST_SHOWN]
     # Up to the last @, for passwords are often written with a raw slash, question mark or @ in them.
     _, at, place = rest.rpartition("@")
     path, question, _ = place.partition("?")
-    return scheme + mark + ("***@" if at else "") + path.partition("#")[0] + ("?***" if question else "")
+    shown = scheme + mark + ("***@" if at else "") + path.partition("#")[0] + ("?***" if question else "")
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}…"
 
 
 def explained(error: Exception, indexes: Indexes) -> str:
     """What went wrong with a request, in words that hold no credentials."""
+    if isinstance(error, PageError):
+        return str(error)
     if isinstance(error, requests.HTTPError) and error.response is not None:
-        return f"answered {error.response.status_code} {error.response.reason or ''}".rstrip()
+        return answered(error.response)
     if isinstance(error, requests.exceptions.SSLError):
         return _distrusted(indexes)
     reason = getattr(error.args[0] if error.args else None, "reason", None)
@@ -284,6 +323,11 @@ def explained(error: Exception, indexes: Indexes) -> str:
         if isinstance(error, kind):
             return words
     return f"its page cannot be read ({type(error).__name__})"
+
+
+def answered(response: requests.Response) -> str:
+    """A response's status as people know it, which is not always what the server calls it."""
+    return f"answered {response.status_code} {http.client.responses.get(response.status_code, '')}".rstrip()
 
 
 def _distrusted(indexes: Indexes) -> str:
@@ -303,6 +347,7 @@ _WORDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = 
     (requests.exceptions.InvalidSchema, "leads to an address that is neither http nor https"),
     ((requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError), "broke off its answer"),
     ((requests.exceptions.InvalidURL, requests.exceptions.MissingSchema), "is not an address"),
+    (requests.exceptions.InvalidHeader, "sends a header, or redirects to an address, that is none"),
 )
 
 
@@ -352,15 +397,58 @@ def _packages(place: str, project: str, session: requests.Session, flat: bool) -
         page = path if flat else path / canonicalize_name(project) / "index.html"
         if not page.is_file():
             return []
-        return ProjectPage.from_html(project, page.read_bytes(), page.absolute().as_uri()).packages
-    if not flat:
-        with contextlib.suppress(NoSuchProjectError):
-            return PyPISimple(place, session=session).get_project_page(project, timeout=TIMEOUT).packages
+        with _reading():
+            return ProjectPage.from_html(project, page.read_bytes(), page.absolute().as_uri()).packages
+    response = _page(place if flat else f"{place.rstrip('/')}/{canonicalize_name(project)}/", session)
+    if response.status_code == 404 and not flat:
         return []
-    response = session.get(place, timeout=TIMEOUT)
     response.raise_for_status()
-    links = RepositoryPage.from_html(response.content, response.url).links
-    return [DistributionPackage.from_link(link) for link in links]
+    with _reading():
+        if not flat:
+            return ProjectPage.from_response(response, project).packages
+        links = RepositoryPage.from_html(response.content, response.url).links
+        return [DistributionPackage.from_link(link) for link in links]
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # pypi-simple lets out whatever its parsers of HTML and JSON met, a RecursionError among them.
+        raise PageError(f"its page cannot be read ({type(error).__name__})") from error
+
+
+def _page(address: str, session: requests.Session) -> requests.Response:
+    """The answer to a request, with its whole body, for which neither memory nor patience is endless.
+
+    Raises:
+        requests.RequestException: nothing came, or less than was said.
+        PageError: more came than a page can have.
+    """
+    content, deadline = bytearray(), time.monotonic() + PAGE_TIME
+    with session.get(address, headers={"Accept": ACCEPT_ANY}, timeout=TIMEOUT, stream=True) as response:
+        try:
+            # read1 gives what has come, so that the clock is looked at however slowly it comes.
+            while block := response.raw.read1(BLOCK, decode_content=True):
+                content += block
+                if len(content) > MOST_PAGE:
+                    raise PageError(f"sends a page of more than {size(MOST_PAGE)}")
+                if time.monotonic() > deadline:
+                    raise PageError(f"has not sent its page in {PAGE_TIME:.0f} s")
+        except urllib3.exceptions.ReadTimeoutError as error:
+            raise requests.exceptions.ReadTimeout from error
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise requests.exceptions.ChunkedEncodingError from error
+    response.raw = io.BytesIO(content)  # so that response.content is what was read here
+    return response
+
+
+def _last_name(url: str) -> str:
+    try:
+        return unquote(urlsplit(url).path).rpartition("/")[2]
+    except ValueError:
+        return ""
 
 
 def _on_disk(file: Path) -> DistributionPackage:

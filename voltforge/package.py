@@ -154,15 +154,20 @@ class Package(ABC):
         said = found.provenance
         console.step(f"{said.file} from {cache}")
         path = self.checkout.scratch / "wheels" / f"{self.recipe.name}-{key[:12]}" / said.file
-        with found.wheel.open("rb") as source, files.replacing(path) as sink:
-            shutil.copyfileobj(source, sink, files.BLOCK)
         self.toolkit.run()
-        findings = self.examined(path, said.build["linked"])
+        try:
+            with found.wheel.open("rb") as source, files.replacing(path) as sink:
+                shutil.copyfileobj(source, sink, files.BLOCK)
+            built = dict(said.build)
+            findings = self.examined(path, built["linked"])
+        except (VoltforgeError, KeyError, TypeError, ValueError) as error:
+            console.warn(f"it cannot be used: {error}")
+            return None
         if broken := verify.failed(findings):
             console.warn(f"it fails {len(broken)} checks, {broken[0].check} first, and is not used: {broken[0].detail}")
             return None
         examined = {"for": files.digest(self._picture()), "findings": [asdict(finding) for finding in findings]}
-        return {**said.build, "path": str(path), "sha256": said.sha256, "cache": str(cache), "examined": examined}
+        return {**built, "path": str(path), "sha256": said.sha256, "cache": str(cache), "examined": examined}
 
     def written(self) -> Values:
         """What decides the bytes of a wheel besides its content."""

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from voltforge import files
 from voltforge.errors import VoltforgeError, listed
@@ -45,10 +45,10 @@ _CLUMSY = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 _LATEST = 253_402_300_800
 """The end of the year 9999 in seconds since 1970, the last that calendars can tell."""
 
-_COMPRESSED: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
-    b"\x1f\x8b": lambda file: cast(IO[bytes], gzip.open(file)),
-    b"BZh": lambda file: cast(IO[bytes], bz2.open(file)),
-    b"\xfd7zXZ\x00": lambda file: cast(IO[bytes], lzma.open(file)),
+_COMPRESSED: dict[bytes, Callable[[IO[bytes]], contextlib.AbstractContextManager[Any]]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
 """What opens a compressed file, by how it begins."""
 _BLOCK = tarfile.BLOCKSIZE
@@ -58,6 +58,8 @@ _GLOBALS = 100
 """Entries that a tar archive's global headers may have: git writes one."""
 _REST = 16_000_000
 """Bytes that may stand behind the mark that ends a tar archive: it fills up a block of the tape."""
+_PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+"""Kinds of headers that are records of a name and a value."""
 _RECORD = re.compile(rb"([1-9]\d{0,6}) ")
 """How a record of a pax header begins (pax(1)): its length."""
 _LONG_NUMBER = re.compile(rb"\d{64}")
@@ -173,7 +175,7 @@ def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> int:
             epoch = _unpack_tar(archive, folder, limits)
         _lift_single_folder(folder)
     except BROKEN as error:
-        raise ArchiveError(archive, [f"is broken: {_shown(str(error) or type(error).__name__)}"]) from error
+        raise ArchiveError(archive, [f"is broken: {shown(str(error) or type(error).__name__)}"]) from error
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):
             raise ArchiveError(archive, [f"{error.filename or folder}: {error.strerror}"]) from error
@@ -253,19 +255,19 @@ def name_problem(name: str) -> str | None:
     """What keeps a member's name from being a file's inside the folder it is unpacked to, as a sentence about it."""
     path = PurePosixPath(name)
     if _CLUMSY.search(name):
-        return f"{_shown(name)}: is no portable name"
+        return f"{shown(name)}: is no portable name"
     if path.is_absolute():
-        return f"{_shown(name)}: is absolute"
+        return f"{shown(name)}: is absolute"
     if ".." in path.parts:
-        return f"{_shown(name)}: climbs out with '..'"
+        return f"{shown(name)}: climbs out with '..'"
     if len(name.encode()) > _LONGEST or any(len(part.encode()) > _LONGEST_PART for part in path.parts):
-        return f"{_shown(name)}: is too long a name"
+        return f"{shown(name)}: is too long a name"
     if len(path.parts) > _DEEPEST:
-        return f"{_shown(name)}: lies too deep"
+        return f"{shown(name)}: lies too deep"
     return None
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Words of an archive as a person may be shown them."""
     short = text if len(text) <= 200 else f"{text[:200]}…"
     return repr(short) if _CLUMSY.search(short) else short
@@ -282,16 +284,16 @@ def _conflicts(names: Sequence[str], folders: Iterable[str], *, case: bool) -> I
     ``case``: whether two may differ in case alone, or in how Unicode spells them. Some file systems keep one of them.
     """
     count = Counter(names)
-    yield from (f"{_shown(name)}: appears twice" for name in count if count[name] > 1)
+    yield from (f"{shown(name)}: appears twice" for name in count if count[name] > 1)
     parents = set(folders)
     for name in itertools.chain(names, tuple(parents)):
         while (name := name.rpartition("/")[0]) and name not in parents:
             parents.add(name)
-    yield from (f"{_shown(name)}: is both a file and a folder" for name in sorted(parents.intersection(count)))
+    yield from (f"{shown(name)}: is both a file and a folder" for name in sorted(parents.intersection(count)))
     known: dict[str, str] = {}
     for name in () if case else sorted(parents.union(count)):
         if (other := known.setdefault(_folded(name), name)) != name:
-            yield f"{_shown(name)}: is the same as {_shown(other)} where case does not count"
+            yield f"{shown(name)}: is the same as {shown(other)} where case does not count"
 
 
 def _folded(name: str) -> str:
@@ -311,8 +313,8 @@ class _Tape:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._left: int | None = _HEADERS
-        self._pax = False
-        """Whether a pax header's records come next."""
+        self._kind = b""
+        """Of which kind the header is whose content comes next."""
 
     def read(self, size: int = -1) -> bytes:
         if self._left is None:
@@ -320,14 +322,15 @@ class _Tape:
         self._left -= size
         if size < 0 or self._left < 0:
             raise tarfile.ReadError("a member's headers are too long, or of a negative length")
-        data = self._file.read(size)
-        if self._pax:
+        data, kind, self._kind = self._file.read(size), self._kind, b""
+        if kind in _PAX:
             _check_records(data.rstrip(b"\0"))
-        self._pax = not self._pax and data[156:157] in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        elif not kind and data[156:157] in (*_PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+            self._kind = data[156:157]
         return data
 
     def seek(self, offset: int) -> int:
-        self._pax = False
+        self._kind = b""
         return self._file.seek(offset)
 
     def tell(self) -> int:
@@ -384,9 +387,7 @@ def _unpack_tar(archive: Path, folder: Path, limits: Limits, *, debian: bool = F
     with _decompressed(archive) as file:
         tape = _Tape(file)
         with tarfile.open(fileobj=cast(IO[bytes], tape), mode="r:") as tar:
-            members = _members(archive, tar, tape, limits)
-            if debian:
-                members = [one for one in members if not (one.issym() and one.linkname.startswith("/"))]
+            members = _members(archive, tar, tape, limits, debian=debian)
             _refuse(archive, _tar_problems(members, case=debian))
             for member in members:
                 member.mode = 0o755 if member.isdir() or member.mode & stat.S_IXUSR else 0o644
@@ -400,22 +401,25 @@ def _unpack_tar(archive: Path, folder: Path, limits: Limits, *, debian: bool = F
     return int(max((0, *(member.mtime for member in members))))
 
 
-def _members(archive: Path, tar: tarfile.TarFile, tape: _Tape, limits: Limits) -> list[tarfile.TarInfo]:
+def _members(
+    archive: Path, tar: tarfile.TarFile, tape: _Tape, limits: Limits, *, debian: bool
+) -> list[tarfile.TarInfo]:
     """The members of a tar archive, read no further than the bounds allow."""
     members: list[tarfile.TarInfo] = []
     problems: list[str] = []
-    total = 0
+    size = count = 0
     while len(problems) < 20 and (member := tar.next()) is not None:
-        members.append(member)
-        total += member.size
-        if (problem := _trap(member, tar)) or (problem := _beyond(total, len(members), limits)):
+        size, count = size + member.size, count + 1
+        if (problem := _trap(member, tar)) or (problem := _beyond(size, count, limits)):
             _refuse(archive, [problem])
-        problems += _member_problems(member)
         member.pax_headers = {}  # each member has a copy of all global ones
         tape.next_member()
+        if not (debian and member.issym() and member.linkname.startswith("/")):
+            members.append(member)
+            problems += _member_problems(member)
     _refuse(archive, problems)
     tape.finish(tar.offset)
-    if not members:
+    if not count:
         raise tarfile.ReadError("it holds nothing")
     return members
 
@@ -423,9 +427,9 @@ def _members(archive: Path, tar: tarfile.TarFile, tape: _Tape, limits: Limits) -
 def _trap(member: tarfile.TarInfo, tar: tarfile.TarFile) -> str | None:
     """Why no header behind a member's may be looked for: it would be in the wrong place, or the search have no end."""
     if member.size < 0:  # the next header would be in front of this one (CVE-2025-8194)
-        return f"{_shown(member.name)}: has a size below zero"
+        return f"{shown(member.name)}: has a size below zero"
     if member.issparse():  # how much is written of one has nothing to do with its size
-        return f"{_shown(member.name)}: is a sparse file"
+        return f"{shown(member.name)}: is a sparse file"
     if len(tar.pax_headers) > _GLOBALS:
         return f"has more than {_GLOBALS} global headers"
     return None
@@ -441,7 +445,7 @@ def _beyond(size: int, members: int, limits: Limits) -> str | None:
 
 def _member_problems(member: tarfile.TarInfo) -> Iterator[str]:
     """What can be said against a member of a tar archive by itself."""
-    name = _shown(member.name)
+    name = shown(member.name)
     if problem := name_problem(member.name):
         yield problem
     elif member.isdev():
@@ -456,11 +460,11 @@ def _member_problems(member: tarfile.TarInfo) -> Iterator[str]:
         base = PurePosixPath(member.name).parent if member.issym() else PurePosixPath()
         target = os.path.normpath(base / member.linkname)
         if target == ".." or target.startswith(("/", "../")):
-            yield f"{name}: links outside, to {_shown(member.linkname)}"
+            yield f"{name}: links outside, to {shown(member.linkname)}"
         elif _CLUMSY.search(member.linkname) or len(member.linkname) > _LONGEST:
-            yield f"{name}: links to {_shown(member.linkname)}, which is no portable name"
+            yield f"{name}: links to {shown(member.linkname)}, which is no portable name"
         elif member.islnk() and ".." in PurePosixPath(member.linkname).parts:
-            yield f"{name}: links to {_shown(member.linkname)}, which is no name of a member"
+            yield f"{name}: links to {shown(member.linkname)}, which is no name of a member"
 
 
 def _tar_problems(members: Sequence[tarfile.TarInfo], *, case: bool) -> Iterator[str]:
@@ -469,9 +473,9 @@ def _tar_problems(members: Sequence[tarfile.TarInfo], *, case: bool) -> Iterator
     for member in members if links else ():
         name, target = os.path.normpath(member.name), os.path.normpath(member.linkname)
         if member.islnk() and (target in links or _below(links, target)):
-            yield f"{_shown(member.name)}: links to {_shown(member.linkname)}, by way of a link"
+            yield f"{shown(member.name)}: links to {shown(member.linkname)}, by way of a link"
         if through := _below(links, name):
-            yield f"{_shown(member.name)}: lies below a link, {_shown(min(through))}"
+            yield f"{shown(member.name)}: lies below a link, {shown(min(through))}"
     others = [os.path.normpath(member.name) for member in members if not member.isdir()]
     yield from _conflicts(others, (os.path.normpath(member.name) for member in members if member.isdir()), case=case)
 
@@ -487,9 +491,9 @@ def _astray(folder: Path, name: str) -> str | None:
         (folder / name).stat()
     except OSError as error:
         if error.errno == errno.ELOOP:
-            return f"{_shown(name)}: links to itself, by way of other links"
+            return f"{shown(name)}: links to itself, by way of other links"
     if not (folder / name).resolve().is_relative_to(folder.resolve()):
-        return f"{_shown(name)}: links outside, by way of other links"
+        return f"{shown(name)}: links outside, by way of other links"
     return None
 
 
@@ -516,14 +520,14 @@ def zip_problems(bundle: zipfile.ZipFile, limits: Limits = LIMITS) -> Iterator[s
         if problem := name_problem(name):
             yield problem
         elif kind not in {0, stat.S_IFREG, stat.S_IFDIR}:
-            yield f"{_shown(name)}: is a link or a device"
+            yield f"{shown(name)}: is a link or a device"
         elif member.flag_bits & 1:
-            yield f"{_shown(name)}: is encrypted"
+            yield f"{shown(name)}: is encrypted"
         elif member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
             # zipfile inflates whole blocks of these, and a few kB of bzip2 may be gigabytes.
-            yield f"{_shown(name)}: is compressed in another way than by deflate"
+            yield f"{shown(name)}: is compressed in another way than by deflate"
         elif not member.is_dir() and os.path.normpath(name) == ".":
-            yield f"{_shown(name)}: is no name of a file"
+            yield f"{shown(name)}: is no name of a file"
     names = [os.path.normpath(member.filename) for member in members if not member.is_dir()]
     folders = (os.path.normpath(member.filename) for member in members if member.is_dir())
     yield from _conflicts(names, folders, case=False)
@@ -546,9 +550,9 @@ def _contradictions(bundle: zipfile.ZipFile) -> Iterator[str]:
         if (mark, name, method) != (b"PK\3\4", member.orig_filename, member.compress_type) or not (
             told == truth or streamed
         ):
-            yield f"{_shown(member.filename)}: is told in two ways, in front of it and in the archive's directory"
+            yield f"{shown(member.filename)}: is told in two ways, in front of it and in the archive's directory"
         if member.header_offset < end:
-            yield f"{_shown(member.filename)}: lies in the bytes of another member"
+            yield f"{shown(member.filename)}: lies in the bytes of another member"
         end = max(end, member.header_offset + _LOCAL.size + length + extra + member.compress_size)
     if end > bundle.start_dir:
         yield "has members that reach into its directory"
