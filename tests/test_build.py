@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +15,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.checkouts import ROOT, edited
-from voltforge import build, files, wheel
-from voltforge.build import BuildError, Progress, first_error
+from tests.checkouts import ROOT, edited, small_checkout
+from tests.rights import ordinary_user
+from tests.tally import Tally
+from voltforge import build, environment, files, sandbox, wheel
+from voltforge.build import BuildError, DiskError, Progress, Workshop, first_error, from_the_future
 from voltforge.checkout import Settings
+from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
 from voltforge.package import Package
 from voltforge.pipeline import Pipeline
 from voltforge.process import Usage
-from voltforge.sandbox import Sandbox
+from voltforge.sandbox import Sandbox, available
+from voltforge.toolchain import HostCompiler, Toolchain
+from voltforge.tree import Tree
 
 KINDS = ("fetch", "tree", "environment", "build")
 
@@ -178,3 +185,197 @@ def test_ctrl_c_ends_every_compiler_within_two_seconds_and_the_next_run_resumes(
     assert not alive
     assert not package(saxpy).stage("build").record.exists()
     assert built(saxpy).is_file()
+
+
+# --- the same bytes wherever, and whatever keeps the build in ---
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture(scope="module")
+def hermetic(tmp_path_factory: pytest.TempPathFactory, toolchain: Toolchain) -> str:
+    """The digest of the wheel that a build in bubblewrap gives."""
+    if not available().hermetic:
+        pytest.skip("bubblewrap cannot make a namespace on this machine")
+    return files.sha256(built(small_checkout(tmp_path_factory.mktemp("hermetic") / "checkout")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["one", "another/deeper"])
+def test_without_a_sandbox_the_bytes_are_the_same_in_any_checkout(
+    tmp_path: Path, hermetic: str, folder: str, counted: Tally, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even nvcc's module ids differ, which are hashes of paths: --objdir-as-tempdir keeps its PID out of them."""
+    pipeline = small_checkout(tmp_path / folder, Settings(sandbox="off"))
+    if why := sandbox.obstacle(pipeline.scratch / "work", {}):
+        pytest.skip(f"nothing can be moved to {sandbox.ROOT} here: {why}")
+    assert files.sha256(built(pipeline)) == hermetic
+    assert "nothing keeps this build from the network" in said(capsys)
+    assert not sandbox.ROOT.exists()
+    counted("rebuilds with the same bytes")
+
+
+@pytest.mark.slow
+def test_a_receipt_says_that_a_build_was_not_hermetic_and_the_person_is_told_before(
+    saxpy: Pipeline, hermetic: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    box = Sandbox("no network")
+    if subprocess.run(box.command(["true"], writable={}, readable={}, cwd=Path("/")), check=False).returncode:
+        pytest.skip("unshare(1) cannot make namespaces on this machine")
+    monkeypatch.setattr(sandbox, "available", lambda: box)
+    built(saxpy)
+    for kind in ("check", "wheels"):
+        package(saxpy).stage(kind).run()
+    results = files.read_json(saxpy.wheelhouse.receipt("saxpy", environment.python_tag()))["results"]
+    assert (results["sandbox"], results["hermetic"], results["sha256"]) == ("no network", False, hermetic)
+    told = said(capsys)
+    assert 0 < told.index("sandbox: no network") < told.index("saxpy-1.0-cp310")
+
+
+@pytest.mark.slow
+def test_where_builds_must_be_hermetic_none_begins_without_bubblewrap(
+    saxpy: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "available", lambda: Sandbox("no network"))
+    with pytest.raises(VoltforgeError, match="sandbox=require, but bubblewrap cannot make a namespace here"):
+        built(Pipeline.load(saxpy.root, Settings(sandbox="require")))
+    assert not (saxpy.scratch / "work").exists()
+
+
+# --- a work folder that cannot be trusted ---
+
+
+@pytest.fixture
+def shop(tmp_path: Path, repository: Path) -> Workshop:
+    """A place for a build of one source and no compiler."""
+    tree, home = tmp_path / "source", tmp_path / "toolkit"
+    for folder in (tree, home):
+        folder.mkdir()
+    (tree / "a.c").write_text("int a;")
+    gcc = HostCompiler(Path("/usr/bin/g++"), Path("/usr/bin/gcc"), "12.2.0")
+    toolkit = Toolchain(home, "distro", "12.4.131", gcc, home, {})
+    recipe = Pipeline.load(repository, Settings()).recipes["vllm"]
+    work = tmp_path / "build" / "work"
+    return Workshop(recipe, Tree(tree, 0), Environment(home), toolkit, Sandbox("bubblewrap"), 1, work)
+
+
+def prepared(shop: Workshop) -> list[str]:
+    """Prepare it, and give what is in its tree."""
+    shop.prepare()
+    return sorted(path.name for path in shop.folders["tree"].iterdir())
+
+
+def test_what_was_compiled_is_kept(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared(shop)
+    (shop.folders["tree"] / "a.o").write_text("object")
+    assert prepared(shop) == ["a.c", "a.o"]
+    assert said(capsys) == ""
+
+
+@pytest.mark.parametrize("late", ["a.o", "deeper/below/a.o"])
+def test_after_the_clock_was_set_back_nothing_that_was_compiled_is_trusted(
+    shop: Workshop, late: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared(shop)
+    ahead = shop.folders["tree"] / late
+    ahead.parent.mkdir(parents=True, exist_ok=True)
+    ahead.write_text("object")
+    os.utime(ahead, (time.time() + 3600,) * 2)
+    assert prepared(shop) == ["a.c"]
+    assert f"begins afresh, for tree/{late} is of a later time than now: the clock was set back" in said(capsys)
+
+
+def test_a_clock_may_be_coarse_and_a_link_may_lead_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "now").touch()
+    os.utime(tmp_path / "now", (time.time() + 1,) * 2)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "up").symlink_to(tmp_path)
+    assert from_the_future(tmp_path) is None
+    os.utime(tmp_path / "now", (time.time() + 60,) * 2)
+    assert from_the_future(tmp_path) == tmp_path / "now"
+    assert from_the_future(tmp_path / "work") is None
+
+
+def test_objects_of_a_tree_that_was_elsewhere_are_not_gone_on_with(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CMake refuses to: its cache names the folder."""
+    prepared(shop)
+    (shop.folders["tree"] / "a.o").write_text("object")
+    monkeypatch.setattr(sandbox, "obstacle", lambda *_: "as in this test")
+    outside = replace(shop, sandbox=Sandbox("none"))
+    assert prepared(outside) == ["a.c"]
+    told = said(capsys)
+    assert f"it is built in {outside.folders['tree']}, not /build/tree (as in this test): elsewhere its bytes" in told
+    assert "begins afresh, for CMake's notes are of a build in /build/tree" in told
+
+
+def test_a_toolkit_of_the_machine_is_not_linked_file_by_file(
+    shop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be all of /usr/local."""
+    outside = replace(shop, sandbox=Sandbox("none"), toolchain=replace(shop.toolchain, origin="system"))
+    assert outside.places == outside.folders
+    assert "(the CUDA toolkit is the machine's own)" in said(capsys)
+
+
+# --- what a disk refuses ---
+
+MOUNTED = 'mount -t tmpfs -o "$1" build "$2" && shift 2 && exec "$@"'
+BUILD = """
+import sys
+from pathlib import Path
+from voltforge.checkout import Settings
+from voltforge.errors import VoltforgeError
+from voltforge.pipeline import Pipeline
+pipeline = Pipeline.load(Path(sys.argv[1]), Settings(jobs="2"))
+try:
+    pipeline.package(pipeline.recipes["saxpy"]).stage("build").run()
+except VoltforgeError as error:
+    print(type(error).__name__, error.what, "TRY", error.hint)
+"""
+ROOM = "make room on the disk"
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_or_read_only_is_told_with_what_to_do(saxpy: Pipeline) -> None:
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "--"]
+    if subprocess.run([*namespace, "true"], check=False).returncode:
+        pytest.skip("unshare(1) cannot make namespaces on this machine")
+    for kind in KINDS[:-1]:
+        package(saxpy).stage(kind).run()
+    for folder, options, error, words, remedy in (
+        ("work", "size=16k", "DiskError", "No space left on device", ROOM),  # the sources do not go in
+        ("work", "size=400k", "BuildError", "No space left on device", ROOM),  # CMake's notes and the objects do not
+        ("logs", "size=4k", "DiskError", "logs/saxpy.log: No space left on device", ROOM),
+        ("work", "size=1m,ro", "DiskError", "Read-only file system", "a disk that is mounted read-only"),
+    ):
+        (saxpy.scratch / folder).mkdir(exist_ok=True)
+        command = [*namespace, "sh", "-c", MOUNTED, "sh", options, saxpy.scratch / folder]
+        command += [sys.executable, "-c", BUILD, saxpy.root]
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+        )
+        what, _, hint = done.stdout.partition(" TRY ")
+        assert error in what.split(), done.stdout
+        assert words in what
+        assert remedy in hint
+        assert done.stderr == ""
+
+
+def test_a_folder_that_belongs_to_somebody_else_is_a_sentence(shop: Workshop) -> None:
+    shop.work.mkdir(parents=True)
+    shop.work.chmod(0o555)
+    with ordinary_user(), pytest.raises(DiskError) as caught:
+        build.compile(shop, shop.work.parent / "log")
+    assert re.fullmatch(rf"vllm was not built: {shop.work}.*: Permission denied", caught.value.what)
+    assert caught.value.hint == "see who owns it; the next run resumes"
+
+
+def test_a_copy_that_stopped_half_way_is_a_sentence_too() -> None:
+    error = shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
+    told = DiskError("saxpy", Path("log"), error)
+    assert told.what == "saxpy was not built: log: [Errno 28] No space left on device: 'b'"
+    assert ROOM in told.hint

@@ -100,7 +100,7 @@ def test_another_compiler_of_stubs_is_another_wheel(pipeline: Pipeline, tmp_path
     before = package.stage("build").key()
     (tmp_path / "bin").mkdir()
     gcc = tmp_path / "bin/gcc"
-    gcc.write_text("#!/bin/sh\n# another\nexec /usr/bin/gcc \"$@\"\n")
+    gcc.write_text('#!/bin/sh\n# another\nexec /usr/bin/gcc "$@"\n')
     gcc.chmod(gcc.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     assert package.stage("build").key() != before

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from voltforge import console, files, options, sandbox
@@ -20,11 +21,21 @@ from voltforge.toolchain import Toolchain
 from voltforge.tree import Tree, sync
 
 ERROR = re.compile(
-    r"(?:\b(?:fatal )?error\b ?:|\bError:|\bfatal *:|undefined reference|cannot find -l|No space left on device)"
+    r"\b(?:fatal )?error\b ?:|\bError:|\bfatal *:|undefined reference|cannot find -l"
+    r"|No space left on device|Disk quota exceeded|Read-only file system"
 )
-"""How gcc, nvcc, cicc, ptxas, ld, CMake and Python begin the line that matters."""
+"""How gcc, nvcc, cicc, ptxas, ld, CMake and Python begin the line that matters, and what the machine says to them."""
+REMEDIES = {
+    "No space left on device|Disk quota exceeded": "make room on the disk (./doit gc says what nothing needs any more)",
+    "Read-only file system": "look for a disk that is mounted read-only, or a build that writes outside of its tree",
+}
+"""What to do where the machine refuses to write, by its words (strerror(3))."""
 FOLDERS = ("tree", "environment", "toolchain", "dist", "home")
 """What a build is shown, by name; the sandbox decides where."""
+PLACE = "place.json"
+"""The note in a work folder that says where the build saw its tree."""
+TOLERANCE = 2.0
+"""Seconds that a file may be later than now: clocks are coarse, some file systems' by as much."""
 EXCERPT = 12
 """Lines of the log that are shown around the first error."""
 
@@ -36,10 +47,22 @@ class BuildError(VoltforgeError):
         shown = "".join(f"\n  | {line}" for line in excerpt.splitlines())
         super().__init__(
             f"{name} was not built ({why}); the first error:{shown}",
-            hint=f"the whole log is {log}; the next run resumes",
+            hint=f"{_remedy(excerpt)}the whole log is {log}; the next run resumes",
         )
         self.excerpt = excerpt
         self.log = log
+
+
+class DiskError(VoltforgeError):
+    """What the file system refused of a build's folders or its log."""
+
+    def __init__(self, name: str, log: Path, error: OSError) -> None:
+        said = error.strerror or error.args[0][0][-1]  # shutil.Error has a list of what it could not copy
+        where = error.filename2 or error.filename or log  # a failed write does not say of what
+        super().__init__(
+            f"{name} was not built: {where}: {said}",
+            hint=f"{_remedy(said) or 'see who owns it; '}the next run resumes",
+        )
 
 
 @dataclass(frozen=True)
@@ -116,8 +139,15 @@ class Workshop:
 
     @functools.cached_property
     def around(self) -> Sandbox:
-        """The sandbox, as far as it goes with these folders."""
-        return self.sandbox.settled(self.work)
+        """The sandbox; one that cannot show the folders at their fixed places moves them there, if that can be."""
+        if self.sandbox.kind != "none":
+            return self.sandbox
+        system = self.toolchain.origin == "system"  # which may be all of /usr/local, and cannot be linked file by file
+        if why := "the CUDA toolkit is the machine's own" if system else sandbox.obstacle(self.work, self.readable):
+            where = f"{self.folders['tree']}, not {sandbox.ROOT}/tree ({why})"
+            console.note(f"it is built in {where}: elsewhere its bytes may differ")
+            return self.sandbox
+        return replace(self.sandbox, moves=True)
 
     @property
     def writable(self) -> dict[str, Path]:
@@ -136,6 +166,8 @@ class Workshop:
 
     def prepare(self) -> None:
         """Bring the sources in, and take out what the last build packed."""
+        sandbox.recover(self.work)
+        self._begin_afresh_if_need_be()
         folders = self.folders
         for name in ("tree", "home"):
             folders[name].mkdir(parents=True, exist_ok=True)
@@ -143,6 +175,21 @@ class Workshop:
         for stale in [folders["dist"], *_packed(folders["tree"])]:
             files.remove(stale)
         folders["dist"].mkdir()
+        files.write_json(self.work / PLACE, str(self.places["tree"]))
+
+    def _begin_afresh_if_need_be(self) -> None:
+        """Empty the work folder where ninja or CMake would be wrong about what is in it."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        place = str(self.places["tree"])
+        built = files.read_json(self.work / PLACE) or place
+        if late := from_the_future(self.work):
+            why = f"{late.relative_to(self.work)} is of a later time than now: the clock was set back"
+        elif built != place:
+            why = f"CMake's notes are of a build in {built}"
+        else:
+            return
+        console.note(f"begins afresh, for {why}")
+        files.remove(self.work)
 
     def run(
         self, argv: Sequence[str | Path], *, log: Path, watch: Callable[[str, Usage], None] | None = None
@@ -166,7 +213,15 @@ def compile(shop: Workshop, log: Path) -> Built:
 
     Raises:
         BuildError: it failed; the first error is shown, the log named.
+        DiskError: the disk is full, or something may not be written.
     """
+    try:
+        return _compiled(shop, log)
+    except OSError as error:
+        raise DiskError(shop.recipe.name, log, error) from error
+
+
+def _compiled(shop: Workshop, log: Path) -> Built:
     shop.prepare()
     recipe, places, folders = shop.recipe, shop.places, shop.folders
     settings = [f"--config-setting={name}={value}" for name, value in recipe.build.config_settings.items()]
@@ -191,6 +246,24 @@ def compile(shop: Workshop, log: Path) -> Built:
     ninja = shop.environment.path / "bin" / "ninja"
     linked = {name: _linked(ninja, folders["tree"], name) for name in recipe.expect.extensions}
     return Built(wheels[0], linked, done.usage)
+
+
+def from_the_future(folder: Path) -> Path | None:
+    """Something in a folder that is later than now by the file system's own clock, which may be another machine's.
+
+    ninja compares times: an object from before the clock was set back is later than any change, and hides it.
+    """
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        now = os.fstat(probe.fileno()).st_mtime + TOLERANCE
+    pending = [str(folder)]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.stat(follow_symlinks=False).st_mtime > now:
+                    return Path(entry)
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+    return None
 
 
 class Progress:
@@ -221,6 +294,10 @@ def first_error(log: Path) -> str:
         return "\n".join(lines[-EXCERPT:])
     head = [lines[failed]] if failed and failed < found else []
     return "\n".join(line[:300] for line in [*head, *lines[found : found + EXCERPT]])
+
+
+def _remedy(text: str) -> str:
+    return next((f"{remedy}; " for words, remedy in REMEDIES.items() if re.search(words, text)), "")
 
 
 def _packed(source: Path) -> list[Path]:

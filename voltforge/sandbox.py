@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -20,18 +20,21 @@ import psutil
 from voltforge import console, files
 from voltforge.errors import VoltforgeError
 from voltforge.process import ProgramFailed, run
+from voltforge.toolchain import COMPILERS
 
 CHOICES = ("auto", "require", "off")
 ROOT = Path("/build")
 """Where a build finds its folders: nvcc writes a hash of the path into device code, so it must not vary."""
 MOVED = "moved.json"
 """The note in :data:`ROOT` that says where each folder was moved from; nothing for a copy."""
-PROGRAMS = {"bin", "nvvm"}
-"""The folders that programs are in, which find their own files by their real path."""
-LARGE = 8 * 2**20
-"""Bytes of the largest header, and more: a larger file is a library, whose real path no compiler writes anywhere."""
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/opt", "/nix", "/gnu")
 """The parts of the machine that compilers and interpreters live in, shown read-only where they exist."""
+UNSHARE = (
+    *("setpriv", "--pdeathsig", "KILL", "--"),
+    *("unshare", "--user", "--map-current-user", "--keep-caps", "--mount", "--net", "--ipc", "--uts"),
+    *("--pid", "--fork", "--kill-child", "--"),
+)
+"""New namespaces by util-linux, and an end of all that is inside with whoever started it."""
 VIEW = """\
 set -e
 mount -t tmpfs -o mode=755 view /sys
@@ -57,10 +60,11 @@ cwd=$2
 shift 2
 exec unshare --root=/sys --wd="$cwd" -- setpriv --inh-caps=-all --ambient-caps=-all --bounding-set=-all -- "$@"
 """
-"""What unshare(1) runs: the machine as it is, but for the folders at :data:`ROOT`, as an ordinary user can mount it.
+"""What runs in them first: it shows the machine as it is, but for the folders at :data:`ROOT`.
 
 Its words are ROOT, each folder and its place, ``--``, where to start, and the program. The new root is put together
-at /sys, which every machine has and no build needs. A container that hides parts of /proc allows no new one.
+at /sys, which every machine has and no build needs. Where parts of /proc are hidden, as in containers, the kernel
+allows no new one.
 """
 
 
@@ -71,7 +75,7 @@ class Sandbox:
     kind: str
     """``bubblewrap``, ``no network`` (util-linux's unshare) or ``none``."""
     moves: bool = False
-    """For ``none``: whether the folders are moved to :data:`ROOT` while a program runs, as :meth:`settled` finds."""
+    """With ``none``: whether a build's folders are moved to :data:`ROOT` for the time of its run."""
 
     @property
     def hermetic(self) -> bool:
@@ -82,32 +86,12 @@ class Sandbox:
         """Where the build will see the folder ``real``, which it knows as ``name``."""
         return real if self.kind == "none" and not self.moves else ROOT / name
 
-    def settled(self, work: Path) -> Sandbox:
-        """The same, as far as it goes with folders below ``work``, which only a mount or a move puts elsewhere.
-
-        For ``none`` it is tried whether they can be moved; where they cannot, the person is told.
-        """
-        if self.kind != "none":
-            return self
-        try:
-            with _root():
-                work.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=work) as probe:
-                    Path(probe).rename(ROOT / "probe")
-                    (ROOT / "probe").rename(probe)
-        except OSError as error:
-            why = f"not {ROOT}: {error.strerror}"
-            console.note(f"the build's path is this checkout's own ({why}), so its bytes may differ elsewhere")
-            return self
-        return replace(self, moves=True)
-
     @contextlib.contextmanager
     def shown(self, writable: Mapping[str, Path], readable: Mapping[str, Path]) -> Iterator[None]:
         """For the time of the block the folders are where :meth:`place` says, if that takes more than a mount.
 
-        Those that are writable are moved there and back. The others, which may be in use elsewhere, are copied: through
-        a symbolic link CMake and gcc would see the real path, and the toolchain is known by the ctime of its compilers,
-        which a hard link changes. Two builds do not meet, the later one waits.
+        Those that are writable are moved there and back. The others, which may be in use elsewhere, are copied by
+        links. Two builds do not meet, the later one waits.
 
         Raises:
             OSError: a folder cannot be moved or copied; all are back in their places.
@@ -158,13 +142,6 @@ class Sandbox:
         return [*view, "--remount-ro", "/", "--chdir", str(cwd), "--", *words]
 
 
-UNSHARE = (
-    *("setpriv", "--pdeathsig", "KILL", "--"),  # what is inside ends with the program that started it
-    *("unshare", "--user", "--map-current-user", "--keep-caps", "--mount", "--net", "--ipc", "--uts"),
-    *("--pid", "--fork", "--kill-child", "--"),
-)
-
-
 @functools.cache
 def available() -> Sandbox:
     """The strongest sandbox that this machine allows, found by trying."""
@@ -198,43 +175,75 @@ def choose(choice: str) -> Sandbox:
     return sandbox
 
 
-def recover() -> None:
-    """Give back what a killed run left at :data:`ROOT`: to where it was, if nothing is there by now."""
-    with contextlib.suppress(OSError):  # another's, who looks after it
-        if (ROOT / MOVED).exists():
-            with _root():
-                pass
+def obstacle(work: Path, readable: Mapping[str, Path]) -> str:
+    """Why :meth:`Sandbox.shown` cannot move folders from ``work`` or link the others; empty if it can, as was tried."""
+    try:
+        with _root():
+            files.write_json(ROOT / MOVED, {"probe": ""})
+            try:
+                _try(work, readable, ROOT / "probe")
+            finally:
+                _give_back()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _try(work: Path, readable: Mapping[str, Path], probe: Path) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work) as empty:
+        Path(empty).rename(probe)
+    for name, real in readable.items():
+        found = (path for path in real.rglob("*") if path.is_file() and not path.is_symlink())
+        if one := next(found, None):
+            os.link(one, probe / name)
+
+
+def recover(work: Path) -> None:
+    """Give back what a killed run moved away from ``work``."""
+    origins = (files.read_json(ROOT / MOVED) or {}).values()
+    if any(origin and Path(origin).is_relative_to(work.absolute()) for origin in origins):
+        with contextlib.suppress(OSError), _root():  # who looks on its own account at what else is there
+            pass
 
 
 @contextlib.contextmanager
 def _root() -> Iterator[None]:
-    """:data:`ROOT` for this process alone: made if need be, and empty, for what a killed run left is given back.
+    """:data:`ROOT` for this process alone, made and empty; what a killed run left there is given back first.
 
     Raises:
         OSError: it cannot be made, belongs to another, or holds something else.
     """
-    ROOT.mkdir(exist_ok=True)
-    descriptor = os.open(ROOT, os.O_DIRECTORY | os.O_NOFOLLOW)
+    if not os.access(ROOT if ROOT.exists() else ROOT.parent, os.W_OK):  # no reason to wait, then
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), ROOT)
+    with _locked(ROOT.parent):  # not itself, so that it can be removed
+        ROOT.mkdir(exist_ok=True)
+        try:
+            if ROOT.stat().st_uid != os.geteuid():
+                raise PermissionError(errno.EACCES, "it belongs to another user", ROOT)
+            if (ROOT / MOVED).exists():
+                _wait_for_the_orphaned()
+                _give_back()
+            if strangers := [name for name in os.listdir(ROOT) if not name.startswith(f".{MOVED}")]:
+                raise FileExistsError(errno.EEXIST, f"{strangers[0]} is there", ROOT)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                ROOT.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_DIRECTORY)
     try:
-        if os.fstat(descriptor).st_uid != os.geteuid():
-            raise PermissionError(errno.EACCES, "it belongs to another user", ROOT)
-        _lock(descriptor)
-        if (ROOT / MOVED).exists():
-            _wait_for_the_orphaned()
-            _give_back()
-        if strangers := os.listdir(descriptor):
-            raise FileExistsError(errno.EEXIST, f"{strangers[0]} is there", ROOT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.note(f"waiting for another build at {ROOT}")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        console.note(f"waiting for another build at {ROOT}")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _wait_for_the_orphaned() -> None:
@@ -250,7 +259,7 @@ def _wait_for_the_orphaned() -> None:
 
 
 def _give_back() -> None:
-    """Move each folder of the note back if its place is free, else remove it, as well as copies made of links."""
+    """Move each folder of the note back, if its place is free; else remove it, as the copies."""
     for name, origin in (files.read_json(ROOT / MOVED) or {}).items():
         if not (ROOT / name).exists():
             continue
@@ -262,13 +271,13 @@ def _give_back() -> None:
 
 
 def _copy(real: Path, place: Path) -> None:
-    """Copy a folder that a build reads, with links in place of large libraries."""
+    """Copy a folder by links: CMake looks for the real path of folders, and gcc for that of headers.
 
-    def copy(source: str, target: str) -> None:
-        program = PROGRAMS & {*Path(source).relative_to(real).parts}
-        if program or Path(source).stat().st_size <= LARGE:
-            shutil.copy2(source, target)
-        else:
-            Path(target).symlink_to(source)
+    Those of compilers are symbolic, for the toolchain knows them by their ctime, which a hard link changes.
+    """
 
-    shutil.copytree(real, place, symlinks=True, copy_function=copy)
+    def link(source: str, target: str) -> None:
+        compiler = str(Path(source).relative_to(real)) in COMPILERS
+        (os.symlink if compiler else os.link)(source, target)
+
+    shutil.copytree(real, place, symlinks=True, copy_function=link)
