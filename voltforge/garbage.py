@@ -41,6 +41,10 @@ CANNOT_TELL = (VoltforgeError, OSError, LookupError, TypeError, ValueError, Attr
 """What is raised where a stage has not run, or its record is of another shape than today's."""
 
 _HEX = "[0-9a-f]{12}"
+_HOME = "[0-9a-f]{16}/"
+_TOOLKIT = rf"((redist|distro)-.+|driver-stub)-{_HEX}/"
+_JSON = r"[^.].*\.json"
+_IMAGE = r"voltforge-.+\.oci\.tar"
 _RANDOM = "[a-z0-9_]{8}"
 """What Python's tempfile puts into names."""
 _BESIDE = re.compile(rf"\..+\.{_RANDOM}(\.old)?/?")
@@ -106,15 +110,15 @@ class _Area:
 
 
 _AREAS = (
-    _Area("toolchains", rf"((redist|distro)-.+|driver-stub)-{_HEX}/", "the toolchain in use is another one"),
+    _Area("toolchains", _TOOLKIT, "the toolchain in use is another one"),
     _Area("trees", r"[^.].*/", "no recipe compiles a source of this name"),
     _Area("environments", r"[^.].*-verify/", "of a check that was cut short", LEFT_OVER),
     _Area("environments", r"[^.].*/", "no recipe has a lock of this name"),
-    _Area("work", rf"[^.].*-{_HEX}/", "compiled with other settings than those in use"),
-    _Area("wheels", rf"[^.].*-{_HEX}/", "another build took its place"),
+    _Area("work", rf"[^.].*-{_HEX}/", "no build would go on in it"),
+    _Area("wheels", rf"[^.].*-{_HEX}/", "it is not of the last build"),
     _Area("logs", r"[^.].*\.log", "no recipe has this name"),
-    _Area("stages", r"[^.].*\.json", "no recipe has this name"),
-    _Area("image", r"voltforge-.+\.oci\.tar", "another image took its place"),
+    _Area("stages", _JSON, "no recipe has this name"),
+    _Area("image", _IMAGE, "another image took its place"),
     _Area("image", r"(context|layout|environment)/|base\.tar|runtime\.txt", "of the making of an image", LEFT_OVER),
     _Area("reproduce", r"[^.].*/", "a second checkout, made anew when it is asked for", outside_turns=True),
     _Area("bench", "thin/", "of a benchmark that was cut short", LEFT_OVER, outside_turns=True),
@@ -122,6 +126,7 @@ _AREAS = (
 )
 """The first one that fits a name counts."""
 _FOLDERS = tuple(dict.fromkeys(area.folder for area in _AREAS))
+_OUTSIDE = frozenset(area.folder for area in _AREAS if area.outside_turns)
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def needed(pipeline: Pipeline, runtime: Runtime) -> frozenset[Path]:
     made = [path for recipe in known.recipes for path in _made(pipeline, recipe)]
     work = [path for name in known.names for path in _work(pipeline, known, name)]
     records = _records(pipeline, runtime, known)
-    kept = [*_toolkits(pipeline), *_images(runtime), *_kept(pipeline, known)]
+    kept = [*_toolkits(pipeline), *_images(runtime), *_logs(pipeline, "image"), *_kept(pipeline, known)]
     return frozenset([*_sources(pipeline, known), *made, *work, *records, *kept])
 
 
@@ -228,10 +233,19 @@ def report(pipeline: Pipeline, runtime: Runtime, delete: bool = False) -> None:
 
 
 def _known(pipeline: Pipeline) -> _Known:
-    paths = sorted((pipeline.wheelhouse.path / "receipts").glob("*.json"))
-    receipts = [receipt for path in paths if _is_receipt(receipt := files.read_json(path))]
-    doubtful = len(receipts) < len(paths)
-    return _Known(tuple(_every_recipe(pipeline.root / "recipes")), tuple(receipts), doubtful)
+    found = _receipts(pipeline.wheelhouse.path / "receipts")
+    receipts = tuple(one for one in found if _is_receipt(one))
+    return _Known(tuple(_every_recipe(pipeline.root / "recipes")), receipts, doubtful=len(receipts) < len(found))
+
+
+def _receipts(folder: Path) -> list[Any]:
+    """What they hold, ``None`` for what cannot be read; links are read like files."""
+    try:
+        return [files.read_json(path) for path in sorted(folder.iterdir()) if re.fullmatch(_JSON, path.name)]
+    except FileNotFoundError:
+        return []
+    except OSError:
+        return [None]
 
 
 def _is_receipt(value: Any) -> bool:
@@ -260,7 +274,7 @@ def _every_recipe(folder: Path) -> Iterator[SourceRecipe | ThinRecipe]:
 def _sources(pipeline: Pipeline, known: _Known) -> Iterator[Path]:
     folder = pipeline.store.folder
     if known.doubtful:
-        yield from (path for path, _ in _entries(folder))
+        yield from _matching(folder, _HOME)
     yield from (folder / sha256[:16] for receipt in known.receipts for sha256 in _materials(receipt))
     for artifact in {*_artifacts(pipeline, known)}:
         home = folder / artifact.sha256[:16]
@@ -300,13 +314,13 @@ def _toolkits(pipeline: Pipeline) -> Iterator[Path]:
     if stands:
         yield from (folder / home.name, folder / stub.name)
     else:
-        yield from (path for path, _ in _entries(folder))
+        yield from _matching(folder, _TOOLKIT)
 
 
 def _made(pipeline: Pipeline, recipe: SourceRecipe | ThinRecipe) -> Iterator[Path]:
     """What the stages of a recipe keep, but for the work folder."""
     scratch, name = pipeline.scratch, recipe.name
-    yield scratch / "logs" / f"{name}.log"
+    yield from _logs(pipeline, name)
     if isinstance(recipe, SourceRecipe):
         yield from (scratch / "trees" / name, scratch / "environments" / recipe.beside(recipe.build.lock).stem)
     try:
@@ -317,10 +331,15 @@ def _made(pipeline: Pipeline, recipe: SourceRecipe | ThinRecipe) -> Iterator[Pat
         yield scratch / built.parent.parent.name / built.parent.name  # a wheel of the shared cache is in downloads/
 
 
+def _logs(pipeline: Pipeline, name: str) -> tuple[Path, Path]:
+    """Of what was built, and of the same built again."""
+    return pipeline.scratch / "logs" / f"{name}.log", pipeline.scratch / "logs" / f"reproduce-{name}.log"
+
+
 def _work(pipeline: Pipeline, known: _Known, name: str) -> Iterator[Path]:
     """The work folders that a build would go on in, the newest, and those that the wheels of receipts come from."""
     folder = pipeline.scratch / "work"
-    there = {path: path.stat().st_mtime_ns for path in _called(folder, name)}
+    there = {path: _changed(path) for path in _called(folder, name)}
     yield from (path for path, changed in there.items() if changed == max(there.values()))
     packages = [pipeline.package(recipe) for recipe in known.recipes if recipe.name == name]
     try:
@@ -335,11 +354,18 @@ def _work(pipeline: Pipeline, known: _Known, name: str) -> Iterator[Path]:
         yield from there if known.doubtful else (folder / f"{name}-{key[:12]}" for key in keys)
 
 
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # it went away just now
+        return 0
+
+
 def _records(pipeline: Pipeline, runtime: Runtime, known: _Known) -> Iterator[Path]:
     """The records of all stages, and any other of which it cannot be told that its recipe is gone."""
     stages = [stage for recipe in known.recipes for stage in pipeline.package(recipe).stages().values()]
     yield from (stage.record for stage in (*stages, pipeline.toolchain, runtime.base, runtime.image))
-    for path, _ in _entries(pipeline.scratch / "stages"):
+    for path in _matching(pipeline.scratch / "stages", _JSON):
         try:
             gone = files.read_json(path)["stage"].split(":")[1] not in known.names
         except CANNOT_TELL:
@@ -352,19 +378,23 @@ def _images(runtime: Runtime) -> Iterator[Path]:
     try:
         yield runtime.folder / Path(runtime.image.results()["path"]).name
     except CANNOT_TELL:
-        yield from (path for path, _ in _entries(runtime.folder) if path.name.endswith(".oci.tar"))
+        yield from _matching(runtime.folder, _IMAGE)
 
 
 def _kept(pipeline: Pipeline, known: _Known) -> Iterator[Path]:
     house = pipeline.wheelhouse.path
     yield from (house / "README.md", house / "simple")
-    yield from (path for path, _ in _entries(house / "receipts") if path.suffix == ".json")
+    yield from _matching(house / "receipts", _JSON)
     yield from (house / receipt["results"]["file"] for receipt in known.receipts)
 
 
 def _called(folder: Path, name: str) -> list[Path]:
     """The folders in ``folder`` of one recipe's builds."""
-    return [path for path, shape in _entries(folder) if re.fullmatch(rf"{re.escape(name)}-{_HEX}/", shape)]
+    return _matching(folder, rf"{re.escape(name)}-{_HEX}/")
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    return [path for path, shape in _entries(folder) if re.fullmatch(pattern, shape)]
 
 
 # What there is.
@@ -391,7 +421,7 @@ def _in_scratch(pipeline: Pipeline, stays: frozenset[Path]) -> Iterator[_Found]:
         for path, shape in _entries(pipeline.scratch / folder):
             if path in stays:
                 yield from _left_in(path)
-            elif found := _beside(path, shape) or _judged(folder, path, shape):
+            elif found := _beside(path, shape, outside_turns=folder in _OUTSIDE) or _judged(folder, path, shape):
                 yield found
 
 
@@ -400,7 +430,7 @@ def _judged(folder: str, path: Path, shape: str) -> _Found | None:
     for area in _AREAS:
         if area.folder == folder and re.fullmatch(area.ours, shape):
             return _Found(path, area.kind or folder, area.why, area.outside_turns)
-    if folder == "bench":  # figures, which take an hour to make
+    if folder in ("bench", "reproduce"):  # results, which take an hour to make
         return None
     return _Found(path, "", "`./doit thin` made it, for you" if folder == "thin" else "no stage makes this")
 
@@ -409,10 +439,10 @@ def _in_downloads(pipeline: Pipeline, above: set[Path]) -> Iterator[_Found]:
     for path, shape in _entries(pipeline.store.folder):
         if shape == "rejected/":
             yield _Found(path, "downloads", "came with another hash than was asked for")
-        elif re.fullmatch(r"[0-9a-f]{16}/", shape) and path in above:
+        elif re.fullmatch(_HOME, shape) and path in above:
             for part, form in _entries(path):
                 yield _beside(part, form) or _Found(part, "downloads", "not the file that is needed here")
-        elif re.fullmatch(r"[0-9a-f]{16}/", shape):
+        elif re.fullmatch(_HOME, shape):
             names = [part.name for part, _ in _entries(path) if part.name != ".lock"]
             yield _Found(path, "downloads", f"no recipe names {', '.join(names) or 'it'}")
         else:
@@ -439,9 +469,12 @@ def _companion_of(path: Path) -> Path | None:
     return path.with_name(wheels[0]) if wheels else None
 
 
-def _beside(path: Path, shape: str, pattern: re.Pattern[str] = _BESIDE) -> _Found | None:
+def _beside(
+    path: Path, shape: str, pattern: re.Pattern[str] = _BESIDE, *, outside_turns: bool = False
+) -> _Found | None:
     """What a killed run left beside what it was about to replace."""
-    return _Found(path, LEFT_OVER, "of a run that was cut short") if pattern.fullmatch(shape) else None
+    why = "of a run that was cut short"
+    return _Found(path, LEFT_OVER, why, outside_turns) if pattern.fullmatch(shape) else None
 
 
 def _left_in(folder: Path) -> list[_Found]:
