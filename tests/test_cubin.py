@@ -5,18 +5,18 @@ import hashlib
 import re
 import struct
 import subprocess
+import tracemalloc
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.corruption import ELF_COUNTED, bounded, cases
 from tests.samples import compiled, container, image, with_device_code
 from voltforge import cubin
 from voltforge.cubin import FatbinError
 from voltforge.elf import Elf
-
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def test_each_image_says_what_it_is_for_and_where_it_is(tmp_path):
@@ -77,7 +77,7 @@ def test_a_section_that_ends_beyond_the_file_is_refused(tmp_path):
         cubin.images(path)
 
 
-@FUZZ
+@cases(300)
 @given(
     st.lists(
         st.one_of(
@@ -95,7 +95,7 @@ def test_a_section_that_ends_beyond_the_file_is_refused(tmp_path):
     ),
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4),
 )  # fmt: skip
-def test_any_bytes_are_read_or_refused_and_never_crash_or_hang(tmp_path, pieces, damage):
+def test_any_bytes_are_read_or_refused_and_never_crash_or_hang(tmp_path, counted, pieces, damage):
     code = bytearray(b"".join(pieces))
     for place, byte in damage:
         if place < len(code):
@@ -108,9 +108,35 @@ def test_any_bytes_are_read_or_refused_and_never_crash_or_hang(tmp_path, pieces,
     whole = bytearray(host.read_bytes())
     whole[section.offset : section.offset + section.size] = code.ljust(section.size, b"\0")[: section.size]
     path.write_bytes(whole)
-    with contextlib.suppress(FatbinError):
+    with bounded(), contextlib.suppress(FatbinError):
         for found in cubin.images(path):
             assert section.offset < found.offset <= found.offset + found.size <= section.offset + section.size
+    counted(ELF_COUNTED)
+
+
+def test_sections_of_device_code_that_lie_in_each_other_are_refused(tmp_path):
+    path = with_device_code(tmp_path / "lib.so", container(image(70)) * 400)
+    other = tmp_path / "piece"
+    other.write_bytes(bytes(8))
+    words = ["objcopy", "--add-section", f"__nv_relfatbin={other}", path]
+    subprocess.run([*map(str, words)], check=True)
+    code = next(section for section in Elf.read(path).sections if section.name == ".nv_fatbin")
+    piece = next(section for section in Elf.read(path).sections if section.name == "__nv_relfatbin")
+    header = struct.pack("<QQ", piece.offset, piece.size)
+    assert path.read_bytes().count(header) == 1
+    path.write_bytes(path.read_bytes().replace(header, struct.pack("<QQ", code.offset, code.size)))
+    with pytest.raises(FatbinError, match="lies in another section with device code"):
+        cubin.images(path)
+
+
+def test_megabytes_of_zeros_between_two_units_are_passed_by_without_a_copy(tmp_path):
+    path = with_device_code(tmp_path / "lib.so", container(image(70)) + bytes(20_000_000) + container(image(80)))
+    tracemalloc.start()
+    try:
+        assert [found.name for found in cubin.images(path)] == ["sm_70", "sm_80"]
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_kernels_are_found_by_their_names_and_operators_are_not(tmp_path):

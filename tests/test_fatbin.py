@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.corruption import ELF_COUNTED, bounded, cases, damaged, elf_fields
 from tests.samples import compiled, container, image, listed_by_cuobjdump, payload, registered, two_units
 from tests.samples import cubin_hashes as hashes
 from voltforge import cubin, elf
-from voltforge.elf import Elf
+from voltforge.cubin import FatbinError
+from voltforge.elf import Elf, ElfError
 from voltforge.fatbin import ThinError, thin_binary
-
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def loaded(path: Path, count: int) -> list[bytes]:
@@ -202,35 +202,55 @@ def test_relocatable_device_code_is_refused(tmp_path):
         thin_binary(path, tmp_path / "thin.so", ["7.0"])
 
 
-NAMED = (".dynamic", ".rela.dyn", ".nvFatBinSegment", ".nv_fatbin", ".dynsym", "headers")
-
-
-@FUZZ
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["", *NAMED]), st.integers(0, 300), st.integers(0, 255)), min_size=1, max_size=4
-    ),
-    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=2),
-)
-def test_damage_is_refused_or_harmless_and_nothing_half_written_stays(tmp_path, near, anywhere):
-    whole, damaged, out = tmp_path / "whole.so", tmp_path / "damaged.so", tmp_path / "thin.so"
-    if not whole.exists():
-        two_units(whole)
-    content = bytearray(whole.read_bytes())
-    places = {section.name: section.offset for section in Elf.read(whole).sections}
-    places |= {"": 0, "headers": int.from_bytes(content[40:48], "little")}
-    for name, at, byte in near:
-        content[min(places[name] + at, len(content) - 1)] = byte
-    for part, byte in anywhere:
-        content[int(part * len(content))] = byte
-    damaged.write_bytes(content)
+def tried(folder: Path, whole: bytes, damage: bytes) -> None:
+    """Thin a damaged library: it is refused, or what stays of its device code is the same; nothing else is written."""
+    path, out = folder / "damaged.so", folder / "thin.so"
+    path.write_bytes(damage)
     out.unlink(missing_ok=True)
-    with contextlib.suppress(ThinError):
-        thinned = thin_binary(damaged, out, ["7.0", "9.0"])
-        assert out.stat().st_size == thinned.after
+    with bounded(), contextlib.suppress(ThinError):
+        thinned = thin_binary(path, out, ["7.0", "9.0"], drop_foreign=True)
+        assert out.stat().st_size == thinned.after <= len(damage)
     if out.exists():
-        assert hashes(out) == hashes(damaged, "sm_70", "sm_90")
-    assert {path.name for path in tmp_path.iterdir()} <= {"whole.so", "whole.0", "whole.1", "damaged.so", "thin.so"}
+        assert hashes(out) == hashes(path, "sm_70", "sm_90")
+    assert path.read_bytes() == damage
+    assert {found.name for found in folder.iterdir()} <= {"damaged.so", "thin.so"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return two_units(tmp_path_factory.mktemp("whole") / "lib.so").read_bytes()
+
+
+@cases(500)
+@given(data=st.data())
+def test_damage_is_refused_or_harmless_and_nothing_half_written_stays(tmp_path, counted, whole, data):
+    tried(tmp_path, whole, data.draw(damaged(whole, elf_fields(whole))))
+    counted(ELF_COUNTED)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, toolchain):
+    """A small library that nvcc made, with code for 7.0 and 8.0."""
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "add.cu").write_text("__global__ void add(int *a) { a[0]++; }\nvoid go(int *a) { add<<<1, 1>>>(a); }\n")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (70, 80)]
+    words = [toolchain.home / "bin/nvcc", "-ccbin", toolchain.host.cxx, *codes, "-cudart=none", "-Xcompiler", "-fPIC"]
+    subprocess.run([*map(str, words), "-c", "add.cu", "-o", "add.o"], check=True, cwd=folder)
+    link = ["gcc", "-shared", "-o", "lib.so", "add.o", "-Wl,--unresolved-symbols=ignore-all"]
+    subprocess.run(link, check=True, cwd=folder)
+    return (folder / "lib.so").read_bytes()
+
+
+@pytest.mark.slow
+@cases(400)
+@given(data=st.data())
+def test_damage_to_a_library_of_nvccs_is_refused_or_harmless(tmp_path, counted, real, data):
+    damage = data.draw(damaged(real, elf_fields(real)))
+    tried(tmp_path, real, damage)
+    for read in (Elf.read, cubin.kernels, cubin.images):
+        with bounded(), contextlib.suppress(ElfError, FatbinError):
+            read(tmp_path / "damaged.so")
+    counted(ELF_COUNTED)
 
 
 @pytest.mark.slow

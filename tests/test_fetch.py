@@ -23,8 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from tests.corruption import bounded, saying
 from tests.servers import Fault, Server, serving
-from voltforge import console, index
+from voltforge import console, fetch, index
 from voltforge.fetch import Artifact, FetchError, NotFetchedError, NotKeptError, Store
 from voltforge.index import Indexes, Patience
 
@@ -441,6 +442,63 @@ def test_a_redirect_into_this_machine_is_refused(tmp_path, server):
     server.faults[PATH] = [Fault(302, headers={"Location": (tmp_path / "local").as_uri()})]
     error = problem(store(tmp_path / "s"), artifact(server))
     assert outcomes(error) == ["leads to an address that is neither http nor https"]
+
+
+def endless(block: bytes, pause: float = 0.0):
+    """An answer that says nothing of its size and has no end."""
+    yield b"HTTP/1.1 200 OK\r\n\r\n"
+    while True:
+        yield block
+        time.sleep(pause)
+
+
+def test_a_file_of_unknown_size_without_end_is_stopped_at_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "MOST", 5_000_000)
+    with saying(lambda path: endless(bytes(100_000))) as url:
+        error = problem(store(tmp_path), artifact(url=f"{url}{PATH}", size=None))
+    assert outcomes(error) == ["sends more than the 5000000 bytes that it should have"]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_server_that_sends_next_to_nothing_is_given_up(tmp_path, monkeypatch):
+    """Each byte comes in time, and the file would take a year."""
+    monkeypatch.setattr(index, "TIMEOUT", (5, 0.2))
+    with saying(lambda path: endless(b"x", 0.02)) as url:
+        error = problem(store(tmp_path), artifact(url=f"{url}{PATH}"))
+    assert outcomes(error) == ["sends next to nothing, 4 times"]
+
+
+@pytest.mark.parametrize("status", [b"302 Found", b"503 Service Unavailable"])
+def test_the_endless_body_of_a_redirect_or_of_a_refusal_is_not_waited_for(tmp_path, server, status):
+    def answer(path: str):
+        yield b"HTTP/1.1 %s\r\nLocation: %s\r\n\r\n" % (status, f"{server.url}{PATH}".encode())
+        yield from endless(bytes(100_000))
+
+    with saying(answer) as url, bounded():
+        one, wanted = store(tmp_path), artifact(url=f"{url}{PATH}")
+        if status.startswith(b"302"):
+            assert one.get(wanted).read_bytes() == DATA
+        else:
+            assert outcomes(problem(one, wanted)) == ["answered 503 Service Unavailable"]
+
+
+@pytest.mark.parametrize("location", ["http://[", "http://\xe9.\xe9/", "http://127.0.0.1:99999/"])
+def test_a_redirect_to_no_address_is_said_and_passed_by(tmp_path, server, other, location):
+    server.faults[PATH] = [Fault(302, headers={"Location": location})] * 9
+    assert len(outcomes(problem(store(tmp_path), artifact(server)))) == 1
+    server.faults[PATH] = [Fault(302, headers={"Location": location})] * 9
+    assert store(tmp_path, mirrors=(server.url,)).get(artifact(other)).read_bytes() == DATA
+
+
+def test_numbers_of_thousands_of_digits_in_headers_are_no_numbers(tmp_path, server):
+    many = "9" * 5000
+    server.faults[PATH] = [Fault(headers={"Content-Length": many}, body=DATA)] * 9
+    store(tmp_path / "a").get(artifact(server))
+    part_of(tmp_path / "b", artifact(server)).write_bytes(DATA[:1000])
+    server.faults[PATH] = [Fault(headers={"Content-Range": f"bytes 1000-{many}/*"}, body=b"evil")]
+    assert store(tmp_path / "b").get(artifact(server)).read_bytes() == DATA
+    server.faults[PATH] = [Fault(503, headers={"Retry-After": "Mon, 99 Nov 99999 99:99:99 GMT"})] * 9
+    assert len(outcomes(problem(store(tmp_path / "c"), artifact(server)))) == 1
 
 
 # --- patience ---

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
+import io
 import json
 import os
 import ssl
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import trustme
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
+from rich.console import Console
 from uv import find_uv_bin
 
-from tests.servers import Fault, serving
-from voltforge import index
+from tests.corruption import ANSWERS_COUNTED, Room, cases, damaged, saying
+from tests.servers import Fault, Server, serving
+from voltforge import console, index
+from voltforge.fetch import Artifact, NotFetchedError, Store
+from voltforge.files import remove
 from voltforge.index import Indexes, NotOnIndexError, Patience, configured, redacted
 from voltforge.process import run
 
@@ -28,6 +35,11 @@ NO_PIP = Path("no-such-python")
 SDIST = "small-1.0.tar.gz"
 DATA = b"not really an archive" * 100
 HASH = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setattr(console, "screen", Console(file=io.StringIO()))
 
 
 @pytest.fixture
@@ -252,6 +264,262 @@ def test_credentials_go_with_a_link_to_the_same_server_and_to_no_other(server, o
         server.project("small", SDIST, base=base)
         link = Indexes(server.url.replace("//", "//me:p%40ss@") + "/simple/").find("small", SDIST)
         assert ("me:p%40ss@" in link.url) == base.startswith(server.url)
+
+
+# --- answers that lie ---
+
+PATIENCE = Patience(attempts=2, first=0, longest=0)
+HTML = f"""<!DOCTYPE html><html><head><meta name="pypi:repository-version" content="1.0"><base href="/simple/small/">
+</head><body><h1>Links</h1><a href="../../files/{SDIST}#sha256={HASH}" data-requires-python="&gt;=3.8" data-yanked="bad"
+>{SDIST}</a><br/><!-- a remark --><a href="x.whl" data-core-metadata="sha256={HASH}">x&amp;y.whl</a></body></html>"""
+LISTED = {
+    "filename": SDIST, "url": f"../../files/{SDIST}", "hashes": {"sha256": HASH}, "size": len(DATA), "yanked": "bad",
+    "requires-python": ">=3.8", "upload-time": "2023-11-14T22:13:20Z", "core-metadata": {"sha256": HASH},
+}  # fmt: skip
+JSON = {"meta": {"api-version": "1.1"}, "name": "small", "versions": ["1.0"], "files": [LISTED]}
+JSON_TYPE = "application/vnd.pypi.simple.v1+json"
+
+
+@pytest.fixture(scope="module")
+def liar():
+    with serving() as one:
+        one.files[f"/files/{SDIST}"] = DATA
+        yield one
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    return Room(tmp_path_factory.mktemp("room") / "watched")
+
+
+def fetched(url: str, room: Room) -> list[str]:
+    """Fetch the file by way of the index in a watched room: it is right, or what each place did is a sentence."""
+    remove(room.out)
+    indexes = Indexes(f"{url}/simple/")
+    store = Store(room.out, ask_indexes=lambda: indexes, ask_archives=lambda: (), patience=PATIENCE)
+    wanted = Artifact(SDIST, HASH, index="small", size=len(DATA))
+    with room.watched(NotFetchedError) as caught:
+        assert store.get(wanted).read_bytes() == DATA
+    with room.watched(NotOnIndexError):
+        indexes.find("small", SDIST, indexes.session(PATIENCE))
+    return [attempt.outcome for error in caught for attempt in error.missing[0].attempts]
+
+
+def paged(liar: Server, body: bytes, kind: str, fault: Fault | None = None) -> str:
+    """Let the server answer with this page each time that it is asked."""
+    liar.files["/simple/small/"], liar.types["/simple/small/"] = body, kind
+    liar.faults["/simple/small/"] = [fault] * 9 if fault else []
+    return liar.url
+
+
+def test_the_pages_that_are_damaged_below_are_whole(liar, room):
+    assert fetched(paged(liar, HTML.encode(), "text/html"), room) == []
+    assert fetched(paged(liar, json.dumps(JSON).encode(), JSON_TYPE), room) == []
+
+
+@cases(160)
+@given(
+    damaged(HTML.encode()), st.sampled_from(["text/html", "text/html; charset=utf-16", "text/html; charset=no-such"])
+)
+@example(b"<![x[", "text/html")
+@example(b'<base href="http://[">' + HTML.encode(), "text/html")
+@example(b'<a class="a b" data-yanked href="x">' * 2 + b"<a data-gpg-sig=1 data-gpg-sig href=//[>", "text/html")
+@example(b"<a>" * 50_000, "text/html")
+@example(HTML.replace(HASH, "\x1b[2J" * 99).encode(), "text/html")
+def test_a_damaged_page_of_html_is_refused_or_read(liar, room, counted, page, kind):
+    fetched(paged(liar, page, kind), room)
+    counted(ANSWERS_COUNTED)
+
+
+ODD = st.sampled_from(
+    [None, True, -1, 0, 10**400, 1e308, "", "x", [], {}, [[]], {"sha256": "\x1b[2J"}, {"sha256": 7}, {"md5": "x"},
+     "9.9", "file:///etc/passwd", "ftp://x.example/y", "//[", "javascript:x", f"../../files/{SDIST}", SDIST, "1e999",
+     "\ud800"]
+)  # fmt: skip
+
+
+@cases(160)
+@given(
+    st.one_of(
+        damaged(json.dumps(JSON).encode()),
+        st.lists(st.tuples(st.sampled_from([*LISTED, *JSON, "api-version"]), ODD), min_size=1, max_size=3),
+    )
+)
+@example(b"[" * 100_000)
+@example(b'{"a":' * 100_000)
+@example([("size", -1)])
+@example([("yanked", True), ("size", 10**400)])
+def test_a_damaged_page_of_json_is_refused_or_read(liar, room, counted, damage):
+    if isinstance(damage, list):
+        page = json.loads(json.dumps(JSON))
+        for key, value in damage:
+            place = (
+                page["files"][0] if key in LISTED and page["files"] else page["meta"] if key == "api-version" else page
+            )
+            if isinstance(place, dict):
+                place[key] = value if key != "files" or isinstance(value, list) else []
+        damage = json.dumps(page).encode()
+    fetched(paged(liar, damage, JSON_TYPE), room)
+    counted(ANSWERS_COUNTED)
+
+
+HEADERS = st.dictionaries(
+    st.sampled_from(
+        ["Content-Type", "Content-Length", "Content-Encoding", "Content-Range", "Content-Disposition", "Location",
+         "Retry-After", "Transfer-Encoding", "Set-Cookie", "ETag", "X-PyPI-Last-Serial", "Connection"]
+    ),
+    st.sampled_from(
+        ["9" * 5000, "-5", "7", "1, 2", "gzip", "deflate", "zstd", "gzip, gzip, gzip, gzip, gzip, gzip", "chunked",
+         "x" * 60_000, "http://[", "file:///etc/passwd", "ftp://x.example/y", "/simple/small/", "//", "?", "\xff\xfe",
+         "http://127.0.0.1:99999/", "http://\xe9.\xe9/", "http:///x", "http://..", "mailto:x", "nan", "1e999", "; ;",
+         "Mon, 99 Nov 99999 99:99:99 GMT", "bytes 0-5/9", "a=b; expires=x", "close", "image/png",
+         "text/html; charset=utf-7", "text/html; charset=" + "x" * 3000]
+    ),
+    max_size=3,
+)  # fmt: skip
+
+
+@cases(200)
+@given(
+    st.sampled_from(
+        [None, None, 206, 300, 301, 302, 303, 304, 307, 308, 400, 401, 404, 416, 429, 500, 503, 599, 700, 999]
+    ),
+    HEADERS,
+    st.sampled_from([b"", b"no page", b"\x1f\x8b\x08damaged", HTML.encode()]),
+    st.sampled_from(["/simple/small/", f"/files/{SDIST}"]),
+)
+@example(302, {"Location": "http://["}, b"", "/simple/small/")
+@example(503, {"Retry-After": "Mon, 99 Nov 99999 99:99:99 GMT"}, b"", "/simple/small/")
+@example(None, {"Content-Length": "9" * 5000}, b"x", f"/files/{SDIST}")
+@example(206, {"Content-Range": f"bytes 0-{'9' * 5000}/*"}, b"x", f"/files/{SDIST}")
+def test_odd_headers_are_refused_or_survived(liar, room, counted, status, headers, body, path):
+    paged(liar, HTML.encode(), "text/html")
+    liar.faults[path] = [Fault(status, headers=headers, body=body)] * 9
+    fetched(liar.url, room)
+    liar.faults[path] = []
+    counted(ANSWERS_COUNTED)
+
+
+ANSWER = b"""HTTP/1.1 200 OK
+Content-Type: text/html
+Transfer-Encoding: chunked
+
+5
+<a hr
+4
+ef=x
+0
+
+""".replace(b"\n", b"\r\n")
+
+
+@cases(120)
+@given(damaged(ANSWER))
+@example(ANSWER.replace(b"5\r", b"-5\r"))
+@example(ANSWER.replace(b"5\r", b"f" * 5000 + b"\r"))
+@example(b"HTTP/1.1 100 Continue\r\n\r\n" * 99 + ANSWER)
+@example(b"")
+def test_what_is_hardly_http_is_refused_or_survived(room, counted, answer):
+    with saying(lambda path: [answer]) as url:
+        fetched(url, room)
+    counted(ANSWERS_COUNTED)
+
+
+@pytest.mark.parametrize(
+    ("page", "kind", "words"),
+    [
+        (b"[" * 100_000, JSON_TYPE, "its page cannot be read (RecursionError)"),
+        (b"<![x[", "text/html", "its page cannot be read (ParserRejectedMarkup)"),
+        (HTML.encode(), "image/png", "its page cannot be read (UnsupportedContentTypeError)"),
+        (HTML.replace(HASH, "0" * 64).encode(), "text/html", f"has a file of that name with sha256 {'0' * 64}"),
+        (HTML.replace(SDIST, "other.tar.gz").encode(), "text/html", "does not have it"),
+        (
+            HTML.replace("../../", "ftp://x.example/").encode(),
+            "text/html",
+            "leads to an address that is neither http nor",
+        ),
+        (HTML.replace("../../files", "javascript:files").encode(), "text/html", "leads to an address that is neither"),
+    ],
+)
+def test_a_page_that_cannot_be_used_is_said_to_be_so(liar, room, page, kind, words):
+    [outcome] = fetched(paged(liar, page, kind), room)
+    assert outcome.startswith(words)
+
+
+def test_a_file_is_taken_by_its_hash_though_the_index_takes_it_back_or_lies_about_its_size(liar, room):
+    for key, value in (("yanked", True), ("size", -1), ("size", 10**300)):
+        page = {**JSON, "files": [{**LISTED, key: value}]}
+        fetched(paged(liar, json.dumps(page).encode(), JSON_TYPE), room)
+        assert (room.out / HASH[:16] / SDIST).exists() == (key == "yanked" or value == -1 or value > 0)
+
+
+def test_a_hash_that_is_none_counts_as_none_and_is_never_shown(liar, room):
+    assert fetched(paged(liar, HTML.replace(HASH, "\x1b[2J").encode(), "text/html"), room) == []
+
+
+def test_words_of_a_server_are_never_shown(room):
+    with saying(lambda path: [b"HTTP/1.1 404 \x1b[2Jcleared\r\nContent-Length: 0\r\n\r\n"]) as url:
+        assert fetched(url, room) == ["does not have it"]
+    with saying(lambda path: [b"HTTP/1.1 403 \x1b[2Jcleared\r\nContent-Length: 0\r\n\r\n"]) as url:
+        assert fetched(url, room) == ["answered 403 Forbidden"]
+    assert (
+        redacted("http://x.example/\x1b[2J\ud800" + "y" * 9000) == "http://x.example/%1B[2J%3F" + "y" * 474 + "\u2026"
+    )
+
+
+ENDLESS = b"HTTP/1.1 %s\r\nContent-Type: text/html\r\nLocation: /simple/small/\r\n\r\n"
+
+
+def endless(status: bytes, block: bytes, pause: float = 0.0):
+    """The same bytes again and again."""
+    yield ENDLESS % status
+    while True:
+        yield block
+        time.sleep(pause)
+
+
+def test_a_page_without_end_is_given_up_at_its_bound(room):
+    with saying(lambda path: endless(b"200 OK", b"<a href=x>y</a>" * 4000)) as url:
+        assert fetched(url, room) == ["sends a page of more than 16.0 MB"]
+
+
+def test_a_page_that_inflates_without_end_is_given_up_at_its_bound(room):
+    packed = gzip.compress(bytes(300_000_000))
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+    with saying(lambda path: [head % len(packed), packed]) as url:
+        assert fetched(url, room) == ["sends a page of more than 16.0 MB"]
+
+
+def test_a_page_that_comes_by_the_byte_is_given_up_in_time(room, monkeypatch):
+    monkeypatch.setattr(index, "PAGE_TIME", 0.2)
+    with saying(lambda path: endless(b"200 OK", b" ", 0.01)) as url:
+        assert fetched(url, room) == ["has not sent its page in 0 s"]
+
+
+@pytest.mark.parametrize("status", [b"302 Found", b"503 Service Unavailable"])
+def test_the_endless_body_of_a_redirect_or_of_a_refusal_is_not_waited_for(room, status):
+    with saying(lambda path: endless(status, b"x" * 60_000)) as url:
+        words = "redirects without end" if status.startswith(b"302") else "answered 503 Service Unavailable"
+        assert fetched(url, room) == [words]
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("/simple/small/", "redirects without end"),
+        ("file:///etc/passwd", "leads to an address that is neither http nor https"),
+        ("ftp://x.example/y", "leads to an address that is neither http nor https"),
+        ("http://[", "sends a header, or redirects to an address, that is none"),
+        ("http://127.0.0.1:99999/", "sends a header, or redirects to an address, that is none"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/simple/small/", f"/files/{SDIST}"])
+def test_a_redirect_that_leads_nowhere_is_said_to(liar, room, path, location, words):
+    paged(liar, HTML.encode(), "text/html")
+    liar.faults[path] = [Fault(302, headers={"Location": location.replace("/simple/small/", path)})] * 99
+    [outcome] = fetched(liar.url, room)
+    liar.faults[path] = []
+    assert outcome == words or "is not an address" in outcome
 
 
 # --- certificates ---

@@ -1,25 +1,29 @@
 """Wheels: opened with care, tagged for what they need, and the same bytes however their files came to be."""
 
-import contextlib
+import functools
+import io
 import os
 import stat
 import subprocess
+import tempfile
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from packaging.tags import Tag
 from packaging.version import Version
 
+from tests.corruption import Room, bounded, cases, damaged, zip_fields
 from tests.samples import EPOCH, METADATA, WHEEL, compiled, tree, unpacked, wheel
 from voltforge import elf
 from voltforge.elf import Elf
-from voltforge.wheel import Wheel, WheelError, finish, normalise, platform_tag, record_problems, unpack
+from voltforge.files import remove
+from voltforge.tree import Limits
+from voltforge.wheel import Wheel, WheelError, finish, metadata_bytes, normalise, platform_tag, record_problems, unpack
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PACKAGE = {"sample/__init__.py": "answer = 42\n", "sample/data.txt": "data\n"}
 
 
@@ -90,8 +94,8 @@ def test_an_entry_that_would_land_elsewhere_is_refused(tmp_path, name):
 @pytest.mark.parametrize(
     ("attributes", "why"),
     [
-        ({"external_attr": (stat.S_IFLNK | 0o777) << 16}, "'a' is a link or a device"),
-        ({"external_attr": (stat.S_IFIFO | 0o666) << 16}, "'a' is a link or a device"),
+        ({"external_attr": (stat.S_IFLNK | 0o777) << 16}, "a: is a link or a device"),
+        ({"external_attr": (stat.S_IFIFO | 0o666) << 16}, "a: is a link or a device"),
     ],
 )
 def test_links_and_devices_are_refused(tmp_path, attributes, why):
@@ -111,7 +115,7 @@ def test_every_bad_entry_is_named_at_once(tmp_path):
 
 
 def test_a_file_that_is_also_a_folder_is_refused(tmp_path):
-    with pytest.raises(WheelError, match="cannot be unpacked"):
+    with pytest.raises(WheelError, match="a: is both a file and a folder"):
         unpack(archive(tmp_path / "bad.whl", {"a": "", "a/b": ""}), tmp_path / "out")
 
 
@@ -126,43 +130,228 @@ def test_unpacked_files_are_executable_only_if_marked(tmp_path):
     assert stat.S_IMODE((tmp_path / "out" / "text").stat().st_mode) == 0o644
 
 
-@FUZZ
-@given(data=st.data())
-def test_a_damaged_wheel_is_opened_or_refused_and_writes_nothing_elsewhere(data, tmp_path_factory):
-    base = tmp_path_factory.getbasetemp() / "damaged"
-    whole = base / "whole"
-    if not whole.exists():
-        wheel(whole, PACKAGE)
-    content = bytearray((whole / "sample-1.0-py3-none-any.whl").read_bytes())
-    for place, byte in data.draw(
-        st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=9)
-    ):
-        content[place] = byte
-    inside = base / "inside"
-    inside.mkdir(exist_ok=True)
-    damaged = inside / "sample-1.0-py3-none-any.whl"
-    damaged.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
-    with contextlib.suppress(WheelError):
-        Wheel.read(damaged)
-    with contextlib.suppress(WheelError):
-        unpack(damaged, inside / "out")
-    subprocess.run(["rm", "-rf", inside / "out"], check=True)
-    assert sorted(base.iterdir()) == [inside, whole]
-    assert sorted(inside.iterdir()) == [damaged]
+COUNTED = "corrupt inputs refused or survived: wheels"
+SMALL = Limits(size=20_000, members=40)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    return Room(tmp_path_factory.mktemp("room") / "watched")
+
+
+def tried(room: Room, data: bytes, name: str = "sample-1.0-py3-none-any.whl") -> None:
+    """Read and unpack a wheel in a watched room, and look at its RECORD; each by itself."""
+    path = room.path.parent / name
+    path.write_bytes(data)
+    remove(room.out)
+    with room.watched(WheelError):
+        Wheel.read(path, SMALL)
+        metadata_bytes(path)
+    with room.watched(WheelError, SMALL.size):
+        unpack(path, room.out, SMALL)
+        assert all("\n" not in problem and len(problem) < 1000 for problem in record_problems(room.out))
+
+
+@functools.cache
+def whole() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        metadata = "Requires-Dist: torch==2.9.0; python_version > '3'\n\nA long\ntext.\n"
+        return wheel(Path(folder), {**PACKAGE, "sample/big": "z" * 3000}, metadata=metadata).read_bytes()
+
+
+def test_the_wheel_that_is_damaged_below_is_whole(tmp_path):
+    path = tmp_path / "sample-1.0-py3-none-any.whl"
+    path.write_bytes(whole())
+    assert Wheel.read(path, SMALL).requires
+    unpack(path, tmp_path / "out", SMALL)
+    assert record_problems(tmp_path / "out") == []
+
+
+@cases(500)
+@given(damaged(whole(), zip_fields(whole())))
+def test_a_damaged_wheel_is_opened_or_refused_and_writes_nothing_elsewhere(room, counted, data):
+    tried(room, data)
+    counted(COUNTED)
+
+
+LINES = st.one_of(
+    st.sampled_from(
+        ["Metadata-Version: 2.1", "Metadata-Version: 99", "Name: sample", "Name: ../x", "Version: 1.0",
+         "Version: " + "9" * 5000, "Requires-Dist: a" + "[" * 500, "Requires-Dist: a; " + "(" * 3000,
+         "Requires-Python: >=" + "1." * 3000 + "1", "Wheel-Version: 1.0", "Wheel-Version: \x1b[2J",
+         "Tag: py3-none-any", "Tag: " + "-".join(["a." * 400 + "a"] * 3), "Tag: a", "Tag: ---", "Build: 1",
+         "Content-Type: text/plain; " + "a=" * 999, " folded", "", "\0", ": x", "=?utf-8?q?=ff?=",
+         "sample/data.txt,sha256=,5", "sample/data.txt,sha256=x,-1", '"', '"open', "a,b,c,d", "\x1b[2J,,", "sample,,",
+         "../secret,sha256=x,1", "/etc/passwd,sha256=x,1", "sample-1.0.dist-info/RECORD,,", "x" * 140_000 + ",,"]
+    ),
+    st.text(max_size=40),
+)  # fmt: skip
+
+
+@cases(400)
+@given(
+    st.dictionaries(
+        st.sampled_from(["METADATA", "WHEEL", "RECORD"]),
+        st.tuples(st.lists(LINES, max_size=4), st.booleans(), st.sampled_from(["\n", "\r\n", "\r", "\x85"])),
+        min_size=1,
+    )
+)
+def test_whatever_metadata_says_a_wheel_is_read_or_refused(room, counted, texts):
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole())) as old, zipfile.ZipFile(made, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if change := texts.get(entry.filename.rpartition("/")[2]):
+                lines, added, end = change
+                data = (data if added else b"") + end.join([*lines, ""]).encode("utf-8", "surrogatepass")
+            new.writestr(entry, data)
+    tried(room, made.getvalue())
+    counted(COUNTED)
+
+
+@cases(150)
+@given(
+    st.one_of(
+        st.sampled_from(
+            ["1" * 200, "a-1.0", "sample-1.0-1-py3-none-any-x", "sample-1!2.dev3+l.4-py3-none-any", "-----"]
+        ),
+        st.text(st.sampled_from("ab19.-_+! \u00e9\n"), min_size=1, max_size=60),
+        st.builds("sample-{}-{}-{}-{}".format, *[st.text(st.sampled_from("ab1._"), max_size=30)] * 4),
+    )
+)
+def test_whatever_its_file_is_called_a_wheel_is_read_or_refused(room, counted, name):
+    path = room.path.parent / f"{name}.whl"
+    path.write_bytes(whole())
+    with room.watched(WheelError):
+        Wheel.read(path)
+    path.unlink()
+    counted(COUNTED)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@FUZZ
-@given(st.lists(st.text(st.sampled_from("ab./\\~ \0é"), min_size=1, max_size=8), max_size=4, unique=True))
-def test_whatever_entries_are_called_nothing_is_written_elsewhere(tmp_path_factory, names):
-    base = tmp_path_factory.getbasetemp() / "named"
-    subprocess.run(["rm", "-rf", base], check=True)
-    base.mkdir()
-    path = archive(base / "bad.whl", dict.fromkeys(names, "x"))
-    with contextlib.suppress(WheelError):
-        unpack(path, base / "deep" / "out")
-    assert {found.name for found in base.iterdir()} <= {"bad.whl", "deep"}
-    assert not (base / "deep").exists() or [found.name for found in (base / "deep").iterdir()] == ["out"]
+@cases(150)
+@given(st.lists(st.text(st.sampled_from("abA./\\~ \0\u00e9\u0301\n"), min_size=1, max_size=8), max_size=4))
+def test_whatever_entries_are_called_nothing_is_written_elsewhere(room, counted, names):
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as file:
+        for name in names:
+            file.writestr(zipfile.ZipInfo(name), b"x")
+    tried(room, made.getvalue())
+    counted(COUNTED)
+
+
+@pytest.mark.parametrize("size", [20_001, 0xFFFFFFFE])
+def test_a_wheel_that_says_it_unpacks_to_too_much_is_refused(tmp_path, size):
+    data = bytearray(whole())
+    for mark, at in ((b"PK\3\4", 22), (b"PK\1\2", 24)):
+        place = data.index(mark) + at
+        data[place : place + 4] = size.to_bytes(4, "little")
+    path = tmp_path / "sample-1.0-py3-none-any.whl"
+    path.write_bytes(data)
+    for open_it in (Wheel.read, lambda path, limits: unpack(path, tmp_path / "out", limits)):
+        with pytest.raises(WheelError, match=r"unpacks to more than 20\.0 kB"):
+            open_it(path, SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wheel_that_inflates_to_more_than_it_says_writes_no_more_than_it_says(tmp_path):
+    """Both of its headers say 100 bytes; 5 MB would come."""
+    with zipfile.ZipFile(tmp_path / "bomb.whl", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a", bytes(5_000_000))
+    data = bytearray((tmp_path / "bomb.whl").read_bytes())
+    for mark, at in ((b"PK\3\4", 22), (b"PK\1\2", 24)):
+        place = data.index(mark) + at
+        data[place : place + 4] = (100).to_bytes(4, "little")
+    (tmp_path / "bomb.whl").write_bytes(data)
+    with bounded(), pytest.raises(WheelError, match="Bad CRC-32"):
+        unpack(tmp_path / "bomb.whl", tmp_path / "out", SMALL)
+    assert (tmp_path / "out" / "a").stat().st_size <= 100
+
+
+def test_a_wheel_of_more_files_than_the_bound_is_refused(tmp_path):
+    path = archive(tmp_path / "a.whl", {str(number): "" for number in range(41)})
+    with pytest.raises(WheelError, match="has more than 40 members"):
+        unpack(path, tmp_path / "out", SMALL)
+
+
+@pytest.mark.parametrize(
+    ("mark", "at", "value"),
+    [(b"PK\3\4", 8, 0), (b"PK\3\4", 14, 7), (b"PK\3\4", 18, 1), (b"PK\3\4", 22, 1), (b"PK\3\4", 30, 0x41)],
+    ids=["method", "checksum", "compressed size", "size", "name"],
+)
+def test_a_file_that_is_told_in_two_ways_is_refused(tmp_path, mark, at, value):
+    data = bytearray(whole())
+    data[data.index(mark) + at] = value
+    path = tmp_path / "sample-1.0-py3-none-any.whl"
+    path.write_bytes(data)
+    for open_it in (Wheel.read, lambda path: unpack(path, tmp_path / "out")):
+        with pytest.raises(WheelError, match="is told in two ways"):
+            open_it(path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wheel_that_was_written_to_a_pipe_is_read(tmp_path):
+    """The sizes of its files stand behind them; in front of them are zeros (APPNOTE 4.3.9)."""
+
+    class Pipe(io.RawIOBase):
+        def write(self, data: bytes) -> int:
+            return file.write(data)
+
+        def writable(self) -> bool:
+            return True
+
+    path = tmp_path / "sample-1.0-py3-none-any.whl"
+    with path.open("wb") as file, zipfile.ZipFile(Pipe(), "w", zipfile.ZIP_DEFLATED) as streamed:
+        for name, data in parts().items():
+            streamed.writestr(name, data)
+    assert Wheel.read(path).version == Version("1.0")
+    unpack(path, tmp_path / "out")
+
+
+def test_files_that_share_their_bytes_are_refused(tmp_path):
+    path = archive(tmp_path / "a.whl", {"a": "x" * 99, "b": "x" * 99})
+    data = bytearray(path.read_bytes())
+    second = data.index(b"PK\1\2", data.index(b"PK\1\2") + 4)
+    data[second + 42 : second + 46] = bytes(4)
+    path.write_bytes(data)
+    with pytest.raises(WheelError, match="b: lies in the bytes of another member"):
+        unpack(path, tmp_path / "out")
+
+
+def test_names_that_differ_in_case_alone_are_refused(tmp_path):
+    with pytest.raises(WheelError, match=r"a/b.txt: is the same as a/B.txt where case does not count"):
+        unpack(archive(tmp_path / "bad.whl", {"a/B.txt": "", "a/b.txt": ""}), tmp_path / "out")
+
+
+def test_a_line_that_stands_for_millions_of_tags_is_refused_and_not_multiplied(tmp_path):
+    text = WHEEL.format(tag="-".join(["a." * 400 + "a"] * 3))
+    path = archive(tmp_path / "sample-1.0-py3-none-any.whl", {**parts(), "sample-1.0.dist-info/WHEEL": text})
+    with bounded(), pytest.raises(WheelError, match="a WHEEL file of more than 1000 tags"):
+        Wheel.read(path)
+
+
+def test_what_a_wheel_says_is_shown_shortened_and_without_control_characters(tmp_path):
+    text = "Wheel-Version: \x1b[2J" + "x" * 100_000 + "\n"
+    path = archive(tmp_path / "sample-1.0-py3-none-any.whl", {**parts(), "sample-1.0.dist-info/WHEEL": text})
+    with pytest.raises(WheelError) as caught:
+        Wheel.read(path)
+    assert len(caught.value.what) < 1000
+    assert "\x1b" not in caught.value.what
+
+
+def test_metadata_is_that_of_the_wheel_and_not_of_a_package_that_it_brings_along(tmp_path):
+    """As setuptools' wheel does."""
+    other = {"sample/_vendor/other-2.0.dist-info/METADATA": METADATA.format(name="other", version="2.0", more="")}
+    path = archive(tmp_path / "sample-1.0-py3-none-any.whl", {**other, **parts()})
+    assert metadata_bytes(path).decode() == parts()["sample-1.0.dist-info/METADATA"]
+
+
+def test_a_record_of_an_absurd_size_is_not_read(tmp_path):
+    unpack(wheel(tmp_path / "a", PACKAGE), tmp_path / "b")
+    with (tmp_path / "b" / "sample-1.0.dist-info" / "RECORD").open("ab") as record:
+        record.truncate(8 << 30)  # a hole
+    with bounded():
+        assert record_problems(tmp_path / "b") == ["sample-1.0.dist-info/RECORD has more than 100.0 MB"]
 
 
 def test_the_same_content_gives_the_same_bytes_whatever_its_history(tmp_path, monkeypatch):
