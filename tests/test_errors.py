@@ -9,7 +9,7 @@ import pkgutil
 import pytest
 
 import voltforge
-from voltforge.errors import VoltforgeError, listed
+from voltforge.errors import VoltforgeError, listed, remedy
 
 
 def test_an_error_says_what_happened_and_what_to_try():
@@ -33,3 +33,10 @@ def test_every_error_of_the_pipeline_is_one_that_a_person_can_act_on(module):
     errors = [one for one in defined if inspect.isclass(one) and issubclass(one, Exception)]
     ours = [one for one in errors if one.__module__.startswith("voltforge") and not one.__name__.startswith("_")]
     assert all(issubclass(one, VoltforgeError) for one in ours)
+
+
+def test_what_to_try_where_the_machine_refused_and_what_else_where_it_did_not():
+    assert "make room" in remedy("a.o: No space left on device", "look at the source")
+    assert "read-only" in remedy("[Errno 30] Read-only file system: '/usr'")
+    assert remedy("expected ';'", "look at the source") == "look at the source"
+    assert remedy(None) == ""

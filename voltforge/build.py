@@ -13,7 +13,7 @@ from pathlib import Path
 
 from voltforge import console, files, options, sandbox
 from voltforge.environment import Environment
-from voltforge.errors import VoltforgeError
+from voltforge.errors import VoltforgeError, remedy
 from voltforge.process import Completed, ProgramFailed, Usage, run
 from voltforge.recipe import SourceRecipe
 from voltforge.sandbox import Sandbox
@@ -25,11 +25,6 @@ ERROR = re.compile(
     r"|No space left on device|Disk quota exceeded|Read-only file system"
 )
 """How gcc, nvcc, cicc, ptxas, ld, CMake and Python begin the line that matters, and what the machine says to them."""
-REMEDIES = {
-    "No space left on device|Disk quota exceeded": "make room on the disk (./doit gc says what nothing needs any more)",
-    "Read-only file system": "look for a disk that is mounted read-only, or a build that writes outside of its tree",
-}
-"""What to do where the machine refuses to write, by its words (strerror(3))."""
 FOLDERS = ("tree", "environment", "toolchain", "dist", "home")
 """What a build is shown, by name; the sandbox decides where."""
 PLACE = "place.json"
@@ -47,7 +42,7 @@ class BuildError(VoltforgeError):
         shown = "".join(f"\n  | {line}" for line in excerpt.splitlines())
         super().__init__(
             f"{name} was not built ({why}); the first error:{shown}",
-            hint=f"{_remedy(excerpt)}the whole log is {log}; the next run resumes",
+            hint=_then(remedy(excerpt), f"the whole log is {log}; the next run resumes"),
         )
         self.excerpt = excerpt
         self.log = log
@@ -61,7 +56,7 @@ class DiskError(VoltforgeError):
         where = error.filename2 or error.filename or log  # a failed write does not say of what
         super().__init__(
             f"{name} was not built: {where}: {said}",
-            hint=f"{_remedy(said) or 'see who owns it; '}the next run resumes",
+            hint=_then(remedy(said, "see who owns it"), "the next run resumes"),
         )
 
 
@@ -296,8 +291,8 @@ def first_error(log: Path) -> str:
     return "\n".join(line[:300] for line in [*head, *lines[found : found + EXCERPT]])
 
 
-def _remedy(text: str) -> str:
-    return next((f"{remedy}; " for words, remedy in REMEDIES.items() if re.search(words, text)), "")
+def _then(first: str, second: str) -> str:
+    return f"{first}; {second}" if first else second
 
 
 def _packed(source: Path) -> list[Path]:

@@ -27,7 +27,7 @@ import urllib3
 from requests.adapters import BaseAdapter
 
 from voltforge import console, files, index, provenance, signing
-from voltforge.errors import VoltforgeError
+from voltforge.errors import VoltforgeError, remedy
 from voltforge.fetch import Artifact, NotFetchedError, Store
 from voltforge.index import Indexes, Patience, answered, explained, local_path, redacted
 from voltforge.provenance import Provenance
@@ -365,7 +365,7 @@ class _Folder:
                     shutil.copyfileobj(data, beside, files.BLOCK)
         except OSError as error:
             raise CacheError(
-                f"{target} cannot be written: {error.strerror}", hint="check its owner and the disk's free space"
+                f"{target} cannot be written: {error.strerror}", hint=remedy(error.strerror, "check its owner")
             ) from error
 
 

@@ -14,7 +14,7 @@ from packaging import tags
 from uv import find_uv_bin
 
 from voltforge import console, files
-from voltforge.errors import VoltforgeError
+from voltforge.errors import VoltforgeError, remedy
 from voltforge.index import Indexes
 from voltforge.process import Completed, ProgramFailed, run
 
@@ -24,9 +24,12 @@ class InstallError(VoltforgeError):
 
     def __init__(self, lock: Path, output: str) -> None:
         said = [line.strip() for line in output.splitlines() if line.strip()]
+        first = next((number for number, line in enumerate(said) if line.startswith(("error:", "×"))), -6)
         super().__init__(
-            f"{lock.name} could not be installed: {' '.join(said[-6:])[:800]}",
-            hint="./doit doctor asks whether the package index can be reached; ./doit lock makes the locks anew",
+            f"{lock.name} could not be installed: {' '.join(said[first:])[:800]}",
+            hint=remedy(
+                output, "./doit doctor asks whether the package index can be reached; ./doit lock makes the locks anew"
+            ),
         )
         self.lock = lock
         self.output = output

@@ -19,7 +19,7 @@ import requests
 import urllib3
 
 from voltforge import console, distro, files, index
-from voltforge.errors import VoltforgeError, listed
+from voltforge.errors import VoltforgeError, listed, remedy
 from voltforge.index import HASH, Indexes, Patience, answered, explained, local_path, redacted
 
 MOST = 64 * 10**9
@@ -95,7 +95,7 @@ class NotKeptError(FetchError):
     def __init__(self, path: Path, error: OSError) -> None:
         super().__init__(
             f"{path} cannot be written: {error.strerror or error}",
-            hint="make room (deleting build/ costs time, never a result) or correct the folder's owner and mode",
+            hint=remedy(error.strerror, "correct the folder's owner and mode"),
         )
         self.path = path
         self.errno = error.errno

@@ -41,11 +41,11 @@ HASH = re.compile("[0-9a-f]{64}")
 """A SHA-256 as it is written."""
 
 
-class PageError(Exception):
+class _PageError(Exception):
     """What an index answers is no page of one; the message is the rest of a sentence about the index."""
 
 
-UNREADABLE = (requests.RequestException, PageError)
+UNREADABLE = (requests.RequestException, _PageError)
 """What asking an index can raise: the request's own errors, and what is wrong with its page."""
 
 
@@ -310,7 +310,7 @@ def redacted(url: str) -> str:
 
 def explained(error: Exception, indexes: Indexes) -> str:
     """What went wrong with a request, in words that hold no credentials."""
-    if isinstance(error, PageError):
+    if isinstance(error, _PageError):
         return str(error)
     if isinstance(error, requests.HTTPError) and error.response is not None:
         return answered(error.response)
@@ -416,7 +416,7 @@ def _reading() -> Iterator[None]:
         yield
     except Exception as error:
         # pypi-simple lets out whatever its parsers of HTML and JSON met, a RecursionError among them.
-        raise PageError(f"its page cannot be read ({type(error).__name__})") from error
+        raise _PageError(f"its page cannot be read ({type(error).__name__})") from error
 
 
 def _page(address: str, session: requests.Session) -> requests.Response:
@@ -424,7 +424,7 @@ def _page(address: str, session: requests.Session) -> requests.Response:
 
     Raises:
         requests.RequestException: nothing came, or less than was said.
-        PageError: more came than a page can have.
+        _PageError: more came than a page can have.
     """
     content, deadline = bytearray(), time.monotonic() + PAGE_TIME
     with session.get(address, headers={"Accept": ACCEPT_ANY}, timeout=TIMEOUT, stream=True) as response:
@@ -433,9 +433,9 @@ def _page(address: str, session: requests.Session) -> requests.Response:
             while block := response.raw.read1(BLOCK, decode_content=True):
                 content += block
                 if len(content) > MOST_PAGE:
-                    raise PageError(f"sends a page of more than {size(MOST_PAGE)}")
+                    raise _PageError(f"sends a page of more than {size(MOST_PAGE)}")
                 if time.monotonic() > deadline:
-                    raise PageError(f"has not sent its page in {PAGE_TIME:.0f} s")
+                    raise _PageError(f"has not sent its page in {PAGE_TIME:.0f} s")
         except urllib3.exceptions.ReadTimeoutError as error:
             raise requests.exceptions.ReadTimeout from error
         except (urllib3.exceptions.HTTPError, OSError) as error:

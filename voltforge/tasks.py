@@ -17,7 +17,7 @@ from doit.reporter import ConsoleReporter
 
 from voltforge import console
 from voltforge.checkout import Settings
-from voltforge.errors import VoltforgeError
+from voltforge.errors import VoltforgeError, remedy
 from voltforge.pipeline import Pipeline
 from voltforge.stage import Stage
 from voltforge.turn import Turn
@@ -110,7 +110,7 @@ def action(
             if error.errno not in MACHINE:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            return _failed(VoltforgeError(f"{where}{error.strerror}", hint="check its owner and the disk's free space"))
+            return _failed(VoltforgeError(f"{where}{error.strerror}", hint=remedy(error.strerror, "check its owner")))
         except KeyboardInterrupt:
             console.warn(KEPT)
             raise SystemExit(INTERRUPTED) from None

@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from voltforge import files
-from voltforge.errors import VoltforgeError, listed
+from voltforge.errors import VoltforgeError, listed, remedy
 from voltforge.process import ProgramFailed, run
 
 BROKEN = (
@@ -76,7 +76,9 @@ class ArchiveError(VoltforgeError):
     def __init__(self, archive: Path, problems: Sequence[str]) -> None:
         super().__init__(
             f"{archive.name} was not unpacked:{listed(list(problems))}",
-            hint="fetch it anew; if its hash is the recipe's, the archive itself is not to be trusted",
+            hint=remedy(
+                "".join(problems), "fetch it anew; if its hash is the recipe's, the archive itself is not to be trusted"
+            ),
         )
         self.problems = tuple(problems)
 
@@ -88,7 +90,9 @@ class PatchError(VoltforgeError):
         where = listed([f"{file}: {why}" for file, why in rejects])
         super().__init__(
             f"{patch.parent.name}/{patch.name} does not apply:{where}",
-            hint="the tree is as it was; compare the patch's Upstream: lines with the source it is applied to",
+            hint=remedy(
+                where, "the tree is as it was; compare the patch's Upstream: lines with the source it is applied to"
+            ),
         )
         self.patch = patch
         self.rejects = tuple(rejects)

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from packaging.tags import Tag, sys_tags
 
 from voltforge import files, provenance, signing, wheel
-from voltforge.errors import VoltforgeError
+from voltforge.errors import VoltforgeError, remedy
 from voltforge.signing import Signer, Trust
 
 API_VERSION = "1.1"
@@ -99,7 +99,8 @@ class Wheelhouse:
             self._drop_receipts()
         except OSError as error:
             raise WheelhouseError(
-                f"{self.path} could not be written: {error.strerror}", hint="check its owner and the disk's free space"
+                f"{self.path} could not be written: {error.strerror}",
+                hint=remedy(error.strerror, "check its owner"),
             ) from error
 
     def sign(self, signer: Signer) -> list[str]:
