@@ -335,6 +335,19 @@ def test_a_module_that_does_not_import_is_told_with_its_reason(tmp_path, extensi
     ]
 
 
+def test_a_module_that_asks_for_the_users_name_gets_one_even_where_the_user_id_has_none(
+    tmp_path, environment, monkeypatch
+):
+    """As torch does on import; containers are run as ids that no passwd(5) knows."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    content = {"sample/__init__.py": "import getpass, os\nos.getuid = lambda: 123456789\ngetpass.getuser()"}
+    path = wheel(tmp_path, content)
+    install(path, environment)
+    findings = verify.verify(path, Expectation(imports=("sample",)), environment=environment)
+    assert [severity for severity, _ in found(findings, "imports")] == ["pass"]
+
+
 def test_imports_are_not_tried_with_another_build_installed(tmp_path, extension, environment):
     path = wheel(tmp_path, {"sample/__init__.py": "", "sample/_C.abi3.so": extension}, tag=TAG)
     install(path, environment)

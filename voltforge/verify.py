@@ -559,6 +559,7 @@ def _answers(
 def _ask(subject: Subject, environment: Environment, script: str, *words: str) -> str:
     """Run a script in the environment; what went wrong in one line, or nothing."""
     variables = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    variables.setdefault("LOGNAME", "voltforge")  # torch asks for it, and a user id in a container may have no name
     if subject.driver_stub and DRIVER not in system_libraries():
         variables["LD_LIBRARY_PATH"] = str(subject.driver_stub)
     try:
