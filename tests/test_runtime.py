@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.checkouts import ROOT
 from tests.samples import wheel
+from voltforge import engine, runtime
 from voltforge.checkout import Checkout, Settings
 from voltforge.image import ImageError
 from voltforge.runtime import Runtime
@@ -22,6 +25,11 @@ def kept(checkout: Checkout, name: str, tag: str) -> None:
     checkout.wheelhouse.add(wheel(folder, {f"{name}/__init__.py": ""}, name=name, tag=tag))
 
 
+def before(made: Runtime) -> list[str]:
+    """The stages that must run before the image is made."""
+    return [stage.name for stage in made.image.after()]
+
+
 def test_missing_wheels_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
     checkout = Checkout(tmp_path)
     kept(checkout, "vllm", "cp38-abi3-linux_x86_64")
@@ -32,11 +40,11 @@ def test_missing_wheels_are_named_with_the_command_that_makes_them(tmp_path: Pat
 
 def test_no_base_is_made_before_there_are_wheels(tmp_path: Path) -> None:
     checkout = Checkout(tmp_path)
-    assert Runtime(checkout).image.after == ()
+    assert before(Runtime(checkout)) == []
     for name in ("torch", "vllm"):
         kept(checkout, name, "cp38-abi3-linux_x86_64")
-    assert Runtime(checkout).image.after == ("image:base",)
-    assert Runtime(Checkout(tmp_path, Settings(base="python:3.11-slim"))).image.after == ()
+    assert before(Runtime(checkout)) == ["image:base"]
+    assert before(Runtime(Checkout(tmp_path, Settings(base="python:3.11-slim")))) == []
 
 
 def test_wheels_for_another_python_do_not_count(tmp_path: Path) -> None:
@@ -52,3 +60,20 @@ def test_wheels_for_another_python_do_not_count(tmp_path: Path) -> None:
 def test_an_image_that_was_not_made_cannot_be_asked_about(tmp_path: Path) -> None:
     with pytest.raises(NotRun, match="image has not run"):
         Runtime(Checkout(tmp_path)).why()
+
+
+def test_another_way_to_make_an_image_makes_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = Checkout(tmp_path, Settings(base="python:3.11-slim"))
+    for name in ("docker", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("torch", "vllm"):
+        kept(checkout, name, "cp38-abi3-linux_x86_64")
+    monkeypatch.setattr(engine, "choose", lambda: "an engine")
+    assert Path(runtime.__file__) in runtime.CODE
+    code = tmp_path / "image.py"
+    monkeypatch.setattr(runtime, "CODE", (code,))
+    keys = []
+    for text in ("one way", "another"):
+        code.write_text(text)
+        keys.append(Runtime(checkout).image.key())
+    assert keys[0] != keys[1]

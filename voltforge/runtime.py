@@ -27,6 +27,8 @@ PROJECTS = ("torch", "vllm")
 EMPTIED = ("etc/apt/sources.list", "etc/hostname", "etc/resolv.conf", "var/log/apt", "var/log/dpkg.log",
            "var/log/alternatives.log", "var/log/bootstrap.log", "var/cache/ldconfig/aux-cache")  # fmt: skip
 """What in a base speaks of the machine or the hour that it was made on."""
+CODE = (Path(__file__), Path(engine.__file__), Path(image.__file__))
+"""What decides besides its inputs how an image is made; a change of it makes another."""
 HEALTHCHECK = {
     "Test": ["CMD", "/opt/vllm/bin/python", "/opt/voltforge/start.py", "--is-healthy"],
     "Interval": 30 * 10**9, "Timeout": 10 * 10**9, "StartPeriod": 600 * 10**9, "Retries": 3,
@@ -90,6 +92,7 @@ class Runtime:
             "files": {name: files.sha256(docker / name) for name in ("Dockerfile", "start.py", "leave-out.toml")},
             "base": chosen or self.base.results()["id"],
             "engine": str(engine.choose()),
+            "code": {path.name: files.sha256(path) for path in CODE},
         }
 
     def _lock(self) -> Path:
