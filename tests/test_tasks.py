@@ -224,7 +224,7 @@ def test_an_interrupted_run_exits_130_and_the_next_goes_on(checkout, server, num
     child = subprocess.Popen(
         ["./doit", "tree:thing"], cwd=checkout.root, env=checkout.env, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also where & started the tests
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # also where & or nohup started the tests
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not server.sent and time.monotonic() < deadline:
