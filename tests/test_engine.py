@@ -41,4 +41,11 @@ def test_what_an_engine_refuses_is_told_with_its_last_words(tmp_path: Path, monk
     with pytest.raises(EngineError, match=r"podman could not build a:b: STEP 1 Error: no such base") as caught:
         Engine("podman", "4.3").build(tmp_path / "Dockerfile", tmp_path, "a:b", {}, {})
     assert "no such base" in caught.value.output
+    program(
+        tmp_path, "podman", "echo Error: committing $(seq 900): no space; echo No space left on device >&2; exit 125"
+    )
+    with pytest.raises(EngineError, match=r"Error: committing 1 2 .* 900: no space") as caught:
+        Engine("podman", "4.3").build(tmp_path / "Dockerfile", tmp_path, "a:b", {}, {})
+    assert len(caught.value.what) < 500
+    assert "make room" in caught.value.hint
     assert Engine("podman", "4.3").identity("a:b") == ""

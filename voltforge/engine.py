@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from voltforge import console, distro
-from voltforge.errors import VoltforgeError
+from voltforge.errors import VoltforgeError, remedy
 from voltforge.process import ProgramFailed, run
 
 KINDS = ("buildah", "podman", "docker")
@@ -22,8 +22,8 @@ class EngineError(VoltforgeError):
         # What it tried again stands in its log lines, and once more in the last one.
         said = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("time=")]
         super().__init__(
-            f"{engine} could not {what}: {' '.join(line[:200] for line in said[-4:])}",
-            hint="a base that cannot be had: ./doit image:base makes one",
+            f"{engine} could not {what}: {' '.join(_shortened(line) for line in said[-4:])}",
+            hint=remedy(output, "a base that cannot be had: ./doit image:base makes one"),
         )
         self.output = output
 
@@ -155,3 +155,8 @@ def _call(words: Sequence[str | Path], engine: str, what: str) -> str:
             return run(words, watch=lambda line, _: tell(line) if line else None).output
     except ProgramFailed as error:
         raise EngineError(engine, what, error.output or error.what) from error
+
+
+def _shortened(line: str) -> str:
+    """What went wrong stands at the end of a line that begins with all of its circumstances."""
+    return line if len(line) <= 300 else f"{line[:100]} … {line[-200:]}"
