@@ -39,9 +39,11 @@ SAID = {
     "kept": "wheels",
 }  # fmt: skip
 """The stages by the first word that each says when it does its work."""
+WORK = "build/work"
+"""Where packages are compiled."""
 PLACES = {
     "build/downloads/": "fetch", "build/trees/": "tree", "build/environments/saxpy-verify/": "check",
-    "build/environments/": "environment", "build/work/": "build", "build/wheels/": "build", "build/logs/": "build",
+    "build/environments/": "environment", f"{WORK}/": "build", "build/wheels/": "build", "build/logs/": "build",
     "wheelhouse/": "wheels",
 }  # fmt: skip
 """Where each stage has its files."""
@@ -389,12 +391,12 @@ MIDDLES = {
     "an environment is begun": ("environment", Point("start", "*/uv venv *", seconds=0.02)),
     "packages are installed": ("environment", Point("start", "*/uv pip install *", seconds=0.1)),
     "the environment takes its name": ("environment", Point("rename", "build/environments/saxpy", after=True)),
-    "sources are brought to the build": ("build", Point("write", "build/work/*/tree/csrc/saxpy.cu", after=True)),
+    "sources are brought to the build": ("build", Point("write", f"{WORK}/*/tree/csrc/saxpy.cu", after=True)),
     "CMake looks around": ("build", Point("start", BUILD, program="cmake", seconds=0.3)),
     "nvcc compiles": ("build", Point("start", BUILD, program="cicc")),
-    "an object is there": ("build", Point("start", BUILD, file="build/work/*/tree/build/temp*/**/*.cu.o")),
-    "it is linked": ("build", Point("start", BUILD, file="build/work/*/tree/build/temp*/_C.abi3.so")),
-    "it is packed": ("build again", Point("start", BUILD, file="build/work/*/dist/*")),
+    "an object is there": ("build", Point("start", BUILD, file=f"{WORK}/*/tree/build/temp*/**/*.cu.o")),
+    "it is linked": ("build", Point("start", BUILD, file=f"{WORK}/*/tree/build/temp*/_C.abi3.so")),
+    "it is packed": ("build again", Point("start", BUILD, file=f"{WORK}/*/dist/*")),
     "it is stripped": ("build again", Point("start", "*/strip *")),
     "the wheel is written": ("build again", Point("write", "build/wheels/*/.saxpy*", after=True)),
     "the wheel has its name": ("build again", Point("rename", "build/wheels/*/saxpy*.whl", after=True)),
@@ -527,7 +529,7 @@ FULL = {
     "a file is unpacked": ("tree", Point("write", "build/trees/*/csrc/saxpy.cu")),
     "a patch is applied": ("tree", Point("start", "patch *", nth=2)),
     "packages are installed": ("environment", Point("start", "*/uv pip install *")),
-    "sources are brought to the build": ("build", Point("write", "build/work/*/tree/csrc/saxpy.cu")),
+    "sources are brought to the build": ("build", Point("write", f"{WORK}/*/tree/csrc/saxpy.cu")),
     "nvcc compiles": ("build", Point("start", BUILD, program="cicc")),
     "the wheel is written": ("build again", Point("write", "build/wheels/*/.saxpy*")),
     "it is installed to be looked at": ("check", Point("start", "*/uv pip install *saxpy-verify*")),

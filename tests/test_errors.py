@@ -37,6 +37,7 @@ def test_every_error_of_the_pipeline_is_one_that_a_person_can_act_on(module):
 
 def test_what_to_try_where_the_machine_refused_and_what_else_where_it_did_not():
     assert "make room" in remedy("a.o: No space left on device", "look at the source")
+    assert "make room" in remedy("processing tar file: write /opt/a: no space left on device")
     assert "read-only" in remedy("[Errno 30] Read-only file system: '/usr'")
     assert remedy("expected ';'", "look at the source") == "look at the source"
     assert remedy(None) == ""

@@ -70,8 +70,18 @@ class Engine:
             EngineError: it failed.
         """
         own = {
-            "buildah": ["bud", "--isolation", "chroot", "--layers", "--timestamp", "0", "--format", "oci"],
-            "podman": ["build", "--layers", "--timestamp", "0", "--format", "oci"],
+            "buildah": [
+                "bud",
+                "--isolation",
+                "chroot",
+                "--layers",
+                "--force-rm",
+                "--timestamp",
+                "0",
+                "--format",
+                "oci",
+            ],
+            "podman": ["build", "--layers", "--force-rm", "--timestamp", "0", "--format", "oci"],
             "docker": ["buildx", "build", "--load", "--provenance=false"],
         }
         arguments = [word for name, value in words.items() for word in ("--build-arg", f"{name}={value}")]

@@ -39,4 +39,4 @@ def listed(problems: list[str]) -> str:
 
 def remedy(said: str | None, otherwise: str = "") -> str:
     """What to try where the machine itself refused, by what it or a program said; ``otherwise`` if it did not."""
-    return next((what for words, what in REMEDIES.items() if re.search(words, said or "")), otherwise)
+    return next((what for words, what in REMEDIES.items() if re.search(words, said or "", re.IGNORECASE)), otherwise)
