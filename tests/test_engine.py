@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,19 @@ def test_what_an_engine_refuses_is_told_with_its_last_words(tmp_path: Path, monk
     assert len(caught.value.what) < 500
     assert "make room" in caught.value.hint
     assert Engine("podman", "4.3").identity("a:b") == ""
+
+
+# The README asks for buildah; where an image can be made without it, nothing here is about it. CI has it.
+@pytest.mark.skipif(not shutil.which("buildah"), reason="buildah is not installed")
+def test_a_build_that_fails_leaves_no_container_in_the_store(tmp_path: Path) -> None:
+    def containers() -> set[str]:
+        words = ["buildah", "containers", "--quiet"]
+        return {*subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()}
+
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "there").write_text("a file")
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY there /\nCOPY absent /\n")
+    before = containers()
+    with pytest.raises(EngineError, match="absent"):
+        Engine("buildah", "1").build(tmp_path / "Dockerfile", tmp_path / "context", "localhost/nothing", {}, {})
+    assert containers() <= before
