@@ -145,19 +145,23 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> None:
         pytest.skip(f"no engine can build an image on this machine: {error.what}")
 
 
-def small_image(folder: Path, tag: str, content: str) -> Path:
-    """An image of two small layers, built by the engine that is here, as a layout with a health check."""
+def small_image(folder: Path, tag: str, content: str, label: str = "b", *, stays: bool = False) -> Path:
+    """An image of two small layers, built by the engine that is here, as a layout with a health check.
+
+    With ``stays`` the engine goes on to have it.
+    """
     (folder / "context/one").mkdir(parents=True)
     (folder / "context/two").mkdir()
     (folder / "context/one/a.txt").write_text("a")
     (folder / "context/two/b.txt").write_text(content)
     (folder / "Dockerfile").write_text("ARG BASE\nFROM ${BASE}\nCOPY one/ /\nCOPY two/ /\nUSER 1000\n")
     chosen = engine.choose()
-    chosen.build(folder / "Dockerfile", folder / "context", tag, {"BASE": "scratch"}, {"a.label": "b"})
+    chosen.build(folder / "Dockerfile", folder / "context", tag, {"BASE": "scratch"}, {"a.label": label})
     chosen.export(tag, folder / "layout", ["1.0", "latest"])
-    image.set_healthcheck(folder / "layout", {"Test": ["CMD", "true"]})
+    image.complete(folder / "layout", {"Test": ["CMD", "true"]})
     image.archive(folder / "layout", folder / "image.tar")
-    subprocess.run([chosen.kind, "rmi", "--force", tag], check=True, capture_output=True)
+    if not stays:
+        subprocess.run([chosen.kind, "rmi", "--force", tag], check=True, capture_output=True)
     return folder / "image.tar"
 
 
@@ -168,6 +172,28 @@ def test_equal_contents_give_equal_archives_and_a_change_moves_only_its_layer(wo
     small_image(tmp_path / "other", "localhost/voltforge-test:other", "c")
     first, second = (image.compressed(tmp_path / name / "layout") for name in ("one", "other"))
     assert [a == b for a, b in zip(first, second, strict=True)] == [True, False]
+
+
+@pytest.mark.slow
+def test_an_archive_is_the_same_whatever_was_built_before_it(
+    works: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that an engine takes from its cache bear the labels of the image that they were made for."""
+    if engine.choose().kind == "docker":
+        pytest.skip("docker has one store, and buildah and podman are what images are built with in CI")
+    made = []
+    for name, earlier in (("used", ["old"]), ("empty", [])):
+        store = tmp_path / name / "storage.conf"
+        store.parent.mkdir()
+        folders = {part: store.parent / part for part in ("graphroot", "runroot")}
+        store.write_text(
+            '[storage]\ndriver = "vfs"\n' + "".join(f'{key} = "{path}"\n' for key, path in folders.items())
+        )
+        monkeypatch.setenv("CONTAINERS_STORAGE_CONF", str(store))
+        for label in (*earlier, "new"):
+            path = small_image(tmp_path / name / label, "localhost/voltforge-test:stores", "b", label, stays=True)
+        made.append(path.read_bytes())
+    assert made[0] == made[1]
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ LAYERS = (
 )  # fmt: skip
 """The folders of the context in the Dockerfile's order; all projects without one of their own share ``packages``."""
 
+BASE_DIGEST = "org.opencontainers.image.base.digest"
 OF_THE_MACHINE = ("direct_url.json", "uv_cache.json")
 """What an installer says of where it found a wheel (PEP 610): a folder of the machine that made the image."""
 
@@ -194,10 +195,11 @@ def archive(layout: Path, path: Path) -> None:
             tar.add(file, str(file.relative_to(layout)), recursive=False, filter=plain)
 
 
-def set_healthcheck(layout: Path, healthcheck: Mapping[str, Any]) -> None:
+def complete(layout: Path, healthcheck: Mapping[str, Any]) -> None:
     """Write a health check into the configuration of every image of a layout, as Docker's engine reads it.
 
-    The OCI's format has no place for one, so engines that write it leave a Dockerfile's HEALTHCHECK out.
+    The OCI's format has no place for one, so engines that write it leave a Dockerfile's HEALTHCHECK out. And take out
+    which images buildah went on from: steps of its cache, so that the same layers would have another history elsewhere.
     """
     index = json.loads((layout / "index.json").read_text())
     replaced = set()
@@ -205,6 +207,9 @@ def set_healthcheck(layout: Path, healthcheck: Mapping[str, Any]) -> None:
         manifest = json.loads(_blob(layout, entry).read_text())
         config = json.loads(_blob(layout, manifest["config"]).read_text())
         config["config"]["Healthcheck"] = dict(healthcheck)
+        for step in config["history"]:
+            step.pop("comment", None)
+        manifest.get("annotations", {}).pop(BASE_DIGEST, None)
         replaced |= {_blob(layout, entry), _blob(layout, manifest["config"])}
         manifest["config"] |= _put(layout, config)
         entry |= _put(layout, manifest)

@@ -161,7 +161,7 @@ class Runtime:
         words = {"BASE": base, "PYTHON": PYTHON}
         chosen.build(self.checkout.root / "docker" / "Dockerfile", context, f"{NAME}:{tags[0]}", words, labels)
         chosen.export(f"{NAME}:{tags[0]}", layout, tags)
-        image.set_healthcheck(layout, HEALTHCHECK)
+        image.complete(layout, HEALTHCHECK)
         layers = image.compressed(layout)
         path = self.folder / f"voltforge-{tags[0]}.oci.tar"
         image.archive(layout, path)
