@@ -28,6 +28,7 @@ from voltforge.pipeline import Pipeline
 from voltforge.recipe import RecipeError, load
 from voltforge.runtime import Runtime
 
+WORK = "build/work"
 OLD, NEW, NEWER = "0" * 12, "a" * 12, "b" * 12
 """Keys in the names of folders."""
 CUDA = "build/toolchains/distro-12.4.131-"
@@ -107,7 +108,7 @@ class Made:
         recipe = load(self.root / "recipes" / f"{name}.toml", {"torch": "source", "cudnn": "1", **choices})
         made_of = self.pipeline.package(recipe).made_of()
         key = files.digest({part: made_of[part] for part in ("arch", "environment", "toolchain", "variables")})
-        return f"build/work/{name}-{key[:12]}/"
+        return f"{WORK}/{name}-{key[:12]}/"
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def aged(path: Path, seconds: int) -> None:
         ("build/trees/gone/", "", "trees"),
         ("build/environments/gone-build/", "", "environments"),
         ("build/environments/vllm-verify/", "", LEFT_OVER),
-        (f"build/work/gone-{OLD}/", "", "work"),
+        (f"{WORK}/gone-{OLD}/", "", "work"),
         (f"build/wheels/gone-{OLD}/", "", "wheels"),
         ("build/logs/gone.log", "", "logs"),
         ("build/reproduce/vllm/", "", "reproduce"),
@@ -145,8 +146,8 @@ def aged(path: Path, seconds: int) -> None:
         ("build/environments/.vllm-build.ab3_9xyz/", "", LEFT_OVER),
         ("build/environments/.vllm-build.ab3_9xyz.old/", "", LEFT_OVER),
         ("build/stages/.build-vllm.json.ab3_9xyz", "", LEFT_OVER),
-        (f"build/work/vllm-{OLD}/.tree.manifest.json.ab3_9xyz", "", LEFT_OVER),
-        (f"build/work/vllm-{OLD}/tmpab3_9xyz/", "", LEFT_OVER),
+        (f"{WORK}/vllm-{OLD}/.tree.manifest.json.ab3_9xyz", "", LEFT_OVER),
+        (f"{WORK}/vllm-{OLD}/tmpab3_9xyz/", "", LEFT_OVER),
         ("build/downloads/rejected/vllm-0.12.0.tar.gz-00", "build/downloads/rejected", "downloads"),
         ("build/downloads/0123456789abcdef/old.tar.gz", "build/downloads/0123456789abcdef", "downloads"),
         (home(VLLM.sha256, f".{VLLM.file}.ab3_9xyz"), "", LEFT_OVER),
@@ -179,7 +180,7 @@ def test_what_no_recipe_needs_is_listed_by_its_kind_and_goes(made, name, listed,
         "build/logs/reproduce-vllm.log",
         "build/logs/reproduce-image.log",
         "build/reproduce/vllm.json",
-        f"build/work/vllm-{OLD}/",
+        f"{WORK}/vllm-{OLD}/",
         f"build/wheels/torch-{OLD}/",
         f"{CUDA}{OLD}/",
         f"build/toolchains/driver-stub-{OLD}/",
@@ -220,7 +221,7 @@ def test_what_a_recipe_needs_or_may_need_is_not_spoken_of(made, name):
         ("build/thin/torch-2.9.0+sm70.thin-cp311-cp311-manylinux_2_28_x86_64.whl", ""),
         ("build/notes.txt", ""),
         ("build/cache/", ""),
-        ("build/work/an-experiment/", ""),
+        (f"{WORK}/an-experiment/", ""),
         ("build/toolchains/cuda-12.6/bin/nvcc", "build/toolchains/cuda-12.6"),
         ("build/image/notes", ""),
         (f"build/wheels/gone-{OLD}", ""),
@@ -293,10 +294,10 @@ def test_the_work_folders_of_every_choice_stay_and_the_newest_of_all(made):
     with_cudnn, without = made.work("torch"), made.work("torch", cudnn="0")
     assert with_cudnn != without
     made.built("torch", NEW)
-    folders = [with_cudnn, without, *(f"build/work/torch-{key}/" for key in (OLD, NEW, NEWER))]
+    folders = [with_cudnn, without, *(f"{WORK}/torch-{key}/" for key in (OLD, NEW, NEWER))]
     for age, folder in enumerate(folders):
         aged(made.put(folder), -age)
-    assert sorted(made.listed()) == [f"build/work/torch-{OLD}", f"build/work/torch-{NEW}"]
+    assert sorted(made.listed()) == [f"{WORK}/torch-{OLD}", f"{WORK}/torch-{NEW}"]
     made.pipeline.record("tree:torch").unlink()
     assert made.listed() == {}, "what the builds would go on in cannot be told"
 
@@ -306,15 +307,15 @@ def test_the_work_folder_that_the_wheel_of_a_receipt_comes_from_stays(made):
     made.record("tree:vllm", {"path": str(made.root / "build/trees/vllm"), "epoch": 1})
     made.built("vllm", NEW)
     then = {"arch": ["7.0"], "environment": {}, "toolchain": {}, "variables": {"A": "1"}}
-    theirs = f"build/work/vllm-{files.digest(then)[:12]}"
-    for age, folder in enumerate([f"{theirs}/", f"build/work/vllm-{OLD}/", f"build/work/vllm-{NEW}/"]):
+    theirs = f"{WORK}/vllm-{files.digest(then)[:12]}"
+    for age, folder in enumerate([f"{theirs}/", f"{WORK}/vllm-{OLD}/", f"{WORK}/vllm-{NEW}/"]):
         aged(made.put(folder), -age)
-    assert sorted(made.listed()) == sorted([theirs, f"build/work/vllm-{OLD}"])
+    assert sorted(made.listed()) == sorted([theirs, f"{WORK}/vllm-{OLD}"])
     receipt = made.receive("vllm", "cp39", {"file": VLLM.file, "sha256": VLLM.sha256}, "vllm.whl")
     files.write_json(
         receipt, {**json.loads(receipt.read_text()), "inputs": {"source": {"file": "", "sha256": ""}, **then}}
     )
-    assert sorted(made.listed()) == [f"build/work/vllm-{OLD}"]
+    assert sorted(made.listed()) == [f"{WORK}/vllm-{OLD}"]
 
 
 def test_the_image_of_the_record_stays_and_without_a_record_all_do(made):
@@ -359,10 +360,10 @@ def test_a_receipt_that_cannot_be_read_may_need_any_download_and_any_work_folder
     made.record("tree:vllm", {"path": str(made.root / "build/trees/vllm"), "epoch": 1})
     made.built("vllm", NEW)
     for age, key in enumerate([OLD, NEW]):
-        aged(made.put(f"build/work/vllm-{key}/"), -age)
+        aged(made.put(f"{WORK}/vllm-{key}/"), -age)
     made.put(home("c" * 64, "nvcc.tar.xz"), "build/downloads/rejected/one", "build/trees/gone/")
     unneeded = {"build/trees/gone": "trees", "build/downloads/rejected": "downloads"}
-    assert made.listed() == {**unneeded, f"build/work/vllm-{OLD}": "work", home("c" * 64): "downloads"}
+    assert made.listed() == {**unneeded, f"{WORK}/vllm-{OLD}": "work", home("c" * 64): "downloads"}
     inputs = '"inputs": {"source": {"file": "vllm.tar.gz", "sha256": "00"}}'
     receipt = f'{{{inputs}, "results": {{"name": "vllm", "file": "vllm.whl", {materials}}}}}'
     made.put("wheelhouse/receipts/vllm-cp39.json", data=receipt)
@@ -557,7 +558,7 @@ SOURCES = st.sampled_from(
 )
 SLASH = st.sampled_from(["", "/"])
 ENTRIES = st.one_of(
-    st.builds("build/work/{}-{}{}".format, NAMES, KEYS, SLASH),
+    st.builds((WORK + "/{}-{}{}").format, NAMES, KEYS, SLASH),
     st.builds("build/wheels/{}-{}/".format, NAMES, KEYS),
     st.builds("build/toolchains/{}-{}/".format, st.sampled_from(["distro-12.4.131", "redist-1", "driver-stub"]), KEYS),
     st.builds("build/{}/{}/".format, st.sampled_from(["trees", "environments", "reproduce", "downloads"]), NAMES),
