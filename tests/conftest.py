@@ -9,8 +9,10 @@ import pytest
 
 from tests.checkouts import ROOT, small_checkout
 from tests.tally import Tally
+from voltforge import signing
 from voltforge.checkout import Settings
 from voltforge.pipeline import Pipeline
+from voltforge.signing import Signer
 from voltforge.toolchain import Toolchain
 
 
@@ -35,6 +37,18 @@ def saxpy(tmp_path: Path, toolchain: Toolchain) -> Pipeline:
     The toolchain is the checkout's: putting another together would test nothing more.
     """
     return small_checkout(tmp_path / "checkout")
+
+
+@pytest.fixture(scope="session")
+def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
+    """A key of one's own."""
+    return signing.make_key(tmp_path_factory.mktemp("signer") / "key.pem")
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Signer:
+    """A key that nobody trusts unless a test says so."""
+    return signing.make_key(tmp_path_factory.mktemp("stranger") / "key.pem")
 
 
 @pytest.fixture(scope="session")

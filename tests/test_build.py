@@ -201,7 +201,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture(scope="module")
 def hermetic(tmp_path_factory: pytest.TempPathFactory, toolchain: Toolchain) -> str:
     """The digest of the wheel that a build in bubblewrap gives."""
-    if not available().hermetic:
+    if not available().hermetic:  # the README promises builds there too; CI has bubblewrap
         pytest.skip("bubblewrap cannot make a namespace on this machine")
     return files.sha256(built(small_checkout(tmp_path_factory.mktemp("hermetic") / "checkout")))
 
@@ -213,7 +213,7 @@ def test_without_a_sandbox_the_bytes_are_the_same_in_any_checkout(
 ) -> None:
     """Not even nvcc's module ids differ, which are hashes of paths: --objdir-as-tempdir keeps its PID out of them."""
     pipeline = small_checkout(tmp_path / folder, Settings(sandbox="off"))
-    if why := sandbox.obstacle(pipeline.scratch / "work", {}):
+    if why := sandbox.obstacle(pipeline.scratch / "work", {}):  # an ordinary user cannot make /build; CI is root
         pytest.skip(f"nothing can be moved to {sandbox.ROOT} here: {why}")
     assert files.sha256(built(pipeline)) == hermetic
     assert "nothing keeps this build from the network" in said(capsys)
@@ -227,6 +227,7 @@ def test_a_receipt_says_that_a_build_was_not_hermetic_and_the_person_is_told_bef
 ) -> None:
     box = Sandbox("no network")
     if subprocess.run(box.command(["true"], writable={}, readable={}, cwd=Path("/")), check=False).returncode:
+        # Many containers forbid it; CI's machine does not.
         pytest.skip("unshare(1) cannot make namespaces on this machine")
     monkeypatch.setattr(sandbox, "available", lambda: box)
     built(saxpy)
@@ -346,7 +347,7 @@ ROOM = "make room on the disk"
 @pytest.mark.slow
 def test_a_disk_that_is_full_or_read_only_is_told_with_what_to_do(saxpy: Pipeline) -> None:
     namespace = ["unshare", "--user", "--map-root-user", "--mount", "--"]
-    if subprocess.run([*namespace, "true"], check=False).returncode:
+    if subprocess.run([*namespace, "true"], check=False).returncode:  # as in many containers, but not in CI
         pytest.skip("unshare(1) cannot make namespaces on this machine")
     for kind in KINDS[:-1]:
         package(saxpy).stage(kind).run()

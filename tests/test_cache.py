@@ -83,16 +83,6 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def signer(tmp_path_factory) -> Signer:
-    return signing.make_key(tmp_path_factory.mktemp("keys") / "key.pem")
-
-
-@pytest.fixture(scope="module")
-def stranger(tmp_path_factory) -> Signer:
-    return signing.make_key(tmp_path_factory.mktemp("keys") / "key.pem")
-
-
-@pytest.fixture(scope="module")
 def built(tmp_path_factory, signer) -> Built:
     return build(tmp_path_factory.mktemp("built"), signer)
 

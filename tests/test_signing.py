@@ -31,16 +31,6 @@ STATEMENT = b'{"_type":"https://in-toto.io/Statement/v1"}'
 ROW = "corrupt inputs refused: provenance and signatures"
 
 
-@pytest.fixture(scope="module")
-def signer(tmp_path_factory) -> Signer:
-    return signing.make_key(tmp_path_factory.mktemp("key") / "key.pem")
-
-
-@pytest.fixture(scope="module")
-def stranger(tmp_path_factory) -> Signer:
-    return signing.make_key(tmp_path_factory.mktemp("stranger") / "key.pem")
-
-
 def private_file(path: Path, content: bytes, mode: int = 0o600) -> Path:
     path.write_bytes(content)
     path.chmod(mode)
