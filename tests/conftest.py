@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.checkouts import ROOT, small_checkout
 from tests.tally import Tally
@@ -14,6 +15,11 @@ from voltforge.checkout import Settings
 from voltforge.pipeline import Pipeline
 from voltforge.signing import Signer
 from voltforge.toolchain import Toolchain
+
+# The same commit gives the same answer. `pytest --hypothesis-profile=explore` looks for what nobody has tried yet.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", print_blob=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

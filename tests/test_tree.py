@@ -115,6 +115,12 @@ def test_an_sdist_is_unpacked_without_its_top_folder(tmp_path, compression):
     assert content(tmp_path / "out") == {"b/c.py": b"c", "d": "-> b/c.py"}
 
 
+def test_a_link_that_only_the_top_folder_keeps_inside_is_refused(tmp_path):
+    archive = tar(tmp_path / "a.tar", member("a-1.0/b", b"b"), link("a-1.0/c", "../secret"), compression="")
+    [problem] = problems(archive, tmp_path / "out")
+    assert problem == "c: links outside, to ../secret"
+
+
 def test_several_entries_at_the_top_stay_where_they_are(tmp_path):
     archive = bundle(tmp_path / "a-1.0-py3-none-any.whl", {"a/b.py": b"b", "a-1.0.dist-info/METADATA": b"m"})
     unpack(archive, tmp_path / "out")
@@ -218,7 +224,7 @@ def test_no_name_writes_outside_whatever_tarfile_itself_would_allow(tmp_path, mo
     monkeypatch.delattr(tarfile, "data_filter", raising=False)
     links = [link("a/b/c/up", "../../.."), link("evil", "a/b/c/up/../../secret")]
     [problem] = problems(tar(tmp_path / "a.tar.gz", *links), tmp_path / "room" / "out")
-    assert problem == "evil: links outside, by way of other links"
+    assert problem == "evil: links outside, to a/b/c/up/../../secret"
     unpack(tar(tmp_path / "b.tar.gz", member("x/y", b"y", mode=0o4711)), tmp_path / "fine")
     assert content(tmp_path / "fine") == {"y": b"y"}
     assert (tmp_path / "fine" / "y").stat().st_uid == os.getuid()
@@ -442,6 +448,7 @@ def test_a_tar_archive_that_no_program_would_write_is_refused_or_survived(room, 
 @example([ordinary("a/up", b"2", ".."), ordinary("evil", b"1", "a/up/../secret")])
 @example([ordinary("a/b/up", b"2", "../.."), ordinary("e", b"2", "a/b/up/../folder"), ordinary("e", b"5")])
 @example([ordinary("a", b"2", "b"), ordinary("b", b"2", "a")])
+@example([ordinary("d/a", b"2", "../secret")])
 def test_whatever_members_do_to_each_other_nothing_outside_changes(room, counted, monkeypatch, filtered, members):
     """With the filters of newer Pythons and without, as on Debian 12."""
     if not filtered:

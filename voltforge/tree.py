@@ -178,6 +178,7 @@ def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> int:
         else:
             epoch = _unpack_tar(archive, folder, limits)
         _lift_single_folder(folder)
+        _refuse(archive, _astray(folder))  # last: a link that stayed inside may lead out of what was lifted
     except BROKEN as error:
         raise ArchiveError(archive, [f"is broken: {shown(str(error) or type(error).__name__)}"]) from error
     except OSError as error:
@@ -400,8 +401,6 @@ def _unpack_tar(archive: Path, folder: Path, limits: Limits, *, debian: bool = F
             tar.extraction_filter = getattr(tarfile, "data_filter", None)
             # Links come last, so that nothing can be written by way of one.
             tar.extractall(folder, sorted(members, key=tarfile.TarInfo.issym))
-    links = [member.name for member in members if member.issym()]
-    _refuse(archive, (problem for name in links if (problem := _astray(folder, name))))
     return int(max((0, *(member.mtime for member in members))))
 
 
@@ -489,16 +488,23 @@ def _below(links: Set[str], name: str) -> set[str]:
     return {parent for parent in map(str, PurePosixPath(name).parents) if parent in links}
 
 
-def _astray(folder: Path, name: str) -> str | None:
-    """What is wrong with where a link leads."""
+def _astray(folder: Path) -> Iterator[str]:
+    """What is wrong with where the links in a folder lead."""
+    inside = folder.resolve()
+    for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):
+        name = shown(str(link.relative_to(folder)))
+        if _endless(link):
+            yield f"{name}: links to itself, by way of other links"
+        elif not link.resolve().is_relative_to(inside):
+            yield f"{name}: links outside, to {shown(str(link.readlink()))}"
+
+
+def _endless(link: Path) -> bool:
     try:
-        (folder / name).stat()
+        link.stat()
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            return f"{shown(name)}: links to itself, by way of other links"
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-        return f"{shown(name)}: links outside, by way of other links"
-    return None
+        return error.errno == errno.ELOOP
+    return False
 
 
 def _unpack_zip(archive: Path, folder: Path, limits: Limits) -> int:
