@@ -73,11 +73,11 @@ inline half nearest(double value) {
   if (size != size) return from_bits(0x7fff);
   if (size >= 65520) return from_bits(sign | 0x7c00);
   int exponent = std::max(int(bits >> 52 & 2047) - 1023, -14);
-  uint64_t unit_bits = uint64_t(exponent - 10 + 1023) << 52;
-  double unit, up = 4503599627370496.0;  // 2^52: what is added to it is rounded to a whole number
-  std::memcpy(&unit, &unit_bits, 8);
-  volatile double whole = size / unit + up;
-  return from_bits(sign | uint16_t(((exponent + 14) << 10) + int(whole - up)));
+  uint64_t units_bits = uint64_t(1023 + 10 - exponent) << 52;
+  double units;  // in the last place
+  std::memcpy(&units, &units_bits, 8);
+  double up = 4503599627370496.0;  // 2^52: what is added to it is rounded to a whole number
+  return from_bits(sign | uint16_t(((exponent + 14) << 10) + int((size * units + up) - up)));
 }
 
 inline half __float2half(float value) { return nearest(value); }
