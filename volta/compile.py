@@ -1,0 +1,213 @@
+"""Compiles every case for 7.0 and says what each kernel takes of a Volta: ``python -m volta.compile``.
+
+It prints a line of JSON for each kernel of each case, or with ``--markdown`` the tables of docs/kernels.md, and ends with status 1 if a
+kernel does not compile or is over a limit. Triton 3.5.0 compiles without a GPU; what is counted comes from its ptxas
+and nvdisasm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from volta import cases, pretend
+from volta.cases import Attention, Case, Tensors
+
+import triton  # isort: skip - after pretend, which settles what imports find
+
+REGISTERS = 255
+"""The most that a thread of 7.0 has (CUDA C++ Programming Guide, table of compute capabilities)."""
+SHARED = 96 << 10
+"""The most bytes of shared memory that a block of 7.0 can ask for (the same)."""
+SPILL = 64
+"""Bytes of registers that a thread may keep in memory: ptxas itself prefers some to losing a block of an SM."""
+SPILLS: dict[str, int] = {}
+"""Where more is known and accepted, by kernel."""
+COUNTED = ("FFMA", "HMMA", "LDG", "STG", "LDS", "STS", "LDL", "STL")
+"""Instructions that are counted besides all of them; LDL and STL are the spilled."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel of one case takes."""
+
+    case: str
+    kernel: str = ""
+    tile: int | None = None
+    warps: int = 0
+    registers: int = 0
+    spill: int = 0
+    """Bytes per thread that are stored."""
+    shared: int = 0
+    """Bytes per block."""
+    instructions: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    """To compile it; 0 if another case had the very same."""
+    waits_for: str = ""
+    problem: str = ""
+
+    def over(self) -> Iterator[str]:
+        """Each limit that it breaks."""
+        bound = SPILLS.get(self.kernel, SPILL)
+        for what, has, most in (
+            ("registers", self.registers, REGISTERS),
+            ("bytes of shared memory", self.shared, SHARED),
+            ("bytes spilled", self.spill, bound),
+        ):
+            if has > most:
+                yield f"{has} {what}, and the limit is {most}"
+
+
+class Compiler:
+    """Compiles cases in a cache folder of its own, so that ptxas is heard each time."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Row] = {}
+        """By Triton's key."""
+
+    def rows(self, case: Case) -> Iterator[Row]:
+        """What each kernel of a case takes, or one row that says why it cannot be said."""
+        said, began = io.StringIO(), time.perf_counter()
+        with _errors() as errors, contextlib.redirect_stdout(said):
+            try:
+                with pretend.launches() as seen:
+                    case.call(**case.tensors(Tensors()))
+            except pretend.DoesNotCompile as error:
+                lines = [line for line in errors() if "error:" in line]
+                why = lines[0] if lines and "error" not in error.why else error.why
+                problem = f"{case.name}: {error.function} does not compile for 7.0: {why}"
+                yield Row(case.name, error.function, waits_for=case.waits_for, problem=problem)
+                return
+        took = time.perf_counter() - began
+        logs = re.split(r"(?=ptxas info\s+: \d+ bytes gmem)", said.getvalue())[1:]
+        fresh = [launch for launch in _once(seen) if launch.kernel.hash not in self.known]
+        for launch, log in zip(fresh, logs, strict=True):
+            self.known[launch.kernel.hash] = _measured(launch, log)
+        for launch in _once(seen):
+            known = self.known[launch.kernel.hash]
+            made = Row(**{**asdict(known), "case": case.name,
+                          "seconds": round(took / len(fresh), 2) if launch in fresh else 0.0})  # fmt: skip
+            yield Row(**{**asdict(made), "problem": "; ".join(f"{case.name}: {made.kernel} takes {one}"
+                                                             for one in made.over())})  # fmt: skip
+
+
+def compiled(wanted: Iterable[Case]) -> Iterator[Row]:
+    """What every kernel of the cases takes."""
+    with tempfile.TemporaryDirectory(prefix="volta-") as folder:
+        triton.knobs.cache.dir = folder
+        triton.knobs.compilation.always_compile = True
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiler = Compiler()
+        for case in wanted:
+            yield from compiler.rows(case)
+
+
+TILES = tuple(
+    Attention(dtype="fp16", head_size=size, heads=heads, kv_heads=kv_heads, query=query)
+    for size, heads, kv_heads in (
+        (64, 32, 8), (80, 32, 32), (96, 32, 32), (128, 32, 8), (256, 16, 8),
+        (64, 32, 1), (128, 32, 1), (256, 32, 1), (64, 48, 1), (128, 48, 1), (64, 71, 1),
+    )
+    for query in (16, 1)
+)  # fmt: skip
+"""What the table of tiles shows: all head sizes, and the kv heads that many query heads share."""
+
+
+def tiles(wanted: Sequence[Attention] = TILES) -> list[tuple[Attention, Row, Row]]:
+    """Each case with the tiles that tensor cores get, and with Volta's; both compiled for 7.0."""
+    pretend.capability((8, 0), target=pretend.VOLTA)
+    before = [next(_attention(case)) for case in wanted]
+    pretend.capability()
+    return [(case, old, next(_attention(case))) for case, old in zip(wanted, before, strict=True)]
+
+
+def _attention(case: Attention) -> Iterator[Row]:
+    return (row for row in compiled([case]) if row.kernel.startswith("kernel_unified"))
+
+
+def _measured(launch: pretend.Launch, log: str) -> Row:
+    kernel = launch.kernel
+    cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
+    code = subprocess.run([triton.knobs.nvidia.nvdisasm.path, "-c", cubin], capture_output=True, text=True, check=True)
+    names = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", code.stdout))
+    constants = {kernel.src.fn.arg_names[place[0]]: value for place, value in kernel.src.constants.items()}
+    return Row(
+        "", launch.function, constants.get("TILE_SIZE"), kernel.metadata.num_warps,
+        int(_found(r"Used (\d+) registers", log)), int(_found(r"(\d+) bytes spill stores", log)),
+        kernel.metadata.shared, {"all": names.total(), **{name: names[name] for name in COUNTED}},
+    )  # fmt: skip
+
+
+def _found(pattern: str, log: str) -> str:
+    found = re.search(pattern, log)
+    if not found:
+        raise ValueError(f"ptxas says nothing like {pattern!r}: {log[:300]}")
+    return found[1]
+
+
+def _once(seen: Iterable[pretend.Launch]) -> list[pretend.Launch]:
+    return list({launch.kernel.hash: launch for launch in seen}.values())
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[Any]:
+    """What the compiler, which is not Python, says on standard error; yields a function that gives the lines."""
+    with tempfile.TemporaryFile("w+") as sink:
+        sys.stderr.flush()
+        kept = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+
+        def lines() -> list[str]:
+            sink.seek(0)
+            return sink.read().splitlines()
+
+        try:
+            yield lines
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m volta.compile", description=__doc__)
+    parser.add_argument("--only", default="", help="cases whose name has this word")
+    parser.add_argument("--list", action="store_true", help="name the cases and compile nothing")
+    parser.add_argument("--tiles", action="store_true", help="attention with the tiles before and after")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file, too")
+    asked = parser.parse_args(words)
+    wanted = [case for case in cases.every() if asked.only in case.name]
+    if asked.list:
+        print("\n".join(case.name for case in wanted))
+        return 0
+    pretend.capability()
+    if asked.tiles:
+        for case, before, after in tiles():
+            print(json.dumps({"case": case.name, "before": asdict(before), "after": asdict(after)}), flush=True)
+        return 0
+    rows = []
+    for row in compiled(wanted):
+        rows.append(row)
+        print(json.dumps(asdict(row)), flush=True)
+    if asked.markdown:
+        from volta import tables
+
+        asked.markdown.write_text(tables.document(rows, tiles()), encoding="utf-8")
+    return 1 if any(row.problem and not row.waits_for for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
