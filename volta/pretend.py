@@ -18,6 +18,7 @@ from unittest import mock
 # Without a GPU vllm/triton_utils/importing.py puts an empty shell in Triton's place, unless this variable is empty:
 # so it looks in a worker that is given its card later.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it speaks on standard output
 
 import torch
 import triton

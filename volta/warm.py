@@ -1,0 +1,178 @@
+"""Compiles, without a GPU, what a server's first requests would wait for: ``python -m volta.warm --cache DIR``.
+
+The folder is a cache of Triton's: with TRITON_CACHE_DIR naming it, a server on 7.0 finds the kernels of the models in
+volta/shapes.py, or of the config.json that ``--model`` names, and the small launchers that Triton makes with a C compiler.
+``--check`` compiles nothing and ends with status 1 if something is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from volta import pretend
+from volta.cases import AwqDequantize, AwqGemm, Attention, Cache, Case, Experts, Mrope, Tensors
+from volta.shapes import SHAPES, TENSOR_PARALLEL, Shape
+
+import triton  # isort: skip - after pretend, which settles what imports find
+from triton.backends.nvidia import driver  # isort: skip
+from triton.backends.nvidia.compiler import CUDABackend  # isort: skip
+
+SEQUENCES = (1, 2, 16)
+"""Triton compiles anew for an integer that is 1, one that 16 divides, and any other."""
+TOKENS = (1, 2, 3, 4, 8, 9, 16, 17, 32, 33, 48, 64, 65, 96, 100, 128, 129, 160, 200, 256, 512, 1000, 2048, 8192)
+"""For experts: what the tiles depend on, and what 16 divides or not."""
+MAX_MODEL_LEN = 4096
+"""Any other that 256 divides is the same to the kernels, with blocks of 16 tokens."""
+
+
+def needed(
+    shapes: Iterable[Shape], parallel: Sequence[int] = TENSOR_PARALLEL, max_model_len: int = MAX_MODEL_LEN, kv: str = ""
+) -> list[Case]:
+    """The calls that models of these shapes make, in fp16, on so many cards each."""
+    found: dict[Case, None] = {}
+    for shape in shapes:
+        for cards in parallel:
+            if shape.heads % cards == 0:
+                found |= dict.fromkeys(_of(shape, cards, max_model_len, kv))
+    return list(found)
+
+
+def _of(shape: Shape, cards: int, max_model_len: int, kv: str) -> Iterator[Case]:
+    heads, kv_heads, size = shape.heads // cards, max(1, shape.kv_heads // cards), shape.head_size
+    for window in shape.windows:
+        for sequences in SEQUENCES:
+            for query in (1, 16):
+                yield Attention(
+                    dtype="fp16", kv=kv, head_size=size, heads=heads, kv_heads=kv_heads, window=window,
+                    softcap=shape.softcap, alibi=shape.alibi, sequences=sequences, query=query,
+                    blocks=-(max_model_len // -16),
+                )  # fmt: skip
+    yield Cache(kv=kv, heads=heads, kv_heads=kv_heads, head_size=size)
+    if shape.mrope:
+        for tokens in SEQUENCES:
+            yield Mrope(heads=heads, kv_heads=kv_heads, head_size=size, sections=shape.mrope, tokens=tokens)
+    if shape.awq:
+        yield AwqDequantize(rows=4096, columns=4096, group=shape.awq)
+        for tokens in SEQUENCES:
+            yield AwqGemm(rows=4096, columns=4096, group=shape.awq, tokens=tokens)
+    if shape.experts:
+        for bits in shape.bits:
+            for tokens in TOKENS:
+                yield Experts(
+                    bits=bits, zeros=shape.zeros and bits < 16, group=shape.group, experts=shape.experts,
+                    top_k=shape.top_k, hidden=shape.hidden, width=shape.width // cards, tokens=tokens,
+                )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """What a cache has."""
+
+    kernels: int
+    launchers: int
+    size: int
+    """Bytes."""
+
+
+class Missing(Exception):  # noqa: N818 - it says what happened
+    """A kernel that is not in the cache."""
+
+
+def fill(cache: Path, wanted: Sequence[Case], place: Path | None = None) -> Warmed:
+    """Compile what the calls launch into a cache that will lie at ``place``.
+
+    Raises:
+        DoesNotCompile: Triton refuses a kernel.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    triton.knobs.cache.dir = str(cache)
+    triton.knobs.compilation.store_binary_only = True
+    seen = _called(wanted)
+    driver.CudaUtils()
+    for launch in seen.values():
+        driver.CudaLauncher(launch.kernel.src, launch.kernel.metadata)
+    for source in cache.glob("*/*.source"):  # Triton's intermediate form, with this machine's paths
+        source.unlink()
+    relocate(cache, place or cache)
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    return Warmed(len(seen), len(list(cache.glob("*/*.so"))), sum(path.stat().st_size for path in files))
+
+
+def check(cache: Path, wanted: Sequence[Case]) -> int:
+    """Make the same calls with a compiler, ptxas and a C compiler that refuse; gives how many kernels were found.
+
+    Raises:
+        DoesNotCompile: one of them was not.
+    """
+
+    def refuse(*_: object, **__: object) -> None:
+        raise Missing("it is not in the cache")
+
+    triton.knobs.cache.dir = str(cache)
+    with mock.patch.object(CUDABackend, "add_stages", refuse), mock.patch("triton.runtime.build._build", refuse):
+        seen = _called(wanted)
+        driver.CudaUtils()
+        for launch in seen.values():
+            driver.CudaLauncher(launch.kernel.src, launch.kernel.metadata)
+    return len(seen)
+
+
+def _called(wanted: Sequence[Case]) -> dict[str, pretend.Launch]:
+    """What the calls launch, by Triton's key."""
+    seen: dict[str, pretend.Launch] = {}
+    for case in wanted:
+        with pretend.launches() as launched:
+            case.call(**case.tensors(Tensors()))
+        seen |= {launch.kernel.hash: launch for launch in launched}
+    return seen
+
+
+def relocate(cache: Path, place: Path) -> None:
+    """Let a cache say that it lies at ``place``: Triton notes the files of a kernel by their whole paths."""
+    for group in cache.glob("*/__grp__*.json"):
+        names = [name for name in json.loads(group.read_text())["child_paths"] if (group.parent / name).exists()]
+        paths = {name: str(place / group.parent.name / name) for name in sorted(names)}
+        beside = group.with_suffix(".new")
+        beside.write_text(json.dumps({"child_paths": paths}))
+        beside.replace(group)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m volta.warm", description=__doc__)
+    parser.add_argument("--cache", type=Path, required=True, help="the folder to fill")
+    parser.add_argument("--at", type=Path, help="where it will lie, if elsewhere")
+    parser.add_argument("--model", type=Path, action="append", help="a config.json, instead of volta/shapes.py")
+    parser.add_argument("--tensor-parallel", type=int, nargs="+", default=TENSOR_PARALLEL)
+    parser.add_argument("--max-model-len", type=int, default=MAX_MODEL_LEN)
+    parser.add_argument("--kv", choices=("", "e5m2"), default="", help="of the cache")
+    parser.add_argument("--check", action="store_true", help="only look whether all is there")
+    asked = parser.parse_args(words)
+    try:
+        shapes = [Shape.of(json.loads(path.read_text()), path.parent.name) for path in asked.model or ()] or SHAPES
+    except (OSError, ValueError) as error:
+        parser.error(f"--model cannot be read: {error}")
+    except KeyError as error:
+        parser.error(f"--model has no {error}, which a transformer's config.json has")
+    pretend.capability()
+    wanted = needed(shapes, asked.tensor_parallel, asked.max_model_len, asked.kv)
+    try:
+        if asked.check:
+            print(f"{check(asked.cache, wanted)} kernels, all in the cache")
+            return 0
+        warmed = fill(asked.cache.resolve(), wanted, asked.at)
+    except (pretend.DoesNotCompile, Missing) as error:
+        print(f"volta.warm: {error}", file=sys.stderr)
+        return 1
+    print(f"{warmed.kernels} kernels and {warmed.launchers} launchers, {warmed.size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
