@@ -5,7 +5,7 @@ from pathlib import Path
 
 from doit import get_var
 
-from voltforge import chores, doctor, reproduce, tasks
+from voltforge import chores, doctor, kernels, reproduce, tasks
 from voltforge.runtime import Runtime
 
 ROOT = Path(__file__).parent
@@ -44,7 +44,9 @@ def task_why():
 
 def task_verify():
     """hold the wheels that were kept to their recipes again, or any wheel with file=PATH.whl"""
-    return tasks.action(chores.verify_wheels, PIPELINE, turn=PIPELINE.turn)
+    triton = "compile vLLM's Triton kernels for 7.0 and hold them to a Volta's limits"
+    yield {**tasks.action(chores.verify_wheels, PIPELINE, turn=PIPELINE.turn), "basename": "verify"}
+    yield {**tasks.action(kernels.verify, PIPELINE, turn=PIPELINE.turn), "basename": "verify:triton", "doc": triton}
 
 
 def task_reproduce():

@@ -8,6 +8,7 @@ as they are. With VOLTFORGE_ANY_GPU=1 no card is refused.
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -103,14 +104,24 @@ def text(value):
 
 
 def bring_cache():
-    """Copy the kernels that were compiled ahead of time, if the image has any, to where Triton looks for them."""
+    """Copy the kernels that were compiled ahead of time, if the image has any, to where Triton looks for them.
+
+    Without them the server compiles what it needs: nothing that goes wrong here may keep it from starting.
+    """
     target = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton"))
     try:
         for entry in (HERE / "triton-cache").iterdir():
             if not (target / entry.name).exists():
-                shutil.copytree(entry, target / entry.name)
-    except OSError as error:
-        print(f"voltforge: the Triton cache {target} cannot be filled: {error.strerror}", file=sys.stderr, flush=True)
+                beside = target / f".{entry.name}.{os.getpid()}"
+                shutil.copytree(entry, beside)
+                for group in beside.glob("__grp__*.json"):  # Triton finds the files of a kernel by their whole paths
+                    names = [Path(path).name for path in json.loads(group.read_text())["child_paths"].values()]
+                    paths = {name: str(target / entry.name / name) for name in names}
+                    group.write_text(json.dumps({"child_paths": paths}))
+                beside.rename(target / entry.name)
+    except (OSError, ValueError, KeyError, AttributeError, shutil.Error) as error:
+        why = getattr(error, "strerror", None) or error
+        print(f"voltforge: the Triton cache {target} cannot be filled: {why}", file=sys.stderr, flush=True)
 
 
 def serve(words):

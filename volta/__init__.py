@@ -1,1 +1,1 @@
-"""What runs beside vLLM, inside an environment where its wheel is installed: torch, triton, vllm and the standard library."""
+"""What runs beside vLLM where its wheel is installed: of torch, triton, vllm and the standard library alone."""

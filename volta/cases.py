@@ -409,9 +409,7 @@ class Lora(Case):
         from vllm.lora.ops.triton_ops.lora_shrink_op import _lora_shrink
 
         _lora_shrink(arguments["inputs"], arguments["a"], arguments["between"], *arguments["meta"], 1.0)
-        _lora_expand(
-            arguments["between"], arguments["b"], arguments["output"], *arguments["meta"], add_inputs=True
-        )
+        _lora_expand(arguments["between"], arguments["b"], arguments["output"], *arguments["meta"], add_inputs=True)
         return arguments["output"]
 
 

@@ -1,8 +1,8 @@
 """Compiles every case for 7.0 and says what each kernel takes of a Volta: ``python -m volta.compile``.
 
-It prints a line of JSON for each kernel of each case, or with ``--markdown`` the tables of docs/kernels.md, and ends with status 1 if a
-kernel does not compile or is over a limit. Triton 3.5.0 compiles without a GPU; what is counted comes from its ptxas
-and nvdisasm.
+It prints a line of JSON for each kernel of each case, and ends with status 1 if a kernel does not compile or is over a
+limit; ``--markdown`` writes docs/kernels.md besides. Triton 3.5.0 compiles without a GPU; what is counted comes from its
+ptxas and nvdisasm.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from volta import cases, pretend
+from volta import cases, pretend, tables
 from volta.cases import Attention, Case, Tensors
 
 import triton  # isort: skip - after pretend, which settles what imports find
@@ -60,6 +60,8 @@ class Row:
     shared: int = 0
     """Bytes per block."""
     instructions: dict[str, int] = field(default_factory=dict)
+    key: str = ""
+    """Triton's, of its cache."""
     seconds: float = 0.0
     """To compile it; 0 if another case had the very same."""
     waits_for: str = ""
@@ -106,10 +108,10 @@ class Compiler:
             self.known[launch.kernel.hash] = _measured(launch, log)
         for launch in _once(seen):
             known = self.known[launch.kernel.hash]
-            made = Row(**{**asdict(known), "case": case.name,
-                          "seconds": round(took / len(fresh), 2) if launch in fresh else 0.0})  # fmt: skip
-            yield Row(**{**asdict(made), "problem": "; ".join(f"{case.name}: {made.kernel} takes {one}"
-                                                             for one in made.over())})  # fmt: skip
+            seconds = round(took / len(fresh), 2) if launch in fresh else 0.0
+            made = replace(known, case=case.name, seconds=seconds)
+            over = "; ".join(f"{case.name}: {made.kernel} takes {one}" for one in made.over())
+            yield replace(made, problem=over)
 
 
 def compiled(wanted: Iterable[Case]) -> Iterator[Row]:
@@ -156,6 +158,7 @@ def _measured(launch: pretend.Launch, log: str) -> Row:
         "", launch.function, constants.get("TILE_SIZE"), kernel.metadata.num_warps,
         int(_found(r"Used (\d+) registers", log)), int(_found(r"(\d+) bytes spill stores", log)),
         kernel.metadata.shared, {"all": names.total(), **{name: names[name] for name in COUNTED}},
+        kernel.hash,
     )  # fmt: skip
 
 
@@ -211,9 +214,9 @@ def main(words: Sequence[str] | None = None) -> int:
         rows.append(row)
         print(json.dumps(asdict(row)), flush=True)
     if asked.markdown:
-        from volta import tables
-
-        asked.markdown.write_text(tables.document(rows, tiles()), encoding="utf-8")
+        compared = [(asdict(case), asdict(before), asdict(after)) for case, before, after in tiles()]
+        text = tables.document([asdict(row) for row in rows], compared, cases.NOT_COVERED)
+        asked.markdown.write_text(text, encoding="utf-8")
     return 1 if any(row.problem and not row.waits_for for row in rows) else 0
 
 

@@ -1,7 +1,8 @@
 """Compiles, without a GPU, what a server's first requests would wait for: ``python -m volta.warm --cache DIR``.
 
 The folder is a cache of Triton's: with TRITON_CACHE_DIR naming it, a server on 7.0 finds the kernels of the models in
-volta/shapes.py, or of the config.json that ``--model`` names, and the small launchers that Triton makes with a C compiler.
+volta/shapes.py, or of the config.json that ``--model`` names, and the small launchers that Triton makes with a C
+compiler.
 ``--check`` compiles nothing and ends with status 1 if something is missing.
 """
 
@@ -13,10 +14,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from volta import pretend
-from volta.cases import AwqDequantize, AwqGemm, Attention, Cache, Case, Experts, Mrope, Tensors
+from volta.cases import Attention, AwqDequantize, AwqGemm, Cache, Case, Experts, Mrope, Tensors
 from volta.shapes import SHAPES, TENSOR_PARALLEL, Shape
 
 import triton  # isort: skip - after pretend, which settles what imports find
@@ -93,6 +95,9 @@ def fill(cache: Path, wanted: Sequence[Case], place: Path | None = None) -> Warm
     cache.mkdir(parents=True, exist_ok=True)
     triton.knobs.cache.dir = str(cache)
     triton.knobs.compilation.store_binary_only = True
+    # Line numbers bring the paths of this environment into the code. The variable is part of the key, and stays unset.
+    triton.knobs.propagate_env = False
+    triton.knobs.compilation.disable_line_info = True
     seen = _called(wanted)
     driver.CudaUtils()
     for launch in seen.values():
@@ -134,13 +139,23 @@ def _called(wanted: Sequence[Case]) -> dict[str, pretend.Launch]:
 
 
 def relocate(cache: Path, place: Path) -> None:
-    """Let a cache say that it lies at ``place``: Triton notes the files of a kernel by their whole paths."""
+    """Let a cache say that it lies at ``place``: Triton notes the files of a kernel by their whole paths.
+
+    The path of the library that was linked goes, too: it was read for the compile, and is the environment's.
+    """
     for group in cache.glob("*/__grp__*.json"):
         names = [name for name in json.loads(group.read_text())["child_paths"] if (group.parent / name).exists()]
         paths = {name: str(place / group.parent.name / name) for name in sorted(names)}
-        beside = group.with_suffix(".new")
-        beside.write_text(json.dumps({"child_paths": paths}))
-        beside.replace(group)
+        _write(group, {"child_paths": paths})
+        notes = group.with_name(group.name.removeprefix("__grp__"))
+        libraries = [[name, Path(path).name] for name, path in json.loads(notes.read_text())["extern_libs"]]
+        _write(notes, {**json.loads(notes.read_text()), "extern_libs": libraries})
+
+
+def _write(path: Path, value: Any) -> None:
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(value))
+    beside.replace(path)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -1,0 +1,118 @@
+"""vLLM's Triton kernels: held to the limits of a Volta, and compiled ahead of time; both without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from volta import tables
+from voltforge import console, environment, files
+from voltforge.elf import system_libraries
+from voltforge.environment import Environment
+from voltforge.errors import VoltforgeError
+from voltforge.package import Package
+from voltforge.pipeline import Pipeline
+from voltforge.process import ProgramFailed, run
+from voltforge.verify import DRIVER
+
+PATIENCE = 3600.0
+"""Seconds that compiling all of them may take; it was 200 of one core."""
+
+
+class KernelError(VoltforgeError):
+    """A kernel that does not compile, or takes more than a Volta has."""
+
+
+def verify(pipeline: Pipeline) -> None:
+    """Compile every Triton kernel that the wheel's vLLM reaches on 7.0, and print what each takes of it.
+
+    Raises:
+        KernelError: one does not compile, or is over a limit; the compiler's own line is named.
+        VoltforgeError: there is no wheel.
+    """
+    with installed(pipeline) as settled:
+        console.step("compile Triton's kernels for 7.0")
+        with console.live("kernels") as tell:
+            rows = compiled(pipeline, settled, tell=tell)
+    console.table("Triton kernels on 7.0", tables.HEADINGS, tables.summary(rows))
+    series = {path.stem for path in (pipeline.root / "patches" / "vllm").glob("*.patch")}
+    report(rows, series)
+
+
+def report(rows: Sequence[Mapping[str, Any]], series: set[str]) -> None:
+    """Say what was compiled; a case may wait for a patch only while that is not in the series.
+
+    Raises:
+        KernelError: a row has a problem.
+    """
+    broken = [row for row in rows if row["problem"] and row["waits_for"] not in series - {""} and row["waits_for"]]
+    for patch in sorted({row["waits_for"] for row in broken}):
+        console.note(f"{sum(row['waits_for'] == patch for row in broken)} cases wait for {patch}")
+    problems = [row["problem"] for row in rows if row["problem"] and row not in broken]
+    console.note(f"{len({row['case'] for row in rows})} cases, {sum(row['seconds'] for row in rows):.0f} s")
+    if problems:
+        raise KernelError("\n".join(problems[:20]), hint="volta/compile.py has the limits, volta/cases.py the cases")
+
+
+def compiled(pipeline: Pipeline, settled: Environment, *words: str, tell: Any = lambda _: None) -> list[dict[str, Any]]:
+    """What ``python -m volta.compile`` prints in an environment where vLLM is installed."""
+    rows: list[dict[str, Any]] = []
+
+    def watch(line: str, _: object) -> None:
+        if line.startswith("{"):
+            rows.append(json.loads(line))
+            tell(rows[-1]["case"])
+
+    asked(pipeline, settled, "volta.compile", *words, watch=watch, ok=(0, 1))
+    if not rows:
+        raise KernelError("no case was compiled")
+    return rows
+
+
+def warm(pipeline: Pipeline, settled: Environment, cache: Path, place: Path) -> str:
+    """Fill a Triton cache with the kernels of common models; it will lie at ``place``. Gives its size in words."""
+    return asked(pipeline, settled, "volta.warm", "--cache", cache, "--at", place).strip().splitlines()[-1]
+
+
+def asked(pipeline: Pipeline, settled: Environment, module: str, *words: str | Path, **options: Any) -> str:
+    """Run one of volta's programs in an environment; gives what it printed.
+
+    Raises:
+        KernelError: it failed.
+    """
+    stub = pipeline.package(pipeline.recipes["vllm"]).toolchain().driver_stub
+    dropped = "TRITON_", "VLLM_", "PYTHON", "LD_LIBRARY_PATH"
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    variables["PYTHONPATH"] = str(pipeline.root)
+    variables["PYTHONDONTWRITEBYTECODE"] = "1"
+    if DRIVER not in system_libraries():
+        variables["LD_LIBRARY_PATH"] = str(stub)
+    try:
+        return run([settled.python, "-m", module, *words], env=variables, timeout=PATIENCE, **options).output
+    except ProgramFailed as error:
+        said = [line for line in error.output.splitlines() if line.strip()]
+        raise KernelError(f"{module}: {said[-1] if said else error.what}") from error
+
+
+@contextlib.contextmanager
+def installed(pipeline: Pipeline) -> Iterator[Environment]:
+    """An environment of the runtime's lock with the wheelhouse's vLLM, for as long as it is needed.
+
+    Raises:
+        VoltforgeError: there is no wheel of vLLM.
+    """
+    found = [one for one in pipeline.wheelhouse.wheels() if one.name == "vllm"]
+    if not found:
+        raise VoltforgeError("the wheelhouse has no vllm", hint="./doit wheels:vllm")
+    pipeline.toolchain.run()
+    package: Package = pipeline.package(pipeline.recipes["vllm"])
+    settled = package.settled(package.recipe.beside(package.recipe.expect.lock), "vllm-kernels-verify")
+    try:
+        environment.add(settled, found[0].path)
+        yield settled
+    finally:
+        files.remove(settled.path)
