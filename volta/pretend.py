@@ -8,6 +8,7 @@ machine with such a card.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ class Launch:
     kernel: Any
     """Triton's CompiledKernel."""
     grid: Any
+    said: str
+    """What ptxas said, if it was compiled now and ptxas is heard."""
 
 
 class Driver:
@@ -64,23 +67,25 @@ class Driver:
         return torch.cuda
 
 
-def platform(of: tuple[int, int]) -> NonNvmlCudaPlatform:
-    """A CUDA platform of that capability, without a device behind it."""
+class Platform(NonNvmlCudaPlatform):
+    """A CUDA platform without a device behind it; vLLM's modules keep the one that they found at import."""
 
-    class Pretended(NonNvmlCudaPlatform):
-        @classmethod
-        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
-            return DeviceCapability(*of)
+    told = VOLTA
 
-        @classmethod
-        def get_device_name(cls, device_id: int = 0) -> str:
-            return "a pretended GPU"
+    @classmethod
+    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+        """The capability that is pretended."""
+        return DeviceCapability(*Platform.told)
 
-        @classmethod
-        def get_device_total_memory(cls, device_id: int = 0) -> int:
-            return 16 << 30
+    @classmethod
+    def get_device_name(cls, device_id: int = 0) -> str:
+        """A name that no tuned configuration has."""
+        return "a pretended GPU"
 
-    return Pretended()
+    @classmethod
+    def get_device_total_memory(cls, device_id: int = 0) -> int:
+        """Bytes."""
+        return 16 << 30
 
 
 class DoesNotCompile(Exception):  # noqa: N818 - it says what happened
@@ -95,7 +100,9 @@ class DoesNotCompile(Exception):  # noqa: N818 - it says what happened
 
 def capability(of: tuple[int, int] = VOLTA, target: tuple[int, int] | None = None) -> None:
     """From now on, everybody who asks is told this capability; Triton compiles for ``target``, if another is named."""
-    vllm.platforms._current_platform = platform(of)
+    Platform.told = of
+    if not isinstance(vllm.platforms._current_platform, Platform):
+        vllm.platforms._current_platform = Platform()
     torch.cuda.get_device_capability = lambda device=None: of
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_name = lambda device=None: "a pretended GPU"
@@ -117,11 +124,13 @@ def launches() -> Iterator[list[Launch]]:
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        said = io.StringIO()
         try:
-            kernel = run(self, *args, grid=grid, warmup=True, **options)
+            with contextlib.redirect_stdout(said):
+                kernel = run(self, *args, grid=grid, warmup=True, **options)
         except Exception as error:
             raise DoesNotCompile(self.fn.__name__, _line(error)) from error
-        seen.append(Launch(self.fn.__name__, kernel, grid))
+        seen.append(Launch(self.fn.__name__, kernel, grid, said.getvalue()))
         return kernel
 
     def nothing(*_: Any, **__: Any) -> None:

@@ -38,7 +38,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 def tiles(compared: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]) -> list[tuple[str, ...]]:
     """Two rows for each case: the tiles before, and after."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for case, *both in compared:
         for when, row in zip(("before", "after"), both, strict=True):
             code = row["instructions"]
@@ -74,8 +74,8 @@ def document(
 
 
 TILES_SAY = """\
-With the tiles that suit tensor cores, attention of head size 256 spills, and so does every head size where many query
-heads share one kv head. Below 7.5 the tile and the number of warps follow BLOCK_M times the padded head size. In fp16
+With the tiles that suit tensor cores, attention of head size 256 spills, and so do 128 and 64 where 32 or 48 query heads
+share one kv head. Below 7.5 the tile and the number of warps follow BLOCK_M times the padded head size. In fp16
 all stay within 48 KiB. What 96 KiB would allow besides: tiles of 64 at head size 256 (80 KiB), which spill 628 bytes
 with 8 warps and 19.8 kB with 4; and 64 rows of 256 (80 KiB) or 128 rows of 128 (72 KiB), which spill 412 and 420 bytes
 at best. Registers are the limit, not shared memory. In fp32, 32 rows of 256 take 64 KiB.

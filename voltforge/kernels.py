@@ -67,7 +67,7 @@ def compiled(pipeline: Pipeline, settled: Environment, *words: str, tell: Any = 
             rows.append(json.loads(line))
             tell(rows[-1]["case"])
 
-    asked(pipeline, settled, "volta.compile", *words, watch=watch, ok=(0, 1))
+    asked(pipeline, settled, "-m", "volta.compile", *words, watch=watch, ok=(0, 1))
     if not rows:
         raise KernelError("no case was compiled")
     return rows
@@ -75,11 +75,11 @@ def compiled(pipeline: Pipeline, settled: Environment, *words: str, tell: Any = 
 
 def warm(pipeline: Pipeline, settled: Environment, cache: Path, place: Path) -> str:
     """Fill a Triton cache with the kernels of common models; it will lie at ``place``. Gives its size in words."""
-    return asked(pipeline, settled, "volta.warm", "--cache", cache, "--at", place).strip().splitlines()[-1]
+    return asked(pipeline, settled, "-m", "volta.warm", "--cache", cache, "--at", place).strip().splitlines()[-1]
 
 
-def asked(pipeline: Pipeline, settled: Environment, module: str, *words: str | Path, **options: Any) -> str:
-    """Run one of volta's programs in an environment; gives what it printed.
+def asked(pipeline: Pipeline, settled: Environment, *words: str | Path, **options: Any) -> str:
+    """Run an environment's Python, with volta to be imported; gives what it printed.
 
     Raises:
         KernelError: it failed.
@@ -92,10 +92,11 @@ def asked(pipeline: Pipeline, settled: Environment, module: str, *words: str | P
     if DRIVER not in system_libraries():
         variables["LD_LIBRARY_PATH"] = str(stub)
     try:
-        return run([settled.python, "-m", module, *words], env=variables, timeout=PATIENCE, **options).output
+        return run([settled.python, *words], env=variables, timeout=PATIENCE, **options).output
     except ProgramFailed as error:
         said = [line for line in error.output.splitlines() if line.strip()]
-        raise KernelError(f"{module}: {said[-1] if said else error.what}") from error
+        told = next((line for line in reversed(said) if not line.startswith(" ")), error.what)
+        raise KernelError(told) from error
 
 
 @contextlib.contextmanager
