@@ -6,6 +6,7 @@ No GPU is here: NVIDIA's management library is a fake that answers as its bindin
 from __future__ import annotations
 
 import importlib.util
+import json
 import signal
 import subprocess
 import sys
@@ -131,3 +132,37 @@ def test_kernels_compiled_ahead_of_time_are_brought_to_tritons_cache(start, tmp_
     start.bring_cache()
     start.bring_cache()
     assert (tmp_path / "cache/ABC/kernel.cubin").read_text() == "code"
+
+
+def test_brought_kernels_are_found_by_tritons_whole_paths(start, tmp_path, monkeypatch) -> None:
+    entry = tmp_path / "triton-cache/ABC"
+    entry.mkdir(parents=True)
+    (entry / "kernel.cubin").write_text("code")
+    (entry / "__grp__kernel.json").write_text(json.dumps({"child_paths": {"kernel.cubin": "/elsewhere/kernel.cubin"}}))
+    monkeypatch.setattr(start, "HERE", tmp_path)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    start.bring_cache()
+    paths = json.loads((tmp_path / "cache/ABC/__grp__kernel.json").read_text())["child_paths"]
+    assert Path(paths["kernel.cubin"]).read_text() == "code"
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ABC"]
+
+
+@pytest.mark.parametrize("group", ["{", "{}", '{"child_paths": null}', '{"child_paths": []}'])
+def test_kernels_that_cannot_be_brought_do_not_keep_the_server_from_starting(
+    start, tmp_path, monkeypatch, capfd, group
+) -> None:
+    (tmp_path / "triton-cache/ABC").mkdir(parents=True)
+    (tmp_path / "triton-cache/ABC/__grp__kernel.json").write_text(group)
+    monkeypatch.setattr(start, "HERE", tmp_path)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    start.bring_cache()
+    assert "cannot be filled" in capfd.readouterr().err
+
+
+def test_a_cache_that_is_a_file_does_not_keep_the_server_from_starting(start, tmp_path, monkeypatch, capfd) -> None:
+    (tmp_path / "triton-cache/ABC").mkdir(parents=True)
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setattr(start, "HERE", tmp_path)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    start.bring_cache()
+    assert "cannot be filled" in capfd.readouterr().err

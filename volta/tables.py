@@ -74,8 +74,8 @@ def document(
 
 
 TILES_SAY = """\
-With the tiles that suit tensor cores, attention of head size 256 spills, and so do 128 and 64 where 32 or 48 query heads
-share one kv head. Below 7.5 the tile and the number of warps follow BLOCK_M times the padded head size. In fp16
+With the tiles that suit tensor cores, attention of head size 256 spills, and so do 128 and 64 where 32 or 48 query
+heads share one kv head. Below 7.5 the tile and the number of warps follow BLOCK_M times the padded head size. In fp16
 all stay within 48 KiB. What 96 KiB would allow besides: tiles of 64 at head size 256 (80 KiB), which spill 628 bytes
 with 8 warps and 19.8 kB with 4; and 64 rows of 256 (80 KiB) or 128 rows of 128 (72 KiB), which spill 412 and 420 bytes
 at best. Registers are the limit, not shared memory. In fp32, 32 rows of 256 take 64 KiB.

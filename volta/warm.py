@@ -24,6 +24,7 @@ from volta.shapes import SHAPES, TENSOR_PARALLEL, Shape
 import triton  # isort: skip - after pretend, which settles what imports find
 from triton.backends.nvidia import driver  # isort: skip
 from triton.backends.nvidia.compiler import CUDABackend  # isort: skip
+from triton.runtime.build import _build  # isort: skip
 
 SEQUENCES = (1, 2, 16)
 """Triton compiles anew for an integer that is 1, one that 16 divides, and any other."""
@@ -99,14 +100,21 @@ def fill(cache: Path, wanted: Sequence[Case], place: Path | None = None) -> Warm
     triton.knobs.propagate_env = False
     triton.knobs.compilation.disable_line_info = True
     seen = _called(wanted)
-    driver.CudaUtils()
-    for launch in seen.values():
-        driver.CudaLauncher(launch.kernel.src, launch.kernel.metadata)
+    with mock.patch("triton.runtime.build._build", _without_paths):
+        driver.CudaUtils()
+        for launch in seen.values():
+            driver.CudaLauncher(launch.kernel.src, launch.kernel.metadata)
     for source in cache.glob("*/*.source"):  # Triton's intermediate form, with this machine's paths
         source.unlink()
     relocate(cache, place or cache)
     files = [path for path in cache.rglob("*") if path.is_file()]
     return Warmed(len(seen), len(list(cache.glob("*/*.so"))), sum(path.stat().st_size for path in files))
+
+
+def _without_paths(name: str, source: str, folder: str, *words: Any) -> str:
+    """Triton's call of the C compiler, whose ``__FILE__`` would be the name of a temporary folder."""
+    *words, flags = words
+    return str(_build(name, source, folder, *words, [*flags, f"-ffile-prefix-map={folder}=."]))
 
 
 def check(cache: Path, wanted: Sequence[Case]) -> int:
