@@ -25,6 +25,8 @@ NOT_COVERED = {
     "parallelism with DeepEP or pplx, which are not in this build",
     "gpt_oss_triton_kernels_moe": "mxfp4, whose package triton_kernels is not in this build",
     "fused_moe_lora": "LoRA on expert layers",
+    "eagle_prepare_inputs, eagle_prepare_next_token": "drafts of EAGLE and MTP heads; n-gram drafts are covered",
+    "compute_identity_kernel": "experts that do nothing, of LongCat alone",
     "v1/worker/gpu": "the second model runner, off unless VLLM_USE_V2_MODEL_RUNNER is set",
     "batch_invariant": "off unless VLLM_BATCH_INVARIANT is set",
     "xgrammar's bitmask": "another package's kernel, for structured output",
