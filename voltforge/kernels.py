@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from volta import tables
 from voltforge import console, environment, files
 from voltforge.elf import system_libraries
 from voltforge.environment import Environment
@@ -34,6 +33,8 @@ def verify(pipeline: Pipeline) -> None:
         KernelError: one does not compile, or is over a limit; the compiler's own line is named.
         VoltforgeError: there is no wheel.
     """
+    from volta import tables  # which a checkout without volta/ can do without until it is asked for this
+
     with installed(pipeline) as settled:
         console.step("compile Triton's kernels for 7.0")
         with console.live("kernels") as tell:
