@@ -1,0 +1,227 @@
+"""What vLLM, with our series, decides on a pretended Volta: what it takes, what it refuses and in which words."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from uv import find_uv_bin
+
+from voltforge import files, tree
+from voltforge.checkout import Settings
+from voltforge.environment import create
+from voltforge.pipeline import Pipeline
+
+pytestmark = pytest.mark.build
+
+Answers = Mapping[tuple[str, str, str, str], Mapping[str, str]]
+FIRST_CHOICE = 7
+"""The series up to 0006 makes vLLM build and start; from here on it changes what vLLM chooses."""
+
+
+@pytest.fixture(scope="module")
+def python(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The Python of an environment with the wheel: VOLTFORGE_TEST_PYTHON's, or one made for this."""
+    if given := os.environ.get("VOLTFORGE_TEST_PYTHON"):
+        yield Path(given)
+        return
+    done = subprocess.run(["./doit", "wheels:vllm"], cwd=repository, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    pipeline = Pipeline.load(repository, Settings())
+    recipe = pipeline.recipes["vllm"]
+    folder = tmp_path_factory.mktemp("installed") / "fresh"
+    fresh = create(recipe.beside(recipe.expect.lock), folder, pipeline.store.indexes)
+    simple = (pipeline.wheelhouse.path / "simple").as_uri()
+    words = ["pip", "install", "--python", str(fresh.python), "--default-index", simple, "--no-deps", "vllm==0.12.0"]
+    subprocess.run([find_uv_bin(), *words], check=True, capture_output=True)
+    yield fresh.python
+    files.remove(folder)
+
+
+@pytest.fixture(scope="module")
+def stub(repository: Path) -> str:
+    """Where a libcuda.so.1 is that can be loaded: a driver's, or the toolchain's stub of one."""
+    if given := os.environ.get("VOLTFORGE_TEST_DRIVER"):
+        return given
+    pipeline = Pipeline.load(repository, Settings())
+    return str(pipeline.package(pipeline.recipes["vllm"]).toolchain().driver_stub)
+
+
+@pytest.fixture(scope="module")
+def run(python: Path, stub: str, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Run a script or module in the environment; a folder that is given goes before its packages."""
+    home = tmp_path_factory.mktemp("home")
+
+    def run(*words: str, before: Path | None = None) -> str:
+        environ = {
+            **os.environ,
+            "LD_LIBRARY_PATH": stub,
+            "HOME": str(home),
+            "PYTHONPATH": os.pathsep.join(str(one) for one in (before, repository) if one),
+        }
+        said = subprocess.run([python, *words], env=environ, capture_output=True, text=True, timeout=1800)
+        assert said.returncode == 0, said.stdout[-2000:] + said.stderr[-4000:]
+        return said.stdout
+
+    return run
+
+
+def read(lines: str) -> Answers:
+    found = [json.loads(line) for line in lines.splitlines()]
+    return {tuple(one.pop(key) for key in ("quantization", "family", "kv_cache", "cards")): one for one in found}
+
+
+@pytest.fixture(scope="module")
+def answers(run: Callable[..., str]) -> Answers:
+    """The whole table at 7.0."""
+    return read(run("-m", "volta.choices"))
+
+
+def of(
+    answers: Answers, quantization: str, family: str, kv_cache: str = "auto", cards: str = "one"
+) -> Mapping[str, Any]:
+    return answers[quantization, family, kv_cache, cards]
+
+
+def test_experts_never_get_marlin(answers: Answers) -> None:
+    """0007-moe-without-marlin."""
+    assert of(answers, "AWQ", "Mixtral")["experts"] == "MoeWNA16Method"
+    assert of(answers, "compressed-tensors W4A16", "Qwen3 MoE")["experts"] == "CompressedTensorsWNA16MoEMethod"
+    assert not [one for one in answers.values() if "Marlin" in one["experts"] + one["linear"]]
+
+
+def test_awq_is_taken_and_its_layers_are_tritons(answers: Answers) -> None:
+    """0008-awq-from-7.0."""
+    assert of(answers, "AWQ", "Llama")["linear"] == "AWQLinearMethod (Triton)"
+    assert of(answers, "AWQ", "Mixtral")["linear"] == "AWQLinearMethod (Triton)"
+
+
+def test_w4a16_is_taken_and_its_layers_are_exllamas(answers: Answers) -> None:
+    """0009-w4a16-from-7.0."""
+    for quantization in ("W4A16", "W4A16, per channel", "W8A16"):
+        assert of(answers, f"compressed-tensors {quantization}", "Qwen2")["linear"] == "ExllamaLinearKernel"
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "awq_calls_triton_for_one_token_and_for_many",
+        "exllama_has_one_row_of_zero_points_for_weights_per_channel",
+    ],
+)
+def test_the_chosen_kernels_are_called_as_they_must_be(check: str, run: Callable[..., str], repository: Path) -> None:
+    """0008-awq-from-7.0 and 0009-w4a16-from-7.0."""
+    run(str(repository / "tests" / "scripts" / "chosen_kernels.py"), check)
+
+
+@pytest.mark.parametrize("kv_cache", ["fp8", "fp8_e4m3"])
+def test_an_e4m3_cache_is_refused_at_the_start_in_a_sentence_that_names_e5m2(answers: Answers, kv_cache: str) -> None:
+    """0010-kv-cache-dtype."""
+    said = of(answers, "none, float16", "Llama", kv_cache)
+    assert said["when"] == "start"
+    assert re.fullmatch(
+        r"A KV cache of \w+ needs compute capability 8\.9, .* --kv-cache-dtype fp8_e5m2, .*", said["refused"]
+    )
+
+
+def test_an_e5m2_cache_changes_no_choice_whatever_the_quantization(answers: Answers) -> None:
+    """0010-kv-cache-dtype: it was refused for every compressed-tensors checkpoint."""
+    checked = 0
+    for (quantization, family, kv_cache, cards), choice in answers.items():
+        if kv_cache == "fp8_e5m2":
+            assert choice == of(answers, quantization, family, cards=cards), (quantization, family)
+            checked += not choice["refused"]
+    assert checked > 20
+
+
+def test_two_cards_take_the_custom_all_reduce_with_nvlink_or_when_told_to_and_say_so(answers: Answers) -> None:
+    """0011-all-reduce."""
+
+    def said(cards: str) -> str:
+        found: str = of(answers, "none, float16", "Llama", cards=cards)["all_reduce"]
+        return found
+
+    assert re.match(r"custom kernel\. .*NVLink joins all cards", said("2, NVLink"))
+    assert re.match(
+        r"NCCL\. .*7\.0 and NVLink does not join them all.* --no-disable-custom-all-reduce", said("2, PCIe")
+    )
+    forced = said("2, PCIe, --no-disable-custom-all-reduce")
+    assert re.match(r"custom kernel\. .*--no-disable-custom-all-reduce forces it", forced)
+    assert said("2, NVLink, --disable-custom-all-reduce") == "NCCL."
+    assert said("4, NVLink").startswith("custom kernel.")
+    assert said("4, PCIe").startswith("NCCL.")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "family", "words"),
+    [
+        ("none, float16", "DeepSeek V2 (MLA)", "MLA.* VLLM_MLA_DISABLE=1"),
+        ("none, float16", "Whisper", "cross attention.* decoder-only"),
+        ("none, --dtype bfloat16", "Llama", "bfloat16.* --dtype auto"),
+        ("compressed-tensors W8A8 int8", "Llama", "W8A8 int8.* 7.5.* GPTQ, AWQ"),
+        ("compressed-tensors W8A8 int8", "Mixtral", "W8A8 int8.* 7.5.* GPTQ, AWQ"),
+        ("compressed-tensors FP8", "Llama", "FP8.* GPTQ, AWQ"),
+        ("FP8", "Qwen3 MoE", "FP8.* GPTQ, AWQ"),
+        ("compressed-tensors W4A16, asymmetric", "Llama", "zero points.* GPTQ, AWQ"),
+        ("compressed-tensors W4A16, per channel", "Mixtral", "experts per channel.* with groups"),
+        ("compressed-tensors W4A16", "Gemma 2", "float32.* without quantization"),
+        ("GPTQ 4 bit, act-order", "Mixtral", "experts in activation order.* without act-order"),
+        ("GPTQ 4 bit, asymmetric", "Mixtral", "experts with zero points.* symmetric"),
+    ],
+)
+def test_what_cannot_run_is_refused_at_the_start_in_one_sentence(
+    answers: Answers, quantization: str, family: str, words: str
+) -> None:
+    """0013-refusals."""
+    said = of(answers, quantization, family)
+    assert said["when"] == "start"
+    assert re.search(words, said["refused"]), said["refused"]
+    assert re.fullmatch(r"[^.]*(?:\.\d[^.]*)*\.", said["refused"]), "one sentence"
+
+
+def test_nothing_else_fails_when_layers_are_built(answers: Answers) -> None:
+    late = {one["refused"] for one in answers.values() if one["when"] == "building"}
+    assert all("install bitsandbytes" in sentence for sentence in late), late
+    assert not [one for one in answers.values() if one["dtype"] == "bfloat16"]
+    assert {one["attention"] for one in answers.values() if not one["refused"]} == {"TRITON_ATTN"}
+
+
+def stock(python: Path, patches: Path, folder: Path) -> Path:
+    """A folder with the environment's vllm, its Python as it was before the series began to change choices."""
+    said = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], stdout=subprocess.PIPE
+    )
+    shutil.copytree(Path(said.stdout.decode().strip()) / "vllm", folder / "vllm")
+    for patch in reversed(tree.series(patches)):
+        if int(patch.path.name[:4]) >= FIRST_CHOICE:
+            parts = re.split(r"^(?=diff --git )", patch.path.read_text(), flags=re.MULTILINE)
+            packaged = "".join(part for part in parts if part.startswith("diff --git a/vllm/"))
+            undone = subprocess.run(
+                ["patch", "-R", "-p1", "-F0", "-s"], input=packaged, cwd=folder, text=True, capture_output=True
+            )
+            assert undone.returncode == 0, f"{patch.path.name}: {undone.stdout}"
+    return folder
+
+
+def test_no_other_card_is_answered_otherwise_than_without_the_series(
+    run: Callable[..., str], python: Path, repository: Path, tmp_path: Path
+) -> None:
+    """On 8.0, the same table with and without; only an e4m3 cache differs, which Triton cannot compile below 8.9."""
+    with_ours = read(run("-m", "volta.choices", "--capability", "8.0"))
+    folder = stock(python, repository / "patches" / "vllm", tmp_path)
+    without = read(run("-m", "volta.choices", "--capability", "8.0", before=folder))
+    differ = {case for case in without if with_ours[case] != without[case]}
+    assert {kv_cache for _, _, kv_cache, _ in differ} == {"fp8", "fp8_e4m3"}
+    assert all("needs compute capability 8.9" in with_ours[case]["refused"] for case in differ)
+
+
+def test_the_document_has_these_tables(run: Callable[..., str], repository: Path) -> None:
+    """`python -m volta.choices --markdown` writes them; the lines around them are ours."""
+    assert run("-m", "volta.choices", "--markdown") in (repository / "docs" / "volta.md").read_text()
