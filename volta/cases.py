@@ -486,6 +486,11 @@ def attention() -> Iterator[Case]:
             yield Attention(**choice, heads=queries * kv_heads, kv_heads=kv_heads, query=tokens)
 
 
+    # DeepSeek's heads, of 128 and 64 numbers, where VLLM_MLA_DISABLE makes ordinary attention of MLA.
+    for tokens, kv in itertools.product((16, 1), ("", "e5m2")):
+        yield Attention(dtype="fp16", kv=kv, head_size=192, heads=16, kv_heads=16, query=tokens)
+
+
 def others() -> Iterator[Case]:
     """Everything but attention: full products, for they are small."""
     for dtype, kv, size, block in itertools.product(
