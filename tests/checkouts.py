@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,14 @@ from voltforge.pipeline import Pipeline
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout that is tested."""
 PACKAGES = ROOT / "tests" / "packages"
+
+
+def doit(*words: str) -> str:
+    """Run ./doit in the checkout that is tested, as a person would, and give what it printed."""
+    done = subprocess.run(["./doit", *words], cwd=ROOT, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
 
 SAXPY = """\
 name = "saxpy"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from uv import find_uv_bin
 
-from tests.checkouts import ROOT, small_checkout
+from tests.beside import Beside
+from tests.checkouts import ROOT, doit, small_checkout
 from tests.tally import Tally
-from voltforge import signing
+from voltforge import files, kernels, signing
 from voltforge.checkout import Settings
+from voltforge.environment import Environment, create
 from voltforge.pipeline import Pipeline
 from voltforge.signing import Signer
 from voltforge.toolchain import Toolchain
@@ -34,6 +38,33 @@ def toolchain(repository: Path) -> Toolchain:
     pipeline = Pipeline.load(repository, Settings())
     pipeline.toolchain.run()
     return pipeline.package(pipeline.recipes["vllm"]).toolchain()
+
+
+@pytest.fixture(scope="session")
+def vllm(repository: Path) -> Pipeline:
+    """The checkout after `./doit wheels:vllm`: ten minutes on two cores, nothing if it ran before."""
+    doit("wheels:vllm")
+    return Pipeline.load(repository, Settings())
+
+
+@pytest.fixture(scope="session")
+def installed(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """A fresh environment into which uv installed the wheel from the wheelhouse's own index."""
+    recipe = vllm.recipes["vllm"]
+    folder = tmp_path_factory.mktemp("installed") / "fresh"
+    fresh = create(recipe.beside(recipe.expect.lock), folder, vllm.store.indexes)
+    simple = (vllm.wheelhouse.path / "simple").as_uri()
+    words = ["pip", "install", "--python", str(fresh.python), "--default-index", simple, "--no-deps", "vllm==0.12.0"]
+    subprocess.run([find_uv_bin(), *words], check=True, capture_output=True)
+    yield fresh
+    files.remove(folder)
+
+
+@pytest.fixture(scope="session")
+def beside(vllm: Pipeline, installed: Environment, tmp_path_factory: pytest.TempPathFactory) -> Beside:
+    """That environment's Python, on a machine without a GPU."""
+    home = {"HOME": str(tmp_path_factory.mktemp("home")), "OMP_NUM_THREADS": "1"}
+    return Beside(installed.python, {**kernels.surroundings(vllm), **home})
 
 
 @pytest.fixture

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from uv import find_uv_bin
 
-from voltforge import files, tree
-from voltforge.checkout import Settings
-from voltforge.environment import create
-from voltforge.pipeline import Pipeline
+from tests.beside import Beside
+from tests.checkouts import ROOT
+from voltforge import tree
+from voltforge.environment import Environment
 
 pytestmark = pytest.mark.build
 
@@ -26,62 +24,15 @@ FIRST_CHOICE = 7
 """The series up to 0006 makes vLLM build and start; from here on it changes what vLLM chooses."""
 
 
-@pytest.fixture(scope="module")
-def python(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The Python of an environment with the wheel: VOLTFORGE_TEST_PYTHON's, or one made for this."""
-    if given := os.environ.get("VOLTFORGE_TEST_PYTHON"):
-        yield Path(given)
-        return
-    done = subprocess.run(["./doit", "wheels:vllm"], cwd=repository, capture_output=True, text=True, timeout=3600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    pipeline = Pipeline.load(repository, Settings())
-    recipe = pipeline.recipes["vllm"]
-    folder = tmp_path_factory.mktemp("installed") / "fresh"
-    fresh = create(recipe.beside(recipe.expect.lock), folder, pipeline.store.indexes)
-    simple = (pipeline.wheelhouse.path / "simple").as_uri()
-    words = ["pip", "install", "--python", str(fresh.python), "--default-index", simple, "--no-deps", "vllm==0.12.0"]
-    subprocess.run([find_uv_bin(), *words], check=True, capture_output=True)
-    yield fresh.python
-    files.remove(folder)
-
-
-@pytest.fixture(scope="module")
-def stub(repository: Path) -> str:
-    """Where a libcuda.so.1 is that can be loaded: a driver's, or the toolchain's stub of one."""
-    if given := os.environ.get("VOLTFORGE_TEST_DRIVER"):
-        return given
-    pipeline = Pipeline.load(repository, Settings())
-    return str(pipeline.package(pipeline.recipes["vllm"]).toolchain().driver_stub)
-
-
-@pytest.fixture(scope="module")
-def run(python: Path, stub: str, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Run a script or module in the environment; a folder that is given goes before its packages."""
-    home = tmp_path_factory.mktemp("home")
-
-    def run(*words: str, before: Path | None = None) -> str:
-        environ = {
-            **os.environ,
-            "LD_LIBRARY_PATH": stub,
-            "HOME": str(home),
-            "PYTHONPATH": os.pathsep.join(str(one) for one in (before, repository) if one),
-        }
-        said = subprocess.run([python, *words], env=environ, capture_output=True, text=True, timeout=1800)
-        assert said.returncode == 0, said.stdout[-2000:] + said.stderr[-4000:]
-        return said.stdout
-
-    return run
-
-
 def read(lines: str) -> Answers:
     found = [json.loads(line) for line in lines.splitlines()]
     return {tuple(one.pop(key) for key in ("quantization", "family", "kv_cache", "cards")): one for one in found}
 
 
 @pytest.fixture(scope="module")
-def answers(run: Callable[..., str]) -> Answers:
+def answers(beside: Beside) -> Answers:
     """The whole table at 7.0."""
-    return read(run("-m", "volta.choices"))
+    return read(beside.run("-m", "volta.choices"))
 
 
 def of(
@@ -116,9 +67,9 @@ def test_w4a16_is_taken_and_its_layers_are_exllamas(answers: Answers) -> None:
         "exllama_has_one_row_of_zero_points_for_weights_per_channel",
     ],
 )
-def test_the_chosen_kernels_are_called_as_they_must_be(check: str, run: Callable[..., str], repository: Path) -> None:
+def test_the_chosen_kernels_are_called_as_they_must_be(check: str, beside: Beside) -> None:
     """0008-awq-from-7.0 and 0009-w4a16-from-7.0."""
-    run(str(repository / "tests" / "scripts" / "chosen_kernels.py"), check)
+    beside.run(ROOT / "tests" / "scripts" / "chosen_kernels.py", check)
 
 
 @pytest.mark.parametrize("kv_cache", ["fp8", "fp8_e4m3"])
@@ -191,12 +142,9 @@ def test_nothing_else_fails_when_layers_are_built(answers: Answers) -> None:
     assert {one["attention"] for one in answers.values() if not one["refused"]} == {"TRITON_ATTN"}
 
 
-def stock(python: Path, patches: Path, folder: Path) -> Path:
+def stock(site_packages: Path, patches: Path, folder: Path) -> Path:
     """A folder with the environment's vllm, its Python as it was before the series began to change choices."""
-    said = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], stdout=subprocess.PIPE
-    )
-    shutil.copytree(Path(said.stdout.decode().strip()) / "vllm", folder / "vllm")
+    shutil.copytree(site_packages / "vllm", folder / "vllm")
     for patch in reversed(tree.series(patches)):
         if int(patch.path.name[:4]) >= FIRST_CHOICE:
             parts = re.split(r"^(?=diff --git )", patch.path.read_text(), flags=re.MULTILINE)
@@ -209,17 +157,17 @@ def stock(python: Path, patches: Path, folder: Path) -> Path:
 
 
 def test_no_other_card_is_answered_otherwise_than_without_the_series(
-    run: Callable[..., str], python: Path, repository: Path, tmp_path: Path
+    beside: Beside, installed: Environment, repository: Path, tmp_path: Path
 ) -> None:
     """On 8.0, the same table with and without; only an e4m3 cache differs, which Triton cannot compile below 8.9."""
-    with_ours = read(run("-m", "volta.choices", "--capability", "8.0"))
-    folder = stock(python, repository / "patches" / "vllm", tmp_path)
-    without = read(run("-m", "volta.choices", "--capability", "8.0", before=folder))
+    with_ours = read(beside.run("-m", "volta.choices", "--capability", "8.0"))
+    folder = stock(installed.site_packages, repository / "patches" / "vllm", tmp_path)
+    without = read(beside.run("-m", "volta.choices", "--capability", "8.0", before=folder))
     differ = {case for case in without if with_ours[case] != without[case]}
     assert {kv_cache for _, _, kv_cache, _ in differ} == {"fp8", "fp8_e4m3"}
     assert all("needs compute capability 8.9" in with_ours[case]["refused"] for case in differ)
 
 
-def test_the_document_has_these_tables(run: Callable[..., str], repository: Path) -> None:
+def test_the_document_has_these_tables(beside: Beside, repository: Path) -> None:
     """`python -m volta.choices --markdown` writes them; the lines around them are ours."""
-    assert run("-m", "volta.choices", "--markdown") in (repository / "docs" / "volta.md").read_text()
+    assert beside.run("-m", "volta.choices", "--markdown") in (repository / "docs" / "volta.md").read_text()

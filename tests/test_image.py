@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import tarfile
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkouts import doit
 from tests.samples import compiled, wheel
 from voltforge import distro, engine, environment, image
 from voltforge.engine import EngineError
@@ -105,6 +107,19 @@ def test_record_and_entry_points_tell_what_is_left(settled: Environment, tmp_pat
     assert entries.read_text() == "[console_scripts]\nquick = quick:main\n"
     original = next(settled.site_packages.glob("torch-*/RECORD"))
     assert "tests" in original.read_text(), "the environment shares its files with uv's cache"
+
+
+def test_all_layers_together_are_the_environment_without_what_was_left_out(
+    settled: Environment, tmp_path: Path
+) -> None:
+    lay_out(settled, reachable(settled, ("vllm",)), leave_out(tmp_path, OMITTED), tmp_path / "context")
+    site = settled.site_packages.relative_to(settled.path)
+    with image.united(tmp_path / "context", tmp_path / "united") as united:
+        assert {"torch", "vllm", "nvidia", "quick.py"} <= {path.name for path in (united / site).iterdir()}
+        assert not (united / site / "torch/tests").exists()
+        stripped = united / site / "vllm/_C.so"
+        assert stripped.stat().st_size < (settled.site_packages / "vllm/_C.so").stat().st_size
+    assert not (tmp_path / "united").exists()
 
 
 def test_whatever_the_umask_everybody_can_read_the_image_and_uvs_cache_stays_as_it_was(settled, tmp_path) -> None:
@@ -215,19 +230,11 @@ def test_an_archive_has_both_names_a_health_check_and_labels(works: None, tmp_pa
 # The real image, of the wheelhouse's own wheels.
 
 
-def doit(repository: Path, *words: str) -> str:
-    done = subprocess.run(
-        ["./doit", "torch=thin", *words], cwd=repository, capture_output=True, text=True, timeout=3600
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def results(repository: Path, works: None) -> dict:
     """What `./doit torch=thin wheels image` made: ten minutes on two cores, nothing if it ran before."""
-    doit(repository, "wheels")
-    doit(repository, "image")
+    doit("torch=thin", "wheels")
+    doit("torch=thin", "image")
     return json.loads((repository / "build/stages/image.json").read_text())["results"]
 
 
@@ -247,12 +254,24 @@ def inside(container: str, *words: str, options: tuple[str, ...] = (), status: i
     return done.stdout + done.stderr
 
 
+WITHOUT_A_GPU = ("env", "LD_LIBRARY_PATH=/mnt/driver", "PYTHONPATH=/mnt")
+
+
+def without_a_gpu(repository: Path, toolchain: Toolchain) -> dict[Path, str]:
+    """What is mounted where a GPU is pretended."""
+    return {repository / "volta": "volta", toolchain.driver_stub: "driver"}
+
+
+def mounted(places: dict[Path, str]) -> tuple[str, ...]:
+    return tuple(word for real, name in places.items() for word in ("--volume", f"{real}:/mnt/{name}:ro"))
+
+
 @pytest.mark.build
 def test_the_image_is_small_and_an_update_of_vllm_moves_little(results: dict) -> None:
     layers = [size for _, size in results["compressed"]]
     assert results["base_size"] + sum(results["layers"].values()) <= 6_500_000_000
     assert sum(layers) <= 3_200_000_000
-    assert sum(layers[-2:]) < 100_000_000, "vllm's own layer and the configuration are the last"
+    assert sum(layers[-3:]) < 100_000_000, "vllm's own layer, its kernels and the configuration are the last"
 
 
 @pytest.mark.build
@@ -289,14 +308,11 @@ def test_what_is_in_the_image_imports_and_goes_together(container: str, reposito
 
 @pytest.mark.build
 def test_vllms_command_line_runs_on_a_pretended_volta(container: str, repository: Path, toolchain: Toolchain) -> None:
-    mounts = {repository / "tests/scripts": "/mnt/scripts", toolchain.driver_stub: "/mnt/driver"}
-    options = [word for real, place in mounts.items() for word in ("--volume", f"{real}:{place}:ro")]
-    pretended = ("env", "LD_LIBRARY_PATH=/mnt/driver", "python", "/mnt/scripts/pretended_volta.py")
-    version = inside(container, *pretended, "the_command_line_says_its_version", options=tuple(options))
+    options = mounted({repository / "tests/scripts": "scripts", **without_a_gpu(repository, toolchain)})
+    pretended = (*WITHOUT_A_GPU, "python", "/mnt/scripts/pretended_volta.py")
+    version = inside(container, *pretended, "the_command_line_says_its_version", options=options)
     assert "0.12.0+sm70" in version
-    assert "usage: vllm serve" in inside(
-        container, *pretended, "the_command_line_explains_itself", options=tuple(options)
-    )
+    assert "usage: vllm serve" in inside(container, *pretended, "the_command_line_explains_itself", options=options)
 
 
 TRITON = """
@@ -328,6 +344,22 @@ def test_triton_and_inductor_compile_with_the_images_own_compiler(container: str
     said = inside(container, "python", "-c", TRITON)
     assert "launcher True" in said
     assert "inductor 8" in said
+
+
+FOUND = "python -c 'import start; start.bring_cache()' && exec python -m volta.warm --check --cache $TRITON_CACHE_DIR"
+
+
+@pytest.mark.build
+def test_the_images_own_triton_finds_every_kernel_that_was_compiled_ahead(
+    container: str, repository: Path, toolchain: Toolchain
+) -> None:
+    """Compilers that are called for one refuse; the calls are vLLM's own, on a pretended card."""
+    path = "PYTHONPATH=/mnt:/opt/voltforge"
+    options = mounted(without_a_gpu(repository, toolchain))
+    said = inside(container, *WITHOUT_A_GPU, path, "sh", "-c", FOUND, options=options)
+    found = re.search(r"(\d+) kernels, all in the cache", said)
+    assert found
+    assert int(found[1]) > 300
 
 
 @pytest.mark.build
@@ -372,6 +404,6 @@ def test_a_base_with_another_python_is_refused_in_words(results: dict, repositor
 
 @pytest.mark.build
 def test_why_tells_layers_projects_and_what_was_left_out(results: dict, repository: Path) -> None:
-    said = doit(repository, "image:why")
+    said = doit("torch=thin", "image:why")
     for word in ("nvidia-cudnn-cu12", "packages", "required by", "back end"):
         assert word in said

@@ -3,120 +3,47 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from uv import find_uv_bin
 
-from tests.checkouts import ROOT
-from voltforge import files
-from voltforge.checkout import Settings
-from voltforge.environment import create
-from voltforge.pipeline import Pipeline
+from tests.beside import Beside, Workbench
 
 pytestmark = pytest.mark.build
 
 Row = Mapping[str, Any]
 
-# An example is worth a second of the interpreter; the same are tried each time, so that a red test stays red.
-searching = settings(
-    max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+# An example is worth a second of the interpreter.
+searching = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@dataclass(frozen=True)
-class Python:
-    """The interpreter of an environment with our vLLM in it."""
+class Bench(Workbench):
+    """Where cases of volta.numbers are tried."""
 
-    path: Path
-    environ: Mapping[str, str]
-
-    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([self.path, *words], env=dict(self.environ), capture_output=True, text=True, timeout=900)
-
-
-class Workbench:
-    """A process of that interpreter, which runs snippets and keeps what it has imported."""
-
-    def __init__(self, python: Python, *words: str) -> None:
-        script = ROOT / "tests" / "scripts" / "workbench.py"
-        self.process = subprocess.Popen(
-            [python.path, script, *words],
-            env=dict(python.environ),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def does(self, snippet: str) -> str:
-        """What a snippet printed, which must end well."""
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps("import json\nfrom volta.numbers import *\n" + snippet) + "\n")
-        self.process.stdin.flush()
-        fine, printed = json.loads(self.process.stdout.readline())
-        assert fine, printed
-        assert isinstance(printed, str)
-        return printed
+    def __init__(self, beside: Beside, *words: str) -> None:
+        super().__init__(beside, *words, prelude="import json\nfrom volta.numbers import *\n")
 
     def row(self, case: str) -> Row:
         """What became of a case."""
         row: Row = json.loads(self.does(f"row = attempt({case})\nprint(json.dumps(vars(row) | {{'fine': row.fine}}))"))
         return row
 
-    def end(self) -> None:
-        """No more snippets."""
-        self.process.communicate()
-
 
 @pytest.fixture(scope="module")
-def python(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Python]:
-    """An environment into which the wheel was installed: made from the wheelhouse, which `./doit wheels:vllm` fills."""
-    subprocess.run(["./doit", "wheels:vllm"], cwd=repository, check=True, capture_output=True, timeout=3600)
-    pipeline = Pipeline.load(repository, Settings())
-    recipe = pipeline.recipes["vllm"]
-    folder = tmp_path_factory.mktemp("numbers")
-    fresh = create(recipe.beside(recipe.expect.lock), folder / "env", pipeline.store.indexes)
-    simple = (pipeline.wheelhouse.path / "simple").as_uri()
-    words = ["pip", "install", "--python", str(fresh.python), "--default-index", simple, "--no-deps", "vllm==0.12.0"]
-    subprocess.run([find_uv_bin(), *words], check=True, capture_output=True)
-    yield Python(fresh.python, surroundings(repository, pipeline.package(recipe).toolchain().driver_stub, folder))
-    files.remove(folder)
-
-
-def surroundings(repository: Path, driver: Path, home: Path) -> dict[str, str]:
-    """The variables that vLLM needs where no GPU is, and one core for the interpreter's numpy."""
-    return {
-        **os.environ,
-        "LD_LIBRARY_PATH": str(driver),
-        "PYTHONPATH": str(repository),
-        "HOME": str(home),
-        "TRITON_CACHE_DIR": str(home / "triton"),
-        "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-@pytest.fixture(scope="module")
-def bench(python: Python) -> Iterator[Workbench]:
+def bench(beside: Beside) -> Iterator[Bench]:
     """Where kernels are interpreted."""
-    made = Workbench(python)
+    made = Bench(beside)
     yield made
     made.end()
 
 
 @pytest.fixture(scope="module")
-def compiling(python: Python) -> Iterator[Workbench]:
+def compiling(beside: Beside) -> Iterator[Bench]:
     """Where kernels are compiled for sm_70."""
-    made = Workbench(python, "compile")
+    made = Bench(beside, "compile")
     yield made
     made.end()
 
@@ -125,9 +52,8 @@ def called(kind: str, fields: Mapping[str, object]) -> str:
     return f"{kind}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
 
 
-def test_every_row_of_the_table_is_within_its_bound(python: Python) -> None:
-    done = python.run("-m", "volta.numbers")
-    assert done.returncode == 0, done.stdout
+def test_every_row_of_the_table_is_within_its_bound(beside: Beside) -> None:
+    said = beside.run("-m", "volta.numbers")
     kernels = (
         "kernel_unified_attention_2d",
         "kernel_unified_attention_3d + reduce_segments",
@@ -136,13 +62,11 @@ def test_every_row_of_the_table_is_within_its_bound(python: Python) -> None:
         "awq_gemm_kernel",
     )
     for kernel in kernels:
-        assert f" ok   {kernel}: " in done.stdout
+        assert f" ok   {kernel}: " in said
 
 
-def test_whatever_is_computed_here_compiles_for_sm_70(python: Python) -> None:
-    done = python.run("-m", "volta.numbers", "compile")
-    assert done.returncode == 0, done.stdout
-    assert "compile for sm_70" in done.stdout.splitlines()[-1]
+def test_whatever_is_computed_here_compiles_for_sm_70(beside: Beside) -> None:
+    assert "compile for sm_70" in beside.run("-m", "volta.numbers", "compile").splitlines()[-1]
 
 
 FAULTS = {
@@ -173,7 +97,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_kernel_that_does_not_do_its_work_is_found(fault: str, bench: Workbench) -> None:
+def test_a_kernel_that_does_not_do_its_work_is_found(fault: str, bench: Bench) -> None:
     name, instead, case = FAULTS[fault]
     said = bench.does(
         "import functools, volta.numbers\n"
@@ -189,9 +113,7 @@ def test_a_kernel_that_does_not_do_its_work_is_found(fault: str, bench: Workbenc
 IN_FLOAT16 = "with unittest.mock.patch.object(awq_triton, 'ACCUMULATES_IN_FLOAT32', False):\n    "
 
 
-def test_the_awq_product_in_float16_is_over_its_bound_and_its_code_shows_it(
-    bench: Workbench, compiling: Workbench
-) -> None:
+def test_the_awq_product_in_float16_is_over_its_bound_and_its_code_shows_it(bench: Bench, compiling: Bench) -> None:
     """As the kernel was: the interpreter rounds once in 32 multiply-adds, sm_70 after each."""
     case = "Multiply(rows=2, inputs=4096, group=128, outputs=32, parts=1)"
     assert "False" in bench.does(f"{IN_FLOAT16}print(attempt({case}).fine)")
@@ -205,7 +127,7 @@ def test_the_awq_product_in_float16_is_over_its_bound_and_its_code_shows_it(
 
 @pytest.mark.parametrize(("capability", "answer"), [((7, 0), True), ((7, 5), False), ((9, 0), False)])
 def test_only_below_7_5_does_the_awq_product_add_up_in_float32(
-    capability: tuple[int, int], answer: bool, bench: Workbench
+    capability: tuple[int, int], answer: bool, bench: Bench
 ) -> None:
     said = bench.does(
         "import importlib\n"
@@ -220,13 +142,13 @@ def test_only_below_7_5_does_the_awq_product_add_up_in_float32(
 
 
 @pytest.mark.parametrize("case", ["Store(cache={!r})", "Attention(cache={!r})", "Attention(cache={!r}, new=(3,))"])
-def test_e4m3_does_not_compile_for_sm_70_and_e5m2_does(case: str, compiling: Workbench) -> None:
+def test_e4m3_does_not_compile_for_sm_70_and_e5m2_does(case: str, compiling: Bench) -> None:
     refused = compiling.row(case.format("fp8_e4m3"))
     assert "fp8e4nv not supported in this architecture" in refused["said"]
     assert compiling.row(case.format("fp8_e5m2"))["fine"]
 
 
-def test_a_layer_with_e5m2_leaves_its_queries_as_they_are(bench: Workbench) -> None:
+def test_a_layer_with_e5m2_leaves_its_queries_as_they_are(bench: Bench) -> None:
     said = bench.does(
         "from vllm.attention.layer import Attention\n"
         "from vllm.config import CacheConfig, VllmConfig, set_current_vllm_config\n"
@@ -238,12 +160,12 @@ def test_a_layer_with_e5m2_leaves_its_queries_as_they_are(bench: Workbench) -> N
     assert "TritonAttentionImpl None" in said
 
 
-def test_a_layer_with_e5m2_goes_on_where_the_scale_of_its_queries_was_calculated(bench: Workbench) -> None:
+def test_a_layer_with_e5m2_goes_on_where_the_scale_of_its_queries_was_calculated(bench: Bench) -> None:
     said = bench.does("print(attempt(Layer(Attention(new=(5,), old=(0,), cache='fp8_e5m2'), query_scale=0.7)))")
     assert "said=''" in said
 
 
-def test_other_caches_are_seen_as_they_were(bench: Workbench) -> None:
+def test_other_caches_are_seen_as_they_were(bench: Bench) -> None:
     said = bench.does(
         "from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl\n"
         "for kind in ('auto', 'fp8', 'fp8_e4m3', 'fp8_e5m2'):\n"
@@ -254,7 +176,7 @@ def test_other_caches_are_seen_as_they_were(bench: Workbench) -> None:
     assert said.splitlines() == [*e4m3, "fp8_e5m2 torch.float8_e5m2 False"]
 
 
-def test_the_ways_to_e5m2_agree_over_all_numbers_of_float16(bench: Workbench) -> None:
+def test_the_ways_to_e5m2_agree_over_all_numbers_of_float16(bench: Bench) -> None:
     """The reference from the definition, the steps in Triton's PTX, torch; and the way back."""
     said = bench.does(
         "every = torch.arange(-2**15, 2**15).short().view(torch.float16)\n"
@@ -283,17 +205,18 @@ sequences = st.lists(st.tuples(st.integers(1, 24), st.integers(0, 50)), min_size
     sequences=sequences,
     decode=st.booleans(),
     heads=st.sampled_from([(1, 1), (1, 3), (2, 4), (1, 7), (1, 8), (1, 20)]),
-    head_size=st.sampled_from([64, 80, 96, 128]),
+    head_size=st.sampled_from([64, 80, 96, 128, 192]),
     page=st.sampled_from([16, 32]),
     cache=st.sampled_from(["auto", "fp8_e5m2"]),
     window=st.one_of(st.just(0), st.integers(1, 60)),
+    level=st.sampled_from([0.0, -40.0]),
     softcap=st.sampled_from([0.0, 20.0]),
     alibi=st.booleans(),
     sinks=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_attention_is_within_its_bound_whatever_the_batch(
-    bench: Workbench,
+    bench: Bench,
     sequences: list[tuple[int, int]],
     decode: bool,
     heads: tuple[int, int],
@@ -320,7 +243,7 @@ def test_attention_is_within_its_bound_whatever_the_batch(
     seed=st.integers(0, 1000),
 )
 def test_each_token_goes_to_its_slot_and_nothing_else_changes(
-    bench: Workbench, tokens: int, padding: set[int], **rest: object
+    bench: Bench, tokens: int, padding: set[int], **rest: object
 ) -> None:
     padding = {token for token in padding if token < tokens}
     assume(len(padding) < tokens)
@@ -338,7 +261,7 @@ def test_each_token_goes_to_its_slot_and_nothing_else_changes(
     seed=st.integers(0, 1000),
 )
 def test_awq_matrices_are_unpacked_and_multiplied_whatever_their_shape(
-    bench: Workbench, rows: int, groups: int, group: int, outputs: int, parts: int, seed: int
+    bench: Bench, rows: int, groups: int, group: int, outputs: int, parts: int, seed: int
 ) -> None:
     shape = {"inputs": groups * group, "outputs": outputs, "group": group, "seed": seed}
     unpacked = bench.row(called("Dequantize", shape))

@@ -7,16 +7,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from uv import find_uv_bin
 
-from voltforge import environment, files, tree, wheel
-from voltforge.checkout import Settings
-from voltforge.environment import Environment, create, unmet
+from tests.beside import Beside
+from tests.checkouts import ROOT, doit
+from voltforge import environment, tree, wheel
+from voltforge.environment import Environment, unmet
 from voltforge.fetch import Artifact
 from voltforge.index import configured
 from voltforge.pipeline import Pipeline
@@ -26,40 +26,26 @@ from voltforge.verify import verify
 pytestmark = pytest.mark.build
 
 
-def doit(repository: Path, *words: str) -> str:
-    """Run ./doit as a person would, and give what it printed."""
-    done = subprocess.run(["./doit", *words], cwd=repository, capture_output=True, text=True, timeout=3600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def pipeline(repository: Path) -> Pipeline:
-    """The checkout after `./doit wheels:vllm`: ten minutes on two cores, nothing if it ran before."""
-    doit(repository, "wheels:vllm")
-    return Pipeline.load(repository, Settings())
-
-
-@pytest.fixture(scope="module")
-def receipt(pipeline: Pipeline) -> dict[str, dict[str, object]]:
+def receipt(vllm: Pipeline) -> dict[str, dict[str, object]]:
     found: dict[str, dict[str, object]] = json.loads(
-        pipeline.wheelhouse.receipt("vllm", environment.python_tag()).read_text()
+        vllm.wheelhouse.receipt("vllm", environment.python_tag()).read_text()
     )
     return found
 
 
 @pytest.fixture(scope="module")
-def made(pipeline: Pipeline) -> wheel.Wheel:
-    (found,) = [one for one in pipeline.wheelhouse.wheels() if one.name == "vllm"]
+def made(vllm: Pipeline) -> wheel.Wheel:
+    (found,) = [one for one in vllm.wheelhouse.wheels() if one.name == "vllm"]
     return found
 
 
 @pytest.fixture(scope="module")
-def patched(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Tree:
+def patched(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Tree:
     """The sources as the series leaves them."""
-    recipe = pipeline.recipes["vllm"]
-    series = tree.series(pipeline.root / "patches" / "vllm")
-    return tree.grow(pipeline.store.get(recipe.source.artifact), series, tmp_path_factory.mktemp("vllm") / "tree")
+    recipe = vllm.recipes["vllm"]
+    series = tree.series(vllm.root / "patches" / "vllm")
+    return tree.grow(vllm.store.get(recipe.source.artifact), series, tmp_path_factory.mktemp("vllm") / "tree")
 
 
 def called(folder: Path, pattern: str) -> Sequence[str]:
@@ -94,18 +80,18 @@ def test_every_check_passed_and_the_receipt_has_them(receipt: dict[str, dict[str
     }
 
 
-def test_a_second_run_says_that_it_is_current_and_builds_nothing(pipeline: Pipeline) -> None:
-    said = doit(pipeline.root, "wheels:vllm")
+def test_a_second_run_says_that_it_is_current_and_builds_nothing(vllm: Pipeline) -> None:
+    said = doit("wheels:vllm")
     assert "wheels:vllm is current" in said
     assert "* build" not in said
 
 
-def test_pip_picks_it_from_the_wheelhouse_beside_the_machines_own_index(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_pip_picks_it_from_the_wheelhouse_beside_the_machines_own_index(vllm: Pipeline, tmp_path: Path) -> None:
     """The stock wheel of the same version is on that index: only the local part makes ours the newer."""
     plain = configured()
     assert plain.default
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "fresh"], check=True)
-    simple = (pipeline.wheelhouse.path / "simple").as_uri()
+    simple = (vllm.wheelhouse.path / "simple").as_uri()
     words = [
         "install",
         "--dry-run",
@@ -120,20 +106,7 @@ def test_pip_picks_it_from_the_wheelhouse_beside_the_machines_own_index(pipeline
     subprocess.run([tmp_path / "fresh/bin/python", "-m", "pip", *words, "vllm==0.12.0"], check=True, env=environ)
     (chosen,) = json.loads((tmp_path / "report.json").read_text())["install"]
     assert "+sm70" in chosen["metadata"]["version"]
-    assert chosen["download_info"]["url"].startswith(pipeline.wheelhouse.path.as_uri())
-
-
-@pytest.fixture(scope="module")
-def installed(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    """A fresh environment into which uv installed the wheel from the wheelhouse's own index."""
-    recipe = pipeline.recipes["vllm"]
-    folder = tmp_path_factory.mktemp("installed") / "fresh"
-    fresh = create(recipe.beside(recipe.expect.lock), folder, pipeline.store.indexes)
-    simple = (pipeline.wheelhouse.path / "simple").as_uri()
-    words = ["pip", "install", "--python", str(fresh.python), "--default-index", simple, "--no-deps", "vllm==0.12.0"]
-    subprocess.run([find_uv_bin(), *words], check=True, capture_output=True)
-    yield fresh
-    files.remove(folder)
+    assert chosen["download_info"]["url"].startswith(vllm.wheelhouse.path.as_uri())
 
 
 def test_nothing_that_it_requires_is_missing(installed: Environment) -> None:
@@ -150,13 +123,9 @@ def test_nothing_that_it_requires_is_missing(installed: Environment) -> None:
         "the_command_line_explains_itself",
     ],
 )
-def test_on_a_pretended_volta(check: str, installed: Environment, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_on_a_pretended_volta(check: str, beside: Beside) -> None:
     """No GPU is here: the platform only says that it is one of capability 7.0, and no kernel runs."""
-    stub = pipeline.package(pipeline.recipes["vllm"]).toolchain().driver_stub
-    environ = {**os.environ, "LD_LIBRARY_PATH": str(stub), "HOME": str(tmp_path), "VLLM_NO_USAGE_STATS": "1"}
-    script = pipeline.root / "tests" / "scripts" / "pretended_volta.py"
-    said = subprocess.run([installed.python, script, check], env=environ, capture_output=True, text=True, timeout=900)
-    assert said.returncode == 0, said.stdout[-2000:] + said.stderr[-3000:]
+    beside.run(ROOT / "tests" / "scripts" / "pretended_volta.py", check)
 
 
 def test_nothing_on_cuda_reaches_the_kernels_that_were_left_out(patched: Tree) -> None:
@@ -193,9 +162,9 @@ def test_each_patch_says_why_where_and_what_to_check_again(repository: Path) -> 
             assert f"\n{field}" in f"\n{header}", f"{patch.path.name} lacks {field}"
 
 
-def test_the_stock_wheel_is_found_to_be_what_it_is(pipeline: Pipeline, repository: Path) -> None:
+def test_the_stock_wheel_is_found_to_be_what_it_is(vllm: Pipeline, repository: Path) -> None:
     """467 MB of real input for every check that needs no environment; its findings were recorded and read once."""
-    stock = pipeline.store.get(
+    stock = vllm.store.get(
         Artifact(
             file="vllm-0.12.0-cp38-abi3-manylinux_2_31_x86_64.whl",
             sha256="596673edcac5ea8ab8cb2d9b0200052978cd91d78a054926d9d0c6895d34237f",
@@ -203,7 +172,7 @@ def test_the_stock_wheel_is_found_to_be_what_it_is(pipeline: Pipeline, repositor
             index="vllm",
         )
     )
-    recipe = pipeline.recipes["vllm"]
-    expect = replace(pipeline.package(recipe).expectation(), ops=(), imports=())
+    recipe = vllm.recipes["vllm"]
+    expect = replace(vllm.package(recipe).expectation(), ops=(), imports=())
     found = [asdict(finding) for finding in verify(stock, expect)]
     assert found == json.loads((repository / "tests" / "records" / "stock-vllm-0.12.0.json").read_text())

@@ -80,11 +80,6 @@ class Case(ABC):
         told = [(one, getattr(self, one.name)) for one in fields(self)]
         return " ".join([self.label, *(f"{one.name}={value}" for one, value in told if value != one.default)])
 
-    @property
-    def waits_for(self) -> str:
-        """The patch without which it cannot work, if it needs one that may be missing."""
-        return ""
-
     @abstractmethod
     def tensors(self, made: Tensors) -> dict[str, Any]:
         """Its arguments."""
@@ -176,10 +171,6 @@ class Cache(Case):
     head_size: int
     block_size: int = 16
     tokens: int = 33
-
-    @property
-    def waits_for(self) -> str:
-        return "0012-kv-cache-e5m2" if self.kv else ""
 
     def tensors(self, made: Tensors) -> dict[str, Any]:
         dtype, width = DTYPES[self.dtype], self.kv_heads * self.head_size
@@ -484,7 +475,6 @@ def attention() -> Iterator[Case]:
         kv_heads = 1 if queries > 32 else 2
         for tokens in (16, 1):
             yield Attention(**choice, heads=queries * kv_heads, kv_heads=kv_heads, query=tokens)
-
 
     # DeepSeek's heads, of 128 and 64 numbers, where VLLM_MLA_DISABLE makes ordinary attention of MLA.
     for tokens, kv in itertools.product((16, 1), ("", "e5m2")):

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -30,6 +31,7 @@ from vllm.platforms.cuda import NonNvmlCudaPlatform
 from vllm.platforms.interface import DeviceCapability
 
 VOLTA = (7, 0)
+NAME = "the card"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Platform(NonNvmlCudaPlatform):
     """A CUDA platform without a device behind it; vLLM's modules keep the one that they found at import."""
 
     told = VOLTA
+    joined = False
+    """Whether NVLink joins all cards."""
 
     @classmethod
     def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
@@ -79,13 +83,18 @@ class Platform(NonNvmlCudaPlatform):
 
     @classmethod
     def get_device_name(cls, device_id: int = 0) -> str:
-        """A name that no tuned configuration has."""
-        return "a pretended GPU"
+        """A name that no tuned configuration has, and that reads well in a sentence."""
+        return NAME
 
     @classmethod
     def get_device_total_memory(cls, device_id: int = 0) -> int:
         """Bytes."""
         return 16 << 30
+
+    @classmethod
+    def is_fully_connected(cls, physical_device_ids: list[int]) -> bool:
+        """Whether NVLink joins the cards."""
+        return cls.joined
 
 
 class DoesNotCompile(Exception):  # noqa: N818 - it says what happened
@@ -105,7 +114,8 @@ def capability(of: tuple[int, int] = VOLTA, target: tuple[int, int] | None = Non
         vllm.platforms._current_platform = Platform()
     torch.cuda.get_device_capability = lambda device=None: of
     torch.cuda.current_device = lambda: 0
-    torch.cuda.get_device_name = lambda device=None: "a pretended GPU"
+    torch.cuda.get_device_name = lambda device=None: NAME
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=80)
     triton.runtime.driver.set_active(Driver(target or of))
 
 

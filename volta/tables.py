@@ -23,7 +23,7 @@ $ ./doit verify:triton    # the same checks of the kept wheel, in an environment
 Each case calls vLLM's own Python function with a pretended driver, so what is compiled is what the server would launch.
 A block of 7.0 can have 96 KiB of shared memory, a thread 255 registers; more than 64 bytes spilled is a failure, or
 more than the bound in volta/compile.py for five kernels whose tiles are upstream's. There is no tensor core
-instruction (HMMA) anywhere: on 7.0 and 7.5 Triton 3.5.0 makes FMAs of every dot.
+instruction (HMMA) anywhere: on 7.0 Triton 3.5.0 makes FMAs of every dot.
 """
 
 
@@ -58,14 +58,12 @@ def document(
     left: Mapping[str, str],
 ) -> str:
     """docs/kernels.md."""
-    waiting = sorted({row["waits_for"] for row in rows if row["problem"] and row["waits_for"]})
     cases, kernels = len({row["case"] for row in rows}), len({_identity(row) for row in rows if row["instructions"]})
     parts = [
         INTRODUCTION,
         "## Attention tiles, before and after patch 0015\n\n" + TILES_SAY,
         markdown(TILES, tiles(compared)),
-        f"## All kernels\n\n{cases} cases, {kernels} different kernels; smallest and largest of each group.\n"
-        + "".join(f"\nNot in yet: the cases that wait for {one}.\n" for one in waiting),
+        f"## All kernels\n\n{cases} cases, {kernels} different kernels; smallest and largest of each group.\n",
         markdown(HEADINGS, summary(rows)),
         "## What is not covered\n",
         markdown(("Triton kernels of", "why they have no case"), list(left.items())),

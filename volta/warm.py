@@ -9,9 +9,10 @@ compiler.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,18 @@ MAX_MODEL_LEN = 4096
 
 
 def needed(
-    shapes: Iterable[Shape], parallel: Sequence[int] = TENSOR_PARALLEL, max_model_len: int = MAX_MODEL_LEN, kv: str = ""
+    shapes: Iterable[Shape],
+    parallel: Sequence[int] = TENSOR_PARALLEL,
+    max_model_len: int = MAX_MODEL_LEN,
+    caches: Sequence[str] = ("auto", "e5m2"),
 ) -> list[Case]:
-    """The calls that models of these shapes make, in fp16, on so many cards each."""
+    """The calls that models of these shapes make, in fp16, on so many cards each, with each of these KV caches."""
     found: dict[Case, None] = {}
     for shape in shapes:
         for cards in parallel:
             if shape.heads % cards == 0:
-                found |= dict.fromkeys(_of(shape, cards, max_model_len, kv))
+                for cache in caches:
+                    found |= dict.fromkeys(_of(shape, cards, max_model_len, "" if cache == "auto" else cache))
     return list(found)
 
 
@@ -87,7 +92,9 @@ class Missing(Exception):  # noqa: N818 - it says what happened
     """A kernel that is not in the cache."""
 
 
-def fill(cache: Path, wanted: Sequence[Case], place: Path | None = None) -> Warmed:
+def fill(
+    cache: Path, wanted: Sequence[Case], place: Path | None = None, tell: Callable[[str], None] = lambda _: None
+) -> Warmed:
     """Compile what the calls launch into a cache that will lie at ``place``.
 
     Raises:
@@ -99,7 +106,7 @@ def fill(cache: Path, wanted: Sequence[Case], place: Path | None = None) -> Warm
     # Line numbers bring the paths of this environment into the code. The variable is part of the key, and stays unset.
     triton.knobs.propagate_env = False
     triton.knobs.compilation.disable_line_info = True
-    seen = _called(wanted)
+    seen = _called(wanted, tell)
     with mock.patch("triton.runtime.build._build", _without_paths):
         driver.CudaUtils()
         for launch in seen.values():
@@ -136,10 +143,11 @@ def check(cache: Path, wanted: Sequence[Case]) -> int:
     return len(seen)
 
 
-def _called(wanted: Sequence[Case]) -> dict[str, pretend.Launch]:
+def _called(wanted: Sequence[Case], tell: Callable[[str], None] = lambda _: None) -> dict[str, pretend.Launch]:
     """What the calls launch, by Triton's key."""
     seen: dict[str, pretend.Launch] = {}
-    for case in wanted:
+    for number, case in enumerate(wanted, 1):
+        tell(f"{number} of {len(wanted)}: {case.name}")
         with pretend.launches() as launched:
             case.call(**case.tensors(Tensors()))
         seen |= {launch.kernel.hash: launch for launch in launched}
@@ -174,7 +182,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, action="append", help="a config.json, instead of volta/shapes.py")
     parser.add_argument("--tensor-parallel", type=int, nargs="+", default=TENSOR_PARALLEL)
     parser.add_argument("--max-model-len", type=int, default=MAX_MODEL_LEN)
-    parser.add_argument("--kv", choices=("", "e5m2"), default="", help="of the cache")
+    parser.add_argument("--kv", choices=("auto", "e5m2"), nargs="+", default=("auto", "e5m2"), help="KV caches")
+    parser.add_argument("--progress", action="store_true", help="say a line for each call")
     parser.add_argument("--check", action="store_true", help="only look whether all is there")
     asked = parser.parse_args(words)
     try:
@@ -189,7 +198,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if asked.check:
             print(f"{check(asked.cache, wanted)} kernels, all in the cache")
             return 0
-        warmed = fill(asked.cache.resolve(), wanted, asked.at)
+        tell = functools.partial(print, flush=True) if asked.progress else lambda _: None
+        warmed = fill(asked.cache.resolve(), wanted, asked.at, tell)
     except (pretend.DoesNotCompile, Missing) as error:
         print(f"volta.warm: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ PREFIX = Path("opt/vllm")
 LAYERS = (
     "nvidia-cublas-cu12", "nvidia-cudnn-cu12", "nvidia-nccl-cu12", "nvidia-cusolver-cu12", "nvidia-cusparse-cu12",
     "nvidia-cufft-cu12", "nvidia-cuda-nvrtc-cu12", "nvidia-curand-cu12", "nvidia-nvjitlink-cu12",
-    "triton", "torch", "packages", "vllm", "configuration",
+    "triton", "torch", "packages", "vllm", "kernels", "configuration",
 )  # fmt: skip
 """The folders of the context in the Dockerfile's order; all projects without one of their own share ``packages``."""
 
@@ -182,6 +183,18 @@ def lay_out(environment: Environment, projects: Iterable[str], leave_out: LeaveO
     return Content(sizes, layers, tuple(sorted(left, key=lambda part: -part.size)))
 
 
+@contextlib.contextmanager
+def united(context: Path, folder: Path) -> Iterator[Path]:
+    """The environment as the image will have it, while it is needed: all layers in one folder, by hard links."""
+    try:
+        for layer in LAYERS:
+            if (context / layer / PREFIX).exists():
+                shutil.copytree(context / layer / PREFIX, folder, copy_function=_link, dirs_exist_ok=True)
+        yield folder
+    finally:
+        files.remove(folder)
+
+
 def archive(layout: Path, path: Path) -> None:
     """Pack an OCI image layout to an archive, the same bytes for the same layout."""
 
@@ -294,12 +307,17 @@ def set_modes(context: Path) -> None:
                     shutil.copyfileobj(source, sink, files.BLOCK)
 
 
+def weight(folder: Path) -> int:
+    """The bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _weight(distribution: Distribution) -> int:
     paths = [Path(str(distribution.locate_file(member))) for member in distribution.files or ()]
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # another file system

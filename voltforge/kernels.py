@@ -16,6 +16,7 @@ from voltforge.errors import VoltforgeError
 from voltforge.package import Package
 from voltforge.pipeline import Pipeline
 from voltforge.process import ProgramFailed, run
+from voltforge.stage import Values
 from voltforge.verify import DRIVER
 
 PATIENCE = 3600.0
@@ -29,6 +30,8 @@ class KernelError(VoltforgeError):
 def verify(pipeline: Pipeline) -> None:
     """Compile every Triton kernel that the wheel's vLLM reaches on 7.0, and print what each takes of it.
 
+    ``build/triton.json`` has a row for each kernel of each case.
+
     Raises:
         KernelError: one does not compile, or is over a limit; the compiler's own line is named.
         VoltforgeError: there is no wheel.
@@ -40,22 +43,18 @@ def verify(pipeline: Pipeline) -> None:
         with console.live("kernels") as tell:
             rows = compiled(pipeline, settled, tell=tell)
     console.table("Triton kernels on 7.0", tables.HEADINGS, tables.summary(rows))
-    series = {path.stem for path in (pipeline.root / "patches" / "vllm").glob("*.patch")}
-    report(rows, series)
+    files.write_json(pipeline.root / "build" / "triton.json", rows)
+    report(rows)
 
 
-def report(rows: Sequence[Mapping[str, Any]], series: set[str]) -> None:
-    """Say what was compiled; a case may wait for a patch only while that is not in the series.
+def report(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Say how much was compiled.
 
     Raises:
         KernelError: a row has a problem.
     """
-    broken = [row for row in rows if row["problem"] and row["waits_for"] not in series - {""} and row["waits_for"]]
-    for patch in sorted({row["waits_for"] for row in broken}):
-        console.note(f"{sum(row['waits_for'] == patch for row in broken)} cases wait for {patch}")
-    problems = [row["problem"] for row in rows if row["problem"] and row not in broken]
     console.note(f"{len({row['case'] for row in rows})} cases, {sum(row['seconds'] for row in rows):.0f} s")
-    if problems:
+    if problems := [row["problem"] for row in rows if row["problem"]]:
         raise KernelError("\n".join(problems[:20]), hint="volta/compile.py has the limits, volta/cases.py the cases")
 
 
@@ -74,30 +73,57 @@ def compiled(pipeline: Pipeline, settled: Environment, *words: str, tell: Any = 
     return rows
 
 
-def warm(pipeline: Pipeline, settled: Environment, cache: Path, place: Path) -> str:
-    """Fill a Triton cache with the kernels of common models; it will lie at ``place``. Gives its size in words."""
-    return asked(pipeline, settled, "-m", "volta.warm", "--cache", cache, "--at", place).strip().splitlines()[-1]
+def inputs(pipeline: Pipeline) -> Values:
+    """What decides which kernels are compiled ahead, and their bytes, beside the environment that they are for."""
+    try:
+        compiler = run([os.environ.get("CC") or "gcc", "--version"]).output.splitlines()[0]
+    except ProgramFailed:
+        compiler = ""
+    sources = sorted((pipeline.root / "volta").glob("*.py"))
+    return {"sources": {path.name: files.sha256(path) for path in sources}, "compiler": compiler}
 
 
-def asked(pipeline: Pipeline, settled: Environment, *words: str | Path, **options: Any) -> str:
+def warm(pipeline: Pipeline, settled: Environment, packages: Path, cache: Path, place: Path, tell: Any) -> str:
+    """Fill a Triton cache with the kernels of common models; it will lie at ``place``. Gives its size in words.
+
+    ``packages`` is the site-packages of what they are for: Triton's own files, stripped or not, are in every key.
+    """
+
+    def watch(line: str, _: object) -> None:
+        tell(line)
+
+    words: list[str | Path] = ["-S", "-m", "volta.warm", "--cache", cache, "--at", place, "--progress"]
+    return asked(pipeline, settled, *words, packages=packages, watch=watch).strip().splitlines()[-1]
+
+
+def asked(
+    pipeline: Pipeline, settled: Environment, *words: str | Path, packages: Path | None = None, **options: Any
+) -> str:
     """Run an environment's Python, with volta to be imported; gives what it printed.
 
     Raises:
         KernelError: it failed.
     """
-    stub = pipeline.package(pipeline.recipes["vllm"]).toolchain().driver_stub
-    dropped = "TRITON_", "VLLM_", "PYTHON", "LD_LIBRARY_PATH"
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    variables["PYTHONPATH"] = str(pipeline.root)
-    variables["PYTHONDONTWRITEBYTECODE"] = "1"
-    if DRIVER not in system_libraries():
-        variables["LD_LIBRARY_PATH"] = str(stub)
     try:
-        return run([settled.python, *words], env=variables, timeout=PATIENCE, **options).output
+        return run([settled.python, *words], env=surroundings(pipeline, packages), timeout=PATIENCE, **options).output
     except ProgramFailed as error:
         said = [line for line in error.output.splitlines() if line.strip()]
         told = next((line for line in reversed(said) if not line.startswith(" ")), error.what)
         raise KernelError(told) from error
+
+
+def surroundings(pipeline: Pipeline, packages: Path | None = None) -> dict[str, str]:
+    """The variables with which a Python imports vLLM and volta on a machine without a GPU.
+
+    ``packages`` is looked in before all others.
+    """
+    dropped = "TRITON_", "VLLM_", "PYTHON", "LD_LIBRARY_PATH"
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    path = os.pathsep.join(str(one) for one in (packages, pipeline.root) if one)
+    variables |= {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if DRIVER not in system_libraries():
+        variables["LD_LIBRARY_PATH"] = str(pipeline.package(pipeline.recipes["vllm"]).toolchain().driver_stub)
+    return variables
 
 
 @contextlib.contextmanager

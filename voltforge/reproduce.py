@@ -26,7 +26,7 @@ from voltforge.pipeline import Pipeline
 from voltforge.process import ProgramFailed, run
 from voltforge.runtime import Runtime
 
-CODE = ("dodo.py", "pyproject.toml", "voltforge")
+CODE = ("dodo.py", "pyproject.toml", "volta", "voltforge")
 DATA = ("requirements.txt", "recipes", "patches", "docker")
 """What of a checkout the second build is given, beside the code."""
 ELSEWHERE = "a-checkout-with-a-name-so-long-that-every-path-in-it-has-another-length"
@@ -146,7 +146,7 @@ def image(pipeline: Pipeline, runtime: Runtime) -> Comparison:
     shutil.copytree(pipeline.wheelhouse.path, second.root / "wheelhouse", copy_function=shutil.copy)
     with _store_apart(second) as apart:
         _build(pipeline, apart, "image", "image")
-    again = Path(Runtime(Checkout(second.root, pipeline.settings)).image.results()["path"])
+    again = Path(Runtime(Pipeline.load(second.root, pipeline.settings)).image.results()["path"])
     return _judged(pipeline, second, "image", first, again)
 
 

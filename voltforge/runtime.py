@@ -9,10 +9,10 @@ from pathlib import Path
 
 from packaging.tags import sys_tags
 
-from voltforge import console, distro, engine, environment, files, image
-from voltforge.checkout import Checkout
+from voltforge import console, distro, engine, environment, files, image, kernels
 from voltforge.environment import Environment
 from voltforge.image import Content, ImageError, LeaveOut, Part
+from voltforge.pipeline import Pipeline
 from voltforge.process import ProgramFailed, run
 from voltforge.stage import Stage, Values
 from voltforge.wheel import Wheel
@@ -27,8 +27,10 @@ PROJECTS = ("torch", "vllm")
 EMPTIED = ("etc/apt/sources.list", "etc/hostname", "etc/resolv.conf", "var/log/apt", "var/log/dpkg.log",
            "var/log/alternatives.log", "var/log/bootstrap.log", "var/cache/ldconfig/aux-cache")  # fmt: skip
 """What in a base speaks of the machine or the hour that it was made on."""
-CODE = (Path(__file__), Path(engine.__file__), Path(image.__file__))
+CODE = (Path(__file__), Path(engine.__file__), Path(image.__file__), Path(kernels.__file__))
 """What decides besides its inputs how an image is made; a change of it makes another."""
+KERNELS = Path("/opt/voltforge/triton-cache")
+"""Where in the image the kernels lie that are compiled ahead; start.py has the same."""
 HEALTHCHECK = {
     "Test": ["CMD", "/opt/vllm/bin/python", "/opt/voltforge/start.py", "--is-healthy"],
     "Interval": 30 * 10**9, "Timeout": 10 * 10**9, "StartPeriod": 600 * 10**9, "Retries": 3,
@@ -39,7 +41,7 @@ HEALTHCHECK = {
 class Runtime:
     """The stages of the image: ``base`` and ``image``."""
 
-    def __init__(self, checkout: Checkout) -> None:
+    def __init__(self, checkout: Pipeline) -> None:
         self.checkout = checkout
         self.folder = checkout.scratch / "image"
 
@@ -53,7 +55,8 @@ class Runtime:
         """The archive."""
         # Without wheels that is said at once, and no base made before.
         there = all(any(self.checkout.wheelhouse.path.glob(f"{name}-*.whl")) for name in PROJECTS)
-        after = [self.base] if there and not self.checkout.settings.base else []
+        first = [] if self.checkout.settings.base else [self.base]
+        after = [self.checkout.toolchain, *first] if there else []
         return Stage("image", self.checkout.record("image"), self._made_of, self._build, _stands, lambda: after)
 
     def why(self) -> None:
@@ -93,6 +96,7 @@ class Runtime:
             "base": chosen or self.base.results()["id"],
             "engine": str(engine.choose()),
             "code": {path.name: files.sha256(path) for path in CODE},
+            "kernels": kernels.inputs(self.checkout),
         }
 
     def _lock(self) -> Path:
@@ -148,7 +152,12 @@ class Runtime:
         content = image.lay_out(settled, image.reachable(settled, PROJECTS), leave_out, context)
         configuration = context / "configuration" / "opt" / "voltforge"
         files.write(configuration / "start.py", (self.checkout.root / "docker" / "start.py").read_bytes())
-        (configuration / "triton-cache").mkdir()
+        compiled = context / "kernels" / KERNELS.relative_to("/")
+        with image.united(context, self.folder / "united") as united, console.live("kernels for 7.0") as tell:
+            packages = united / settled.site_packages.relative_to(settled.path)
+            said = kernels.warm(self.checkout, settled, packages, compiled, KERNELS, tell)
+        console.note(f"{said}, compiled ahead for 7.0")
+        sizes = {**content.layers, "kernels": image.weight(compiled)}
         image.set_modes(context)
         console.note(f"{len(content.projects)} projects, {files.size(sum(content.projects.values()))}")
         labels = {
@@ -171,7 +180,7 @@ class Runtime:
         return {
             "path": str(path), "sha256": files.sha256(path), "size": path.stat().st_size, "tags": tags,
             "base_size": self._base_size(), "compressed": layers, "projects": dict(content.projects),
-            "layers": dict(content.layers), "left_out": [asdict(part) for part in content.left_out],
+            "layers": sizes, "left_out": [asdict(part) for part in content.left_out],
         }  # fmt: skip
 
     def _settle(self, wheels: dict[str, Wheel]) -> Environment:

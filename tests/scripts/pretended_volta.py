@@ -6,24 +6,9 @@ and imports; no kernel is run. Usage: python pretended_volta.py CHECK
 
 import sys
 
-import torch
-import vllm.platforms
-from vllm.platforms.cuda import NonNvmlCudaPlatform
-from vllm.platforms.interface import DeviceCapability
+from volta import pretend
 
-
-class Volta(NonNvmlCudaPlatform):
-    @classmethod
-    def get_device_capability(cls, device_id=0):
-        return DeviceCapability(7, 0)
-
-    @classmethod
-    def get_device_name(cls, device_id=0):
-        return "a pretended V100"
-
-    @classmethod
-    def get_device_total_memory(cls, device_id=0):
-        return 16 << 30
+import torch  # isort: skip - after pretend, which settles what imports find
 
 
 def refusal(call):
@@ -47,7 +32,7 @@ def attention_is_tritons_and_flash_attention_is_refused_in_words():
     from vllm.attention.backends.registry import AttentionBackendEnum
 
     def chosen(wish):
-        return Volta.get_attn_backend_cls(wish, 128, torch.float16, "auto", None, False, False, False)
+        return pretend.Platform.get_attn_backend_cls(wish, 128, torch.float16, "auto", None, False, False, False)
 
     assert "TritonAttentionBackend" in chosen(None)
     said = refusal(lambda: chosen(AttentionBackendEnum.FLASH_ATTN))
@@ -94,5 +79,5 @@ def the_command_line_explains_itself():
 
 
 if __name__ == "__main__":
-    vllm.platforms._current_platform = Volta()
+    pretend.capability()
     globals()[sys.argv[1]]()
