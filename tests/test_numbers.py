@@ -125,6 +125,21 @@ def test_the_awq_product_in_float16_is_over_its_bound_and_its_code_shows_it(benc
     assert "True" in said
 
 
+def test_without_its_patch_a_window_hides_low_logits(bench: Bench) -> None:
+    """0017-window-maximum, in prefill and in decode."""
+    said = bench.does(
+        "from vllm.attention.ops import triton_unified_attention as module\n"
+        "class Stock:\n"
+        "    def __init__(self, kernel): self.kernel = kernel\n"
+        "    def __getitem__(self, grid): return lambda **call: self.kernel[grid](**call | {'KEEP_INF': False})\n"
+        "for name, new, old in (('2d', (40,), (50,)), ('3d', (1,), (90,))):\n"
+        "    case, name = Attention(new=new, old=old, window=24, level=-40.0), 'kernel_unified_attention_' + name\n"
+        "    with unittest.mock.patch.object(module, name, Stock(getattr(module, name))):\n"
+        "        print(attempt(case).error > 0.1, attempt(case).said)\n"
+    )
+    assert said.split() == ["True", "True"]
+
+
 @pytest.mark.parametrize(("capability", "answer"), [((7, 0), True), ((7, 5), False), ((9, 0), False)])
 def test_only_below_7_5_does_the_awq_product_add_up_in_float32(
     capability: tuple[int, int], answer: bool, bench: Bench
