@@ -229,6 +229,16 @@ def test_without_the_patch_a_block_that_runs_late_clears_what_others_added(
         assert_right(late, a, some)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nothing_is_written_behind_a_result_of_any_width(
+    patched: Kernels, unpatched: Kernels, rng: np.random.Generator, bits: int
+) -> None:
+    """The kernels without exllama's order have blocks of 128 columns."""
+    some, a = layer(rng, 256, 520, bits, act_order=True), ordinary(rng, 3, 256)
+    right(patched, a, some, exllama=False)
+    assert unpatched.gemm(a, some, exllama=False)[1].overruns > 0
+
+
 def test_no_warning_says_any_more_that_the_kernel_is_buggy(trees: dict[str, Path]) -> None:
     source = Path("vllm/model_executor/layers/quantization/gptq.py")
     assert "gptq_gemm kernel for GPTQ is buggy" in (trees["unpatched"] / source).read_text()

@@ -90,7 +90,8 @@ def warm(pipeline: Pipeline, settled: Environment, packages: Path, cache: Path, 
     """
 
     def watch(line: str, _: object) -> None:
-        tell(line)
+        if line:  # else only time went by
+            tell(line)
 
     words: list[str | Path] = ["-S", "-m", "volta.warm", "--cache", cache, "--at", place, "--progress"]
     return asked(pipeline, settled, *words, packages=packages, watch=watch).strip().splitlines()[-1]
