@@ -132,7 +132,7 @@ def test_without_its_patch_a_window_hides_low_logits(bench: Bench) -> None:
         "class Stock:\n"
         "    def __init__(self, kernel): self.kernel = kernel\n"
         "    def __getitem__(self, grid): return lambda **call: self.kernel[grid](**call | {'KEEP_INF': False})\n"
-        "for name, new, old in (('2d', (40,), (50,)), ('3d', (1,), (90,))):\n"
+        "for name, new, old in (('2d', (40,), (50,)), ('3d', (1,), (620,))):\n"
         "    case, name = Attention(new=new, old=old, window=24, level=-40.0), 'kernel_unified_attention_' + name\n"
         "    with unittest.mock.patch.object(module, name, Stock(getattr(module, name))):\n"
         "        print(attempt(case).error > 0.1, attempt(case).said)\n"
@@ -240,6 +240,7 @@ def test_attention_is_within_its_bound_whatever_the_batch(
 ) -> None:
     new = [1 if decode else count for count, _ in sequences]
     assume(sum(new) * heads[0] <= 60)  # the interpreter's time
+    assume(not rest["level"] or not (rest["softcap"] or rest["sinks"]))  # beside which a level is a difference
     kv_heads, group = heads
     rest |= {"new": new, "old": [count for _, count in sequences], "kv_heads": kv_heads, "group": group, "seed": seed}
     row = bench.row(called("Attention", rest))
