@@ -240,7 +240,9 @@ def test_attention_is_within_its_bound_whatever_the_batch(
 ) -> None:
     new = [1 if decode else count for count, _ in sequences]
     assume(sum(new) * heads[0] <= 60)  # the interpreter's time
-    assume(not rest["level"] or not (rest["softcap"] or rest["sinks"]))  # beside which a level is a difference
+    # A level shifts every logit of a row, and so does alibi's zero, which is vLLM's to choose: beside these it shows.
+    assume(not rest["level"] or not (rest["softcap"] or rest["sinks"]))
+    assume(not rest["alibi"] or not rest["sinks"])
     kv_heads, group = heads
     rest |= {"new": new, "old": [count for _, count in sequences], "kv_heads": kv_heads, "group": group, "seed": seed}
     row = bench.row(called("Attention", rest))

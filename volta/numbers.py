@@ -89,7 +89,8 @@ class Attention:
         scale = self.head_size**-0.5
         if self.level:
             query[..., 0] = 8.0
-            keys[..., 0].mul_(0).add_(self.level / (8 * scale))  # what is NaN stays so
+            first = keys[..., 0].float() * 0 + self.level / (8 * scale)  # what is NaN stays so
+            keys[..., 0] = first.to(keys.dtype)
         mask = reference.Mask(
             self.window,
             self.softcap,
