@@ -1,9 +1,9 @@
 """Which kernels vLLM picks on a card of one compute capability, or the sentence with which it refuses. Needs no GPU.
 
 Run with the Python of an environment that has our vLLM: `python -m volta.choices` prints one JSON line per case,
-`--markdown` the tables of docs/volta.md. vLLM's own code decides: its engine arguments make the configuration, its
-loader builds the model's layers (without storage), its worker joins the cards. Pretended are only the platform's
-answers (CUDA, this capability, NVLink or not) and that a P2P check passes. No kernel is run.
+`--markdown FILE` writes the tables of docs/volta.md. vLLM's own code decides: its engine arguments make the
+configuration, its loader builds the model's layers (without storage), its worker joins the cards. Pretended are only the
+platform's answers (CUDA, this capability, NVLink or not) and that a P2P check passes. No kernel is run.
 """
 
 from __future__ import annotations
@@ -406,17 +406,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--capability", type=capability, default=(7, 0), metavar="7.0", help="which card is pretended")
     parser.add_argument("--only", default="", metavar="WORDS", help="only the cases that have these words in them")
-    parser.add_argument("--markdown", action="store_true", help="the tables of docs/volta.md instead of JSON lines")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables of docs/volta.md there, too")
     words = parser.parse_args()
     pretended(words.capability)
     quiet()
     with contextlib.redirect_stdout(sys.stderr):
         answers = table(case for case in cases() if words.only in ", ".join(asdict(case).values()))
+    for case, choice in answers.items():
+        print(json.dumps({**asdict(case), **asdict(choice)}))
     if words.markdown:
-        print(markdown(answers), end="")
-    else:
-        for case, choice in answers.items():
-            print(json.dumps({**asdict(case), **asdict(choice)}))
+        words.markdown.write_text(markdown(answers), encoding="utf-8")
 
 
 if __name__ == "__main__":
