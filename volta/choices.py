@@ -2,8 +2,8 @@
 
 Run with the Python of an environment that has our vLLM: `python -m volta.choices` prints one JSON line per case,
 `--markdown FILE` writes the tables of docs/volta.md. vLLM's own code decides: its engine arguments make the
-configuration, its loader builds the model's layers (without storage), its worker joins the cards. Pretended are only the
-platform's answers (CUDA, this capability, NVLink or not) and that a P2P check passes. No kernel is run.
+configuration, its loader builds the model's layers (without storage), its worker joins the cards. Pretended are only
+the platform's answers (CUDA, this capability, NVLink or not) and that a P2P check passes. No kernel is run.
 """
 
 from __future__ import annotations

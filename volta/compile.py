@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from volta import cases, pretend, tables
+from volta import cases, pretend, tables, workers
 from volta.cases import Attention, Case, Tensors
 
 import triton  # isort: skip - after pretend, which settles what imports find
@@ -117,7 +118,15 @@ def compiler() -> Iterator[Compiler]:
         triton.knobs.cache.dir = folder
         triton.knobs.compilation.always_compile = True
         triton.knobs.nvidia.dump_ptxas_log = True
-        yield Compiler()
+        yield _COMPILER
+
+
+_COMPILER = Compiler()
+
+
+def _rows(case: Case) -> list[Row]:
+    """What a worker says of a case: each has a compiler of its own, which knows what its process has compiled."""
+    return list(_COMPILER.rows(case))
 
 
 TILES = tuple(
@@ -206,10 +215,9 @@ def main(words: Sequence[str] | None = None) -> int:
             for case, before, after in tiles(by):
                 print(json.dumps({"case": case.name, "before": asdict(before), "after": asdict(after)}), flush=True)
             return 0
-        for case in wanted:
-            for row in by.rows(case):
-                rows.append(row)
-                print(json.dumps(asdict(row)), flush=True)
+        for row in itertools.chain.from_iterable(workers.each(_rows, wanted)):
+            rows.append(row)
+            print(json.dumps(asdict(row)), flush=True)
         if asked.markdown:
             compared = [(asdict(case), asdict(before), asdict(after)) for case, before, after in tiles(by)]
             text = tables.document([asdict(row) for row in rows], compared, cases.NOT_COVERED)

@@ -9,6 +9,7 @@ compiler.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from volta import pretend
+from volta import pretend, workers
 from volta.cases import Attention, AwqDequantize, AwqGemm, Cache, Case, Experts, Mrope, Tensors
 from volta.shapes import SHAPES, TENSOR_PARALLEL, Shape
 
@@ -106,7 +107,9 @@ def fill(
     # Line numbers bring the paths of this environment into the code. The variable is part of the key, and stays unset.
     triton.knobs.propagate_env = False
     triton.knobs.compilation.disable_line_info = True
-    seen = _called(wanted, tell)
+    for number, case in enumerate(workers.each(_compiled, wanted), 1):
+        tell(f"{number} of {len(wanted)}: {case}")
+    seen = _called(wanted)  # which finds them, or says what is wrong with one
     with mock.patch("triton.runtime.build._build", _without_paths):
         driver.CudaUtils()
         for launch in seen.values():
@@ -143,11 +146,17 @@ def check(cache: Path, wanted: Sequence[Case]) -> int:
     return len(seen)
 
 
-def _called(wanted: Sequence[Case], tell: Callable[[str], None] = lambda _: None) -> dict[str, pretend.Launch]:
+def _compiled(case: Case) -> str:
+    """Fill the cache for one call; gives its name."""
+    with contextlib.suppress(pretend.DoesNotCompile):
+        _called([case])
+    return case.name
+
+
+def _called(wanted: Sequence[Case]) -> dict[str, pretend.Launch]:
     """What the calls launch, by Triton's key."""
     seen: dict[str, pretend.Launch] = {}
-    for number, case in enumerate(wanted, 1):
-        tell(f"{number} of {len(wanted)}: {case.name}")
+    for case in wanted:
         with pretend.launches() as launched:
             case.call(**case.tensors(Tensors()))
         seen |= {launch.kernel.hash: launch for launch in launched}

@@ -22,7 +22,7 @@ from voltforge.verify import DRIVER
 PATIENCE = 3600.0
 """Seconds that compiling all of them may take; it was 200 of one core."""
 
-WARM = ("cases.py", "pretend.py", "shapes.py", "warm.py")
+WARM = ("cases.py", "pretend.py", "shapes.py", "warm.py", "workers.py")
 """The modules of volta/ that decide what is compiled ahead."""
 
 
