@@ -354,9 +354,8 @@ def test_the_images_own_triton_finds_every_kernel_that_was_compiled_ahead(
     container: str, repository: Path, toolchain: Toolchain
 ) -> None:
     """Compilers that are called for one refuse; the calls are vLLM's own, on a pretended card."""
-    path = "PYTHONPATH=/mnt:/opt/voltforge"
     options = mounted(without_a_gpu(repository, toolchain))
-    said = inside(container, *WITHOUT_A_GPU, path, "sh", "-c", FOUND, options=options)
+    said = inside(container, *WITHOUT_A_GPU, "PYTHONPATH=/mnt:/opt/voltforge", "sh", "-c", FOUND, options=options)
     found = re.search(r"(\d+) kernels, all in the cache", said)
     assert found
     assert int(found[1]) > 300

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from volta.shapes import SHAPES, TENSOR_PARALLEL, Shape
 import triton  # isort: skip - after pretend, which settles what imports find
 from triton.backends.nvidia import driver  # isort: skip
 from triton.backends.nvidia.compiler import CUDABackend  # isort: skip
-from triton.runtime.build import _build  # isort: skip
+from triton.runtime.build import _build, platform_key  # isort: skip
 
 SEQUENCES = (1, 2, 16)
 """Triton compiles anew for an integer that is 1, one that 16 divides, and any other."""
 TOKENS = (1, 2, 3, 4, 8, 9, 16, 17, 32, 33, 48, 64, 65, 96, 100, 128, 129, 160, 200, 256, 512, 1000, 2048, 8192)
 """For experts: what the tiles depend on, and what 16 divides or not."""
+ARCHITECTURES = (("64bit", "ELF"), ("64bit", ""))
+"""What platform.architecture() says where there is a program ``file``, and where not: part of a launcher's key."""
 MAX_MODEL_LEN = 4096
 """Any other that 256 divides is the same to the kernels, with blocks of 16 tokens."""
 
@@ -111,9 +113,11 @@ def fill(
         tell(f"{number} of {len(wanted)}: {case}")
     seen = _called(wanted)  # which finds them, or says what is wrong with one
     with mock.patch("triton.runtime.build._build", _without_paths):
-        driver.CudaUtils()
-        for launch in seen.values():
-            driver.CudaLauncher(launch.kernel.src, launch.kernel.metadata)
+        for architecture in ARCHITECTURES:
+            with mock.patch("platform.architecture", lambda said=architecture: said):
+                platform_key.cache_clear()
+                _launchers(seen)
+    platform_key.cache_clear()
     for source in cache.glob("*/*.source"):  # Triton's intermediate form, with this machine's paths
         source.unlink()
     relocate(cache, place or cache)
@@ -140,10 +144,15 @@ def check(cache: Path, wanted: Sequence[Case]) -> int:
     triton.knobs.cache.dir = str(cache)
     with mock.patch.object(CUDABackend, "add_stages", refuse), mock.patch("triton.runtime.build._build", refuse):
         seen = _called(wanted)
-        driver.CudaUtils()
-        for launch in seen.values():
-            driver.CudaLauncher(launch.kernel.src, launch.kernel.metadata)
+        _launchers(seen)
     return len(seen)
+
+
+def _launchers(seen: Mapping[str, pretend.Launch]) -> None:
+    """Make the small libraries by which kernels are launched, or find them."""
+    driver.CudaUtils()
+    for launch in seen.values():
+        driver.CudaLauncher(launch.kernel.src, launch.kernel.metadata)
 
 
 def _compiled(case: Case) -> str:
