@@ -23,10 +23,10 @@ from voltforge.pipeline import Pipeline
 from voltforge.process import run
 
 
-def python(vllm: Pipeline, installed: Environment, text: str, tmp_path: Path) -> Any:
+def python(vllm: Pipeline, installed: Environment, text: str, tmp_path: Path, *words: str) -> Any:
     """What a program prints, as JSON, run beside vLLM."""
     (tmp_path / "program.py").write_text(text)
-    return json.loads(kernels.asked(vllm, installed, tmp_path / "program.py").strip().splitlines()[-1])
+    return json.loads(kernels.asked(vllm, installed, tmp_path / "program.py", *words).strip().splitlines()[-1])
 
 
 # What a person is told.
@@ -151,6 +151,19 @@ def cache(vllm: Pipeline, installed: Environment, tmp_path_factory: pytest.TempP
     return folder
 
 
+@pytest.fixture
+def brought(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder where the image's start script has brought that cache to."""
+    folder, start = tmp_path / "brought", started()
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "triton-cache").symlink_to(cache / "cache")
+    monkeypatch.setattr(start, "HERE", folder)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
+    start.bring_cache()
+    return folder
+
+
 def warmed(vllm: Pipeline, installed: Environment, folder: Path, *words: str) -> str:
     return kernels.asked(
         vllm, installed, "-m", "volta.warm", "--cache", folder / "cache", "--model", folder / "config.json",
@@ -160,21 +173,55 @@ def warmed(vllm: Pipeline, installed: Environment, folder: Path, *words: str) ->
 
 @pytest.mark.build
 def test_a_later_process_finds_all_kernels_and_launchers_and_compiles_nothing(
-    vllm: Pipeline, installed: Environment, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vllm: Pipeline, installed: Environment, brought: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = started()
-    monkeypatch.setattr(start, "HERE", tmp_path)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "triton-cache").symlink_to(cache / "cache")
-    start.bring_cache()
-    said = warmed(vllm, installed, tmp_path, "--check")
+    said = warmed(vllm, installed, brought, "--check")
     assert re.search(r"\d+ kernels, all in the cache", said)
     monkeypatch.setenv("PATH", "")  # without the program `file`, by which a launcher's key tells ELF
-    assert re.search(r"\d+ kernels, all in the cache", warmed(vllm, installed, tmp_path, "--check"))
-    next((tmp_path / "cache").glob("*/kernel_unified_attention_2d.cubin")).parent.rename(tmp_path / "gone")
+    assert re.search(r"\d+ kernels, all in the cache", warmed(vllm, installed, brought, "--check"))
+    next((brought / "cache").glob("*/kernel_unified_attention_2d.cubin")).parent.rename(brought / "gone")
     with pytest.raises(KernelError, match="kernel_unified_attention_2d: it is not in the cache"):
-        warmed(vllm, installed, tmp_path, "--check")
+        warmed(vllm, installed, brought, "--check")
+
+
+OF_A_LAYER = """
+import json, sys, types, torch
+from pathlib import Path
+from volta import pretend, warm
+pretend.capability()
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl, TritonAttentionMetadata
+found = set()
+for kind, dtype in ("auto", torch.float16), ("fp8_e5m2", torch.uint8):
+    layer = types.SimpleNamespace(_k_scale=torch.tensor(1.0), _v_scale=torch.tensor(1.0), _q_scale_float=1.0)
+    attention = TritonAttentionImpl(8, 128, 128**-0.5, 2, None, None, kind)
+    shape = TritonAttentionBackend.get_kv_cache_shape(4000, 16, 2, 128, kind)
+    cache = torch.empty(shape, dtype=dtype)
+    for new in ([1], [1, 1, 1], [1] * 16, [17, 5], [300], [1] * 130):
+        tokens, count = sum(new), len(new)
+        query, key, value = torch.empty(tokens, 12 * 128, dtype=torch.float16).split([1024, 256, 256], dim=-1)
+        starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        lengths = torch.tensor([one + 70 for one in new], dtype=torch.int32)
+        metadata = TritonAttentionMetadata(
+            num_actual_tokens=tokens, max_query_len=max(new), query_start_loc=starts, max_seq_len=max(new) + 70,
+            seq_lens=lengths, block_table=torch.zeros(256, 256, dtype=torch.int32)[:count],
+            slot_mapping=torch.zeros(tokens, dtype=torch.int64), use_cascade=False, common_prefix_len=0,
+            cu_prefix_query_lens=None, prefix_kv_lens=None, suffix_kv_lens=None)
+        heads = (one.view(tokens, -1, 128) for one in (query, key, value))
+        with warm.only_from(Path(sys.argv[1])), pretend.launches() as seen:
+            attention.forward(layer, *heads, cache, metadata, output=torch.empty(tokens, 8, 128, dtype=torch.float16))
+        found |= {launch.function for launch in seen}
+print(json.dumps(sorted(found)))
+"""
+
+
+@pytest.mark.build
+def test_what_a_models_own_attention_layer_launches_is_in_the_cache(
+    vllm: Pipeline, installed: Environment, brought: Path, tmp_path: Path
+) -> None:
+    """As a server calls it: whatever the batch, with keys and values cut from one projection, and a cache's pages."""
+    found = python(vllm, installed, OF_A_LAYER, tmp_path, str(brought / "cache"))
+    attention = ["kernel_unified_attention_2d", "kernel_unified_attention_3d", "reduce_segments"]
+    assert found == [*attention, "reshape_and_cache_kernel_flash"]
 
 
 def started() -> Any:

@@ -812,6 +812,21 @@ def test_a_patch_that_fails_names_every_file_and_hunk_and_changes_nothing(tmp_pa
     assert content(source) == before
 
 
+def test_a_patch_that_fails_says_what_of_its_upstream_to_look_at_again(tmp_path, source, repository):
+    """With the words of its header, on a newer tree; here with one of vLLM's own patches."""
+    [ours] = (repository / "patches" / "vllm").glob("*-window-maximum.patch")
+    upstream = source / "vllm/attention/ops/triton_unified_attention.py"
+    upstream.parent.mkdir(parents=True)
+    upstream.write_text("".join(LINES))
+    with pytest.raises(PatchError) as caught:
+        tree.apply(tree.Patch(ours, "", ""), source)
+    assert "vllm/attention/ops/triton_unified_attention.py: Hunk #1 FAILED" in caught.value.what
+    assert "re-check whether m_j is still what M becomes; `python -m volta.numbers`" in caught.value.hint
+    with pytest.raises(PatchError) as caught:
+        tree.apply(patch(tmp_path / "patches", "Subject: s\n---\n" + diff(LINES, LINES[3:])), source / "vllm")
+    assert "re-check the places that it names" in caught.value.hint
+
+
 def test_a_patch_that_is_applied_already_is_refused(tmp_path, source):
     one = patch(tmp_path / "patches", HEADER + diff(LINES, changed(LINES, 20)))
     tree.apply(one, source)

@@ -52,7 +52,7 @@ class Shape:
             models=name, heads=heads, kv_heads=int(text.get("num_key_value_heads") or heads),
             head_size=int(text.get("head_dim") or text["hidden_size"] // heads),
             windows=tuple(sorted(windows, key=lambda one: one or 0)),
-            softcap=float(text.get("attn_logit_softcapping") or 0), alibi=bool(text.get("alibi")),
+            softcap=text.get("attn_logit_softcapping") or 0, alibi=bool(text.get("alibi")),
             mrope=tuple(rope["mrope_section"]) if "mrope_section" in rope else None,
             awq=int(quantized.get("group_size", 0)) if method == "awq" and not experts else 0,
             experts=experts, top_k=int(text.get("num_experts_per_tok") or 0), hidden=int(text["hidden_size"]),

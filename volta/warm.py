@@ -131,18 +131,26 @@ def _without_paths(name: str, source: str, folder: str, *words: Any) -> str:
     return str(_build(name, source, folder, *words, [*flags, f"-ffile-prefix-map={folder}=."]))
 
 
-def check(cache: Path, wanted: Sequence[Case]) -> int:
-    """Make the same calls with a compiler, ptxas and a C compiler that refuse; gives how many kernels were found.
-
-    Raises:
-        DoesNotCompile: one of them was not.
-    """
+@contextlib.contextmanager
+def only_from(cache: Path) -> Iterator[None]:
+    """Inside, Triton's compiler, ptxas and the C compiler refuse: what is not in the cache is ``Missing``."""
 
     def refuse(*_: object, **__: object) -> None:
         raise Missing("it is not in the cache")
 
     triton.knobs.cache.dir = str(cache)
     with mock.patch.object(CUDABackend, "add_stages", refuse), mock.patch("triton.runtime.build._build", refuse):
+        yield
+
+
+def check(cache: Path, wanted: Sequence[Case]) -> int:
+    """Make the same calls where nothing can be compiled; gives how many kernels were found.
+
+    Raises:
+        DoesNotCompile: one of them was not.
+        Missing: a launcher was not.
+    """
+    with only_from(cache):
         seen = _called(wanted)
         _launchers(seen)
     return len(seen)

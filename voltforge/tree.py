@@ -88,11 +88,10 @@ class PatchError(VoltforgeError):
 
     def __init__(self, patch: Path, rejects: Sequence[tuple[str, str]]) -> None:
         where = listed([f"{file}: {why}" for file, why in rejects])
+        again = _recheck(patch)
         super().__init__(
             f"{patch.parent.name}/{patch.name} does not apply:{where}",
-            hint=remedy(
-                where, "the tree is as it was; compare the patch's Upstream: lines with the source it is applied to"
-            ),
+            hint=remedy(where, f"the tree is as it was; in the source it is applied to, re-check {again}"),
         )
         self.patch = patch
         self.rejects = tuple(rejects)
@@ -242,6 +241,15 @@ def _same(one: Path, other: Path) -> bool:
     if not other.is_file() or one.stat().st_size != other.stat().st_size:
         return False
     return one.stat().st_mode == other.stat().st_mode and one.read_bytes() == other.read_bytes()
+
+
+def _recheck(patch: Path) -> str:
+    """What a patch's header says to look at when upstream moves; without that, where upstream it applies."""
+    header = patch.read_text(encoding="utf-8", errors="replace").split("\n---")[0] if patch.is_file() else ""
+    for field in ("Re-check", "Upstream"):
+        if found := re.search(rf"^{field}: (.+(?:\n[ \t].+)*)", header, re.MULTILINE):
+            return " ".join(found[1].split())
+    return "the places that it names"
 
 
 def _rejects(output: str) -> Iterator[tuple[str, str]]:
