@@ -37,7 +37,7 @@ def main():
         ("uncompressed with torch=source cudnn=0, calculated", files.size(without)),
         ("compressed", files.size(sum(layers))),
         ("layers", str(len(layers))),
-        ("moved by an update of vLLM", files.size(sum(layers[-2:]))),
+        ("moved by an update of vLLM", files.size(sum(layers[-3:]))),
         ("time to put it together", f"{done.usage.wall:.0f} s"),
         ("CPU time", f"{done.usage.cpu:.0f} s"),
         ("peak memory, all processes", files.size(done.usage.peak)),

@@ -15,6 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import urllib.request
 from pathlib import Path
 
@@ -110,18 +112,31 @@ def bring_cache():
     """
     target = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton"))
     try:
+        target.mkdir(parents=True, exist_ok=True)
+        for left in target.glob(".bringing-*"):  # by a start that was ended, unless another server is at it now
+            if time.time() - left.stat().st_mtime > 600:
+                shutil.rmtree(left, ignore_errors=True)
         for entry in (HERE / "triton-cache").iterdir():
             if not (target / entry.name).exists():
-                beside = target / f".{entry.name}.{os.getpid()}"
-                shutil.copytree(entry, beside)
-                for group in beside.glob("__grp__*.json"):  # Triton finds the files of a kernel by their whole paths
-                    names = [Path(path).name for path in json.loads(group.read_text())["child_paths"].values()]
-                    paths = {name: str(target / entry.name / name) for name in names}
-                    group.write_text(json.dumps({"child_paths": paths}))
-                beside.rename(target / entry.name)
-    except (OSError, ValueError, KeyError, AttributeError, shutil.Error) as error:
+                bring(entry, target / entry.name)
+    except Exception as error:
         why = getattr(error, "strerror", None) or error
         print(f"voltforge: the Triton cache {target} cannot be filled: {why}", file=sys.stderr, flush=True)
+
+
+def bring(entry, place):
+    """Copy one kernel to its place, which has all of it or nothing; another server may be quicker."""
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".bringing-") as beside:
+        made = Path(beside, entry.name)
+        shutil.copytree(entry, made)
+        for group in made.glob("__grp__*.json"):  # Triton finds the files of a kernel by their whole paths
+            names = [Path(path).name for path in json.loads(group.read_text())["child_paths"].values()]
+            group.write_text(json.dumps({"child_paths": {name: str(place / name) for name in names}}))
+        try:
+            made.rename(place)
+        except OSError:
+            if not place.is_dir():
+                raise
 
 
 def serve(words):

@@ -130,6 +130,8 @@ def test_two_cards_take_the_custom_all_reduce_with_nvlink_or_when_told_to_and_sa
         ("compressed-tensors W4A16", "Gemma 2", "float32.* without quantization"),
         ("GPTQ 4 bit, act-order", "Mixtral", "experts in activation order.* without act-order"),
         ("GPTQ 4 bit, asymmetric", "Mixtral", "experts with zero points.* symmetric"),
+        ("GPTQ 4 bit, per channel", "Mixtral", "experts with one group.* with groups"),
+        ("AWQ, per channel", "Qwen3 MoE", "experts with one group.* with groups"),
     ],
 )
 def test_what_cannot_run_is_refused_at_the_start_in_one_sentence(
@@ -140,6 +142,17 @@ def test_what_cannot_run_is_refused_at_the_start_in_one_sentence(
     assert said["when"] == "start"
     assert re.search(words, said["refused"]), said["refused"]
     assert re.fullmatch(r"[^.]*(?:\.\d[^.]*)*\.", said["refused"]), "one sentence"
+
+
+def test_act_order_of_compressed_tensors_is_for_one_card_or_a_pipeline(answers: Answers) -> None:
+    """0013-refusals: the kernel for it, Exllama's, wants all inputs on one card."""
+
+    def said(cards: str) -> Mapping[str, Any]:
+        return of(answers, "compressed-tensors W4A16, act-order", "Llama", cards=cards)
+
+    assert said("one")["linear"] == said("2 in a pipeline")["linear"] == "ExllamaLinearKernel"
+    assert said("2, PCIe")["when"] == "start"
+    assert re.search("activation order on several cards.* --pipeline-parallel-size", said("2, PCIe")["refused"])
 
 
 def test_nothing_else_fails_when_layers_are_built(answers: Answers) -> None:
@@ -163,7 +176,7 @@ def stock(site_packages: Path, patches: Path, folder: Path) -> Path:
     return folder
 
 
-def test_no_other_card_is_answered_otherwise_than_without_the_series(
+def test_a_card_of_8_0_is_answered_as_without_the_patches_that_change_choices(
     beside: Beside, installed: Environment, repository: Path, tmp_path: Path
 ) -> None:
     """On 8.0, the same table with and without; only an e4m3 cache differs, which Triton cannot compile below 8.9."""

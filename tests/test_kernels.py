@@ -39,6 +39,30 @@ def test_a_kernel_over_a_limit_is_an_error_with_its_name_and_its_numbers() -> No
         kernels.report([fine, {**fine, "problem": "one: two takes 300 registers, and the limit is 255"}])
 
 
+BROKEN = """
+import sys
+from volta import compile, cases
+cases.others = lambda: iter(())
+cases.attention = lambda: iter([cases.Cache(kv_heads=1, head_size=64)])
+cases.Cache.call = lambda self, **_: {}[{}]
+sys.exit(compile.main(["--jobs", "1"]))
+"""
+
+
+@pytest.mark.build
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("{}[0]", "KeyError"), ("None", "launches nothing, where reshape_and_cache_kernel_flash was expected")],
+)
+def test_a_call_that_breaks_or_launches_nothing_is_no_success(
+    vllm: Pipeline, installed: Environment, tmp_path: Path, fault: str, said: str
+) -> None:
+    """Of vLLM's own Python, as a newer one might."""
+    (tmp_path / "volta.py").write_text(BROKEN.replace("{}[{}]", fault))
+    with pytest.raises(KernelError, match=said):
+        kernels.report(kernels.compiled(vllm, installed, program=(tmp_path / "volta.py",)))
+
+
 E4M3 = """
 import json, torch
 from volta import cases, compile, pretend
@@ -79,6 +103,10 @@ def test_attention_of_every_head_size_keeps_within_registers_and_48_kib(vllm: Pi
         assert one["after"]["spill"] <= 8, one
         assert one["after"]["shared"] <= 48 << 10, one
         assert one["after"]["instructions"]["HMMA"] == 0
+    table = tables.markdown(
+        tables.TILES, tables.tiles([(one["attention"], one["before"], one["after"]) for one in rows])
+    )
+    assert table in (ROOT / "docs" / "kernels.md").read_text()
     spilled = [one["before"]["spill"] for one in rows]
     assert max(spilled) > 8000
     assert sum(spill > 500 for spill in spilled) >= 4
@@ -95,6 +123,7 @@ def test_every_kernel_of_every_case_is_within_the_limits_and_in_the_documentatio
     assert not [one for one in rows if one["instructions"]["HMMA"]]
     written = (ROOT / "docs" / "kernels.md").read_text()
     assert tables.markdown(tables.HEADINGS, tables.summary(rows)) in written
+    assert tables.counted(rows) in written
 
 
 SAME_CODE = """
@@ -102,7 +131,6 @@ import importlib.util, json, pathlib, sys
 from volta import pretend
 from volta.cases import Attention, Tensors
 import triton
-pretend.capability((8, 0))
 triton.knobs.compilation.disable_line_info = True
 from vllm.attention.ops import triton_unified_attention as ours
 stock = pathlib.Path(sys.argv[0]).with_name("stock.py")
@@ -112,11 +140,13 @@ for name, source in {"ours": pathlib.Path(ours.__file__), "stock": stock}.items(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     code[name] = []
-    for size, heads, query, window in ((64, 8, 16, None), (256, 8, 16, 100), (128, 48, 1, None), (128, 8, 1, 100)):
-        case = Attention(dtype="fp16", head_size=size, heads=heads, kv_heads=1, query=query, window=window)
-        with pretend.launches() as seen:
-            module.unified_attention(**case.tensors(Tensors()))
-        code[name] += [launch.kernel.asm["ptx"] for launch in seen]
+    for capability in ((7, 5), (8, 0), (8, 9)):
+        pretend.capability(capability)
+        for size, heads, query, window in ((256, 8, 16, 100), (128, 48, 1, None)):
+            case = Attention(dtype="fp16", head_size=size, heads=heads, kv_heads=1, query=query, window=window)
+            with pretend.launches() as seen:
+                module.unified_attention(**case.tensors(Tensors()))
+            code[name] += [launch.kernel.asm["ptx"] for launch in seen]
 print(json.dumps(code))
 """
 
@@ -134,7 +164,7 @@ def test_other_capabilities_launch_the_very_same_code_with_the_patches(
     assert files.sha256(patched) != files.sha256(tmp_path / "stock.py")
     code = python(vllm, installed, SAME_CODE, tmp_path)
     assert code["ours"] == code["stock"]
-    assert len(code["ours"]) == 6
+    assert len(code["ours"]) == 9
 
 
 # What is made ahead of time.

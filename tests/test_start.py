@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,7 +149,31 @@ def test_brought_kernels_are_found_by_tritons_whole_paths(start, tmp_path, monke
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ABC"]
 
 
-@pytest.mark.parametrize("group", ["{", "{}", '{"child_paths": null}', '{"child_paths": []}'])
+def test_what_a_start_that_was_ended_left_behind_keeps_no_later_one_from_bringing(start, tmp_path, monkeypatch) -> None:
+    """In a container every start has the process number 1, and two servers may share the folder."""
+    for name in ("ABC", "DEF"):
+        (tmp_path / "triton-cache" / name).mkdir(parents=True)
+        (tmp_path / "triton-cache" / name / "kernel.cubin").write_text("code")
+    monkeypatch.setattr(start, "HERE", tmp_path)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    for name in (".bringing-old", ".bringing-now", ".ABC.1"):
+        (tmp_path / "cache" / name / "ABC").mkdir(parents=True)
+    os.utime(tmp_path / "cache/.bringing-old", (0, 0))
+    copytree = shutil.copytree
+
+    def quicker(source, target, *rest):
+        (tmp_path / "cache/DEF").mkdir(exist_ok=True)
+        (tmp_path / "cache/DEF/kernel.cubin").write_text("another server's")
+        return copytree(source, target, *rest)
+
+    monkeypatch.setattr(start.shutil, "copytree", quicker)
+    start.bring_cache()
+    assert (tmp_path / "cache/ABC/kernel.cubin").read_text() == "code"
+    assert (tmp_path / "cache/DEF/kernel.cubin").read_text() == "another server's"
+    assert {path.name for path in (tmp_path / "cache").glob(".b*")} == {".bringing-now"}
+
+
+@pytest.mark.parametrize("group", ["[]", "{", "{}", '{"child_paths": null}', '{"child_paths": []}'])
 def test_kernels_that_cannot_be_brought_do_not_keep_the_server_from_starting(
     start, tmp_path, monkeypatch, capfd, group
 ) -> None:

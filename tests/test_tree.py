@@ -119,6 +119,7 @@ def test_a_link_that_only_the_top_folder_keeps_inside_is_refused(tmp_path):
     archive = tar(tmp_path / "a.tar", member("a-1.0/b", b"b"), link("a-1.0/c", "../secret"), compression="")
     [problem] = problems(archive, tmp_path / "out")
     assert problem == "c: links outside, to ../secret"
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_entries_at_the_top_stay_where_they_are(tmp_path):

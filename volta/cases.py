@@ -454,7 +454,9 @@ ATTENTION: dict[str, Sequence[Any]] = {
 }
 """The matrix of attention. bfloat16 is refused below 8.0."""
 STRENGTH = 3
-"""Every combination of so many of its values is compiled; all of them together would be 2880, times two."""
+"""Every combination of so many of its values is compiled."""
+USUAL = {"queries": (4,), "sinks": (False,)}
+"""With these alone, :func:`whole` has every combination of all others."""
 
 
 def fits(choice: Mapping[str, Any]) -> bool:
@@ -471,14 +473,24 @@ def fits(choice: Mapping[str, Any]) -> bool:
 def attention() -> Iterator[Case]:
     """The matrix of attention, in prefill and in decode."""
     for choice in covering(ATTENTION, STRENGTH, fits):
-        queries = choice.pop("queries")
-        kv_heads = 1 if queries > 32 else 2
-        for tokens in (16, 1):
-            yield Attention(**choice, heads=queries * kv_heads, kv_heads=kv_heads, query=tokens)
-
+        yield from both(**choice)
     # DeepSeek's heads, of 128 and 64 numbers, where VLLM_MLA_DISABLE makes ordinary attention of MLA.
     for tokens, kv in itertools.product((16, 1), ("", "e5m2")):
         yield Attention(dtype="fp16", kv=kv, head_size=192, heads=16, kv_heads=16, query=tokens)
+
+
+def whole() -> Iterator[Case]:
+    """Every combination of the matrix of attention, for models with four queries for each kv head and no sinks."""
+    axes = {**ATTENTION, **USUAL}
+    for values in itertools.product(*axes.values()):
+        yield from both(**dict(zip(axes, values, strict=True)))
+
+
+def both(*, queries: int, **choice: Any) -> Iterator[Case]:
+    """A choice of the matrix, in prefill and in decode."""
+    kv_heads = 1 if queries > 32 else 2
+    for tokens in (16, 1):
+        yield Attention(**choice, heads=queries * kv_heads, kv_heads=kv_heads, query=tokens)
 
 
 def others() -> Iterator[Case]:
@@ -494,6 +506,8 @@ def others() -> Iterator[Case]:
     for dtype, top_k, tokens in itertools.product(("fp16", "fp32"), (2, 8), (1, 7, 64)):
         yield Experts(dtype=dtype, experts=8, top_k=top_k, hidden=512, width=256, tokens=tokens)
     for bits, zeros, group, tokens in itertools.product((4, 8), (False, True), (32, 64, 128), (1, 16, 32, 96)):
+        if bits == 4 and tokens < 32:
+            continue  # few tokens of 4 bits go to moe_wna16_gemm, a kernel of CUDA
         yield Experts(bits=bits, zeros=zeros, group=group, experts=8, top_k=2, hidden=512, width=256, tokens=tokens)
     for dtype, heads, spread in itertools.product(("fp16", "fp32"), ((28, 4), (12, 2), (16, 16)), (False, True)):
         yield Mrope(

@@ -171,12 +171,18 @@ QUANTIZATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "GPTQ 4 bit": ({"quantization_config": gptq(4)}, {}),
     "GPTQ 4 bit, act-order": ({"quantization_config": gptq(4, desc_act=True)}, {}),
     "GPTQ 4 bit, asymmetric": ({"quantization_config": gptq(4, sym=False)}, {}),
+    "GPTQ 4 bit, per channel": ({"quantization_config": gptq(4, group_size=-1)}, {}),
     "GPTQ 8 bit": ({"quantization_config": gptq(8)}, {}),
     "AWQ": (
         {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}},
         {},
     ),
+    "AWQ, per channel": (
+        {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": -1, "zero_point": True}},
+        {},
+    ),
     "compressed-tensors W4A16": ({"quantization_config": compressed(4)}, {}),
+    "compressed-tensors W4A16, act-order": ({"quantization_config": compressed(4, actorder="group")}, {}),
     "compressed-tensors W4A16, per channel": (
         {"quantization_config": compressed(4, strategy="channel", group_size=None)},
         {},
@@ -224,4 +230,11 @@ CARDS: dict[str, tuple[int, bool, dict[str, Any]]] = {
     "4, PCIe, --no-disable-custom-all-reduce": (4, False, {"disable_custom_all_reduce": False}),
     "2 in a pipeline": (2, False, {"pipeline_parallel_size": 2, "tensor_parallel_size": 1}),
 }
-JOINED = ("none, float16", "GPTQ 4 bit", "GPTQ 4 bit, act-order", "AWQ", "compressed-tensors W4A16")
+JOINED = (
+    "none, float16",
+    "GPTQ 4 bit",
+    "GPTQ 4 bit, act-order",
+    "AWQ",
+    "compressed-tensors W4A16",
+    "compressed-tensors W4A16, act-order",
+)

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -277,9 +278,14 @@ def together(some: list[Case]) -> list[Choice]:
                     os._exit(1)
                 os._exit(0)
             children.append(child)
-        ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        if any(ended):
-            raise RuntimeError(f"the processes of {count} pretended cards ended with {ended}")
+        while children:
+            child, status = os.wait()
+            children.remove(child)
+            if status:
+                for other in children:  # which wait for it in vain
+                    os.kill(other, signal.SIGKILL)
+                    os.waitpid(other, 0)
+                raise RuntimeError(f"the process of one of {count} pretended cards ended with status {status}")
         return [Choice(**one) for one in json.loads((folder / "answers").read_text())]
 
 
@@ -408,6 +414,8 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="WORDS", help="only the cases that have these words in them")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables of docs/volta.md there, too")
     words = parser.parse_args()
+    if words.only and words.markdown:
+        parser.error("--markdown needs all cases: leave out --only")
     pretended(words.capability)
     quiet()
     with contextlib.redirect_stdout(sys.stderr):

@@ -1,6 +1,6 @@
 """Compiles every case for 7.0 and says what each kernel takes of a Volta: ``python -m volta.compile``.
 
-It prints a line of JSON for each kernel of each case, and ends with status 1 if a kernel does not compile or is over
+It prints a line of JSON for each kernel of each case, and ends with status 3 if a kernel does not compile or is over
 a limit; ``--markdown`` writes docs/kernels.md besides. Triton 3.5.0 compiles without a GPU; what is counted comes from
 its ptxas and nvdisasm.
 """
@@ -42,6 +42,8 @@ SPILLS = {
     "_lora_expand_kernel": 12288,  # 64 rows and 128 columns
 }
 """Where upstream's own tiles spill more, by kernel: known, and left as it is."""
+BROKEN = 3
+"""The status if a kernel does not compile or is over a limit; 1 is what Python ends with by itself."""
 COUNTED = ("FFMA", "HMMA", "LDG", "STG", "LDS", "STS", "LDL", "STL")
 """Instructions that are counted besides all of them; LDL and STL are the spilled."""
 
@@ -99,6 +101,11 @@ class Compiler:
             why = errors[0] if errors and "error" not in refused.why else refused.why
             problem = f"{case.name}: {refused.function} does not compile for 7.0: {why}"
             yield Row(case.name, refused.function, problem=problem)
+            return
+        if not seen or not {launch.function for launch in seen} <= set(case.kernels):
+            names = ", ".join(sorted({launch.function for launch in seen})) or "nothing"
+            problem = f"{case.name}: vLLM launches {names}, where {' or '.join(case.kernels)} was expected"
+            yield Row(case.name, problem=problem)
             return
         took = time.perf_counter() - began
         fresh = [launch for launch in _once(seen) if launch.kernel.hash not in self.known]
@@ -200,11 +207,13 @@ def main(words: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m volta.compile", description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name has this word")
+    parser.add_argument("--whole", action="store_true", help="every combination of attention's matrix, instead")
     parser.add_argument("--list", action="store_true", help="name the cases and compile nothing")
+    parser.add_argument("--jobs", type=int, help="processes at once; otherwise one for each core")
     parser.add_argument("--tiles", action="store_true", help="attention with the tiles before and after")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file, too")
     asked = parser.parse_args(words)
-    wanted = [case for case in cases.every() if asked.only in case.name]
+    wanted = [case for case in (cases.whole() if asked.whole else cases.every()) if asked.only in case.name]
     if asked.list:
         print("\n".join(case.name for case in wanted))
         return 0
@@ -213,16 +222,17 @@ def main(words: Sequence[str] | None = None) -> int:
     with compiler() as by:
         if asked.tiles:
             for case, before, after in tiles(by):
-                print(json.dumps({"case": case.name, "before": asdict(before), "after": asdict(after)}), flush=True)
+                told = {"case": case.name, "attention": asdict(case)}
+                print(json.dumps({**told, "before": asdict(before), "after": asdict(after)}), flush=True)
             return 0
-        for row in itertools.chain.from_iterable(workers.each(_rows, wanted)):
+        for row in itertools.chain.from_iterable(workers.each(_rows, wanted, asked.jobs)):
             rows.append(row)
             print(json.dumps(asdict(row)), flush=True)
         if asked.markdown:
             compared = [(asdict(case), asdict(before), asdict(after)) for case, before, after in tiles(by)]
             text = tables.document([asdict(row) for row in rows], compared, cases.NOT_COVERED)
             asked.markdown.write_text(text, encoding="utf-8")
-    return 1 if any(row.problem for row in rows) else 0
+    return BROKEN if any(row.problem for row in rows) else 0
 
 
 if __name__ == "__main__":

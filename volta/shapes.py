@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 TENSOR_PARALLEL = (1, 2, 4)
+IN_FLOAT32 = ("gemma2", "gemma3", "gemma3_text", "plamo2", "glm4")
+"""Types of models that vLLM refuses in float16 (_FLOAT16_NOT_SUPPORTED_MODELS in vllm/config/model.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +19,15 @@ class Shape:
     heads: int
     kv_heads: int
     head_size: int
+    dtype: str = "fp16"
+    """fp32 for models that vLLM refuses to compute in float16."""
     windows: tuple[int | None, ...] = (None,)
     """Sliding windows of its layers; ``None`` for layers without."""
     softcap: float = 0
     alibi: bool = False
     mrope: tuple[int, int, int] | None = None
     awq: int = 0
-    """The group size of AWQ, for dense layers; all models share these kernels."""
+    """The group size of AWQ, for all but experts; all models share these kernels."""
     experts: int = 0
     top_k: int = 0
     hidden: int = 0
@@ -37,28 +41,38 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], name: str) -> Shape:
-        """Read it from a config.json (Hugging Face's); ``KeyError`` says what is not there."""
-        text = {**config, **config.get("text_config", {})}
+        """Read it from a config.json (Hugging Face's).
+
+        Raises:
+            KeyError: something is not there.
+            TypeError, AttributeError, ValueError: something is of another kind.
+        """
+        text = {**config, **(config.get("text_config") or {})}
         heads = int(text["num_attention_heads"])
         windows: set[int | None] = {None}
         if text.get("sliding_window") and text.get("use_sliding_window", True):
             alternate = text.get("layer_types") or text.get("sliding_window_pattern") or "gemma" in str(text)
             windows = {int(text["sliding_window"]), *([None] if alternate else [])}
-        quantized = text.get("quantization_config") or {}
-        bits, method = int(quantized.get("bits", 0)), quantized.get("quant_method")
+        quantized = config.get("quantization_config") or text.get("quantization_config") or {}
+        method = quantized.get("quant_method")
+        groups = quantized.get("config_groups") or {}  # as compressed-tensors writes it
+        weights = next(iter(groups.values()))["weights"] if groups else quantized
+        bits, group = int(weights.get("bits") or weights.get("num_bits") or 0), int(weights.get("group_size") or -1)
         rope = text.get("rope_scaling") or {}
         experts = int(text.get("num_local_experts") or text.get("num_experts") or 0)
+        nope, turned = text.get("qk_nope_head_dim"), text.get("qk_rope_head_dim")  # of MLA, made ordinary attention
+        size = nope + turned if nope and turned else text.get("head_dim") or text["hidden_size"] // heads
         return cls(
-            models=name, heads=heads, kv_heads=int(text.get("num_key_value_heads") or heads),
-            head_size=int(text.get("head_dim") or text["hidden_size"] // heads),
+            models=name, heads=heads, kv_heads=int(text.get("num_key_value_heads") or heads), head_size=int(size),
+            dtype="fp32" if {config.get("model_type"), text.get("model_type")} & set(IN_FLOAT32) else "fp16",
             windows=tuple(sorted(windows, key=lambda one: one or 0)),
             softcap=text.get("attn_logit_softcapping") or 0, alibi=bool(text.get("alibi")),
             mrope=tuple(rope["mrope_section"]) if "mrope_section" in rope else None,
-            awq=int(quantized.get("group_size", 0)) if method == "awq" and not experts else 0,
+            awq=group if method == "awq" and group > 0 else 0,
             experts=experts, top_k=int(text.get("num_experts_per_tok") or 0), hidden=int(text["hidden_size"]),
             width=int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 0),
-            bits=(bits,) if bits in (4, 8) else (16,), group=int(quantized.get("group_size") or 128),
-            zeros=method == "awq" or not quantized.get("sym", True),
+            bits=(bits,) if bits in (4, 8) and group > 0 else (16,), group=max(group, 32),
+            zeros=method == "awq" or not weights.get("sym", weights.get("symmetric", True)),
         )  # fmt: skip
 
 
@@ -68,8 +82,8 @@ SHAPES = (
     Shape(models="Qwen2.5 14B and 32B, QwQ 32B, Qwen3 14B", heads=40, kv_heads=8, head_size=128),
     Shape(models="Llama 3.3 70B, Qwen2.5 72B, Qwen3 32B", heads=64, kv_heads=8, head_size=128),
     Shape(models="Llama 3.2 1B", heads=32, kv_heads=8, head_size=64),
-    Shape(models="Gemma 2 9B", heads=16, kv_heads=8, head_size=256, windows=(None, 4096), softcap=50.0),
-    Shape(models="Gemma 3 12B", heads=16, kv_heads=8, head_size=256, windows=(None, 1024)),
+    Shape(models="Gemma 2 9B", heads=16, kv_heads=8, head_size=256, dtype="fp32", windows=(None, 4096), softcap=50.0),
+    Shape(models="Gemma 3 12B", heads=16, kv_heads=8, head_size=256, dtype="fp32", windows=(None, 1024)),
     Shape(models="Mixtral 8x7B", heads=32, kv_heads=8, head_size=128, experts=8, top_k=2, hidden=4096, width=14336),
     Shape(models="Qwen3 30B A3B", heads=32, kv_heads=4, head_size=128, experts=128, top_k=8, hidden=2048, width=768),
 )

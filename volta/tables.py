@@ -36,6 +36,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return [(kernel, kind, str(len(found)), *_ranges(list(found.values()))) for (kernel, kind), found in groups.items()]
 
 
+def counted(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How much there is."""
+    kernels = {_identity(row) for row in rows if row["instructions"]}
+    return f"{len({row['case'] for row in rows})} cases, {len(kernels)} different kernels."
+
+
 def tiles(compared: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]) -> list[tuple[str, ...]]:
     """Two rows for each case: the tiles before, and after."""
     found: list[tuple[str, ...]] = []
@@ -58,12 +64,11 @@ def document(
     left: Mapping[str, str],
 ) -> str:
     """docs/kernels.md."""
-    cases, kernels = len({row["case"] for row in rows}), len({_identity(row) for row in rows if row["instructions"]})
     parts = [
         INTRODUCTION,
         "## Attention tiles, before and after patch 0015\n\n" + TILES_SAY,
         markdown(TILES, tiles(compared)),
-        f"## All kernels\n\n{cases} cases, {kernels} different kernels; smallest and largest of each group.\n",
+        f"## All kernels\n\n{counted(rows)} Smallest and largest of each group:\n",
         markdown(HEADINGS, summary(rows)),
         "## What is not covered\n",
         markdown(("Triton kernels of", "why they have no case"), list(left.items())),

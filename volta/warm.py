@@ -44,7 +44,7 @@ def needed(
     max_model_len: int = MAX_MODEL_LEN,
     caches: Sequence[str] = ("auto", "e5m2"),
 ) -> list[Case]:
-    """The calls that models of these shapes make, in fp16, on so many cards each, with each of these KV caches."""
+    """The calls that models of these shapes make on so many cards each, with each of these KV caches."""
     found: dict[Case, None] = {}
     for shape in shapes:
         for cards in parallel:
@@ -60,14 +60,16 @@ def _of(shape: Shape, cards: int, max_model_len: int, kv: str) -> Iterator[Case]
         for sequences in SEQUENCES:
             for query in (1, 16):
                 yield Attention(
-                    dtype="fp16", kv=kv, head_size=size, heads=heads, kv_heads=kv_heads, window=window,
+                    dtype=shape.dtype, kv=kv, head_size=size, heads=heads, kv_heads=kv_heads, window=window,
                     softcap=shape.softcap, alibi=shape.alibi, sequences=sequences, query=query,
                     blocks=-(max_model_len // -16),
                 )  # fmt: skip
-    yield Cache(kv=kv, heads=heads, kv_heads=kv_heads, head_size=size)
+    yield Cache(dtype=shape.dtype, kv=kv, heads=heads, kv_heads=kv_heads, head_size=size)
     if shape.mrope:
         for tokens in SEQUENCES:
-            yield Mrope(heads=heads, kv_heads=kv_heads, head_size=size, sections=shape.mrope, tokens=tokens)
+            yield Mrope(
+                dtype=shape.dtype, heads=heads, kv_heads=kv_heads, head_size=size, sections=shape.mrope, tokens=tokens
+            )
     if shape.awq:
         yield AwqDequantize(rows=4096, columns=4096, group=shape.awq)
         for tokens in SEQUENCES:
@@ -96,7 +98,12 @@ class Missing(Exception):  # noqa: N818 - it says what happened
 
 
 def fill(
-    cache: Path, wanted: Sequence[Case], place: Path | None = None, tell: Callable[[str], None] = lambda _: None
+    cache: Path,
+    wanted: Sequence[Case],
+    place: Path | None = None,
+    *,
+    jobs: int | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Warmed:
     """Compile what the calls launch into a cache that will lie at ``place``.
 
@@ -109,7 +116,7 @@ def fill(
     # Line numbers bring the paths of this environment into the code. The variable is part of the key, and stays unset.
     triton.knobs.propagate_env = False
     triton.knobs.compilation.disable_line_info = True
-    for number, case in enumerate(workers.each(_compiled, wanted), 1):
+    for number, case in enumerate(workers.each(_compiled, wanted, jobs), 1):
         tell(f"{number} of {len(wanted)}: {case}")
     seen = _called(wanted)  # which finds them, or says what is wrong with one
     with mock.patch("triton.runtime.build._build", _without_paths):
@@ -209,15 +216,16 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensor-parallel", type=int, nargs="+", default=TENSOR_PARALLEL)
     parser.add_argument("--max-model-len", type=int, default=MAX_MODEL_LEN)
     parser.add_argument("--kv", choices=("auto", "e5m2"), nargs="+", default=("auto", "e5m2"), help="KV caches")
+    parser.add_argument("--jobs", type=int, help="processes at once; otherwise one for each core")
     parser.add_argument("--progress", action="store_true", help="say a line for each call")
     parser.add_argument("--check", action="store_true", help="only look whether all is there")
     asked = parser.parse_args(words)
     try:
         shapes = [Shape.of(json.loads(path.read_text()), path.parent.name) for path in asked.model or ()] or SHAPES
-    except (OSError, ValueError) as error:
-        parser.error(f"--model cannot be read: {error}")
     except KeyError as error:
         parser.error(f"--model has no {error}, which a transformer's config.json has")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        parser.error(f"--model is no config.json that can be read: {error}")
     pretend.capability()
     wanted = needed(shapes, asked.tensor_parallel, asked.max_model_len, asked.kv)
     try:
@@ -225,7 +233,7 @@ def main(words: Sequence[str] | None = None) -> int:
             print(f"{check(asked.cache, wanted)} kernels, all in the cache")
             return 0
         tell = functools.partial(print, flush=True) if asked.progress else lambda _: None
-        warmed = fill(asked.cache.resolve(), wanted, asked.at, tell)
+        warmed = fill(asked.cache.resolve(), wanted, asked.at, jobs=asked.jobs, tell=tell)
     except (pretend.DoesNotCompile, Missing) as error:
         print(f"volta.warm: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -186,6 +187,7 @@ def lay_out(environment: Environment, projects: Iterable[str], leave_out: LeaveO
 @contextlib.contextmanager
 def united(context: Path, folder: Path) -> Iterator[Path]:
     """The environment as the image will have it, while it is needed: all layers in one folder, by hard links."""
+    files.remove(folder)  # of a run that was ended
     try:
         for layer in LAYERS:
             if (context / layer / PREFIX).exists():
@@ -320,8 +322,10 @@ def _weight(distribution: Distribution) -> int:
 def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+            raise
+        shutil.copy(source, target)  # another file system, or one without hard links
 
 
 def _blob(layout: Path, descriptor: Mapping[str, Any]) -> Path:

@@ -13,6 +13,7 @@ from voltforge import console, environment, files
 from voltforge.elf import system_libraries
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
+from voltforge.jobs import count
 from voltforge.package import Package
 from voltforge.pipeline import Pipeline
 from voltforge.process import ProgramFailed, run
@@ -22,6 +23,10 @@ from voltforge.verify import DRIVER
 PATIENCE = 3600.0
 """Seconds that compiling all of them may take; it was 200 of one core."""
 
+MEMORY = 1 << 30
+"""Bytes for one process that compiles."""
+BROKEN = 3
+"""The status with which volta.compile says that a kernel is broken."""
 WARM = ("cases.py", "pretend.py", "shapes.py", "warm.py", "workers.py")
 """The modules of volta/ that decide what is compiled ahead."""
 
@@ -61,7 +66,13 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
         raise KernelError("\n".join(problems[:20]), hint="volta/compile.py has the limits, volta/cases.py the cases")
 
 
-def compiled(pipeline: Pipeline, settled: Environment, *words: str, tell: Any = lambda _: None) -> list[dict[str, Any]]:
+def compiled(
+    pipeline: Pipeline,
+    settled: Environment,
+    *words: str,
+    program: Sequence[str | Path] = ("-m", "volta.compile"),
+    tell: Any = lambda _: None,
+) -> list[dict[str, Any]]:
     """What ``python -m volta.compile`` prints in an environment where vLLM is installed."""
     rows: list[dict[str, Any]] = []
 
@@ -70,7 +81,8 @@ def compiled(pipeline: Pipeline, settled: Environment, *words: str, tell: Any = 
             rows.append(json.loads(line))
             tell(rows[-1]["case"])
 
-    asked(pipeline, settled, "-m", "volta.compile", *words, watch=watch, ok=(0, 1))
+    many = "--jobs", jobs(pipeline)
+    asked(pipeline, settled, *program, *many, *words, watch=watch, ok=(0, BROKEN))
     if not rows:
         raise KernelError("no case was compiled")
     return rows
@@ -97,7 +109,13 @@ def warm(pipeline: Pipeline, settled: Environment, packages: Path, cache: Path, 
             tell(line)
 
     words: list[str | Path] = ["-S", "-m", "volta.warm", "--cache", cache, "--at", place, "--progress"]
+    words += ["--jobs", jobs(pipeline)]
     return asked(pipeline, settled, *words, packages=packages, watch=watch).strip().splitlines()[-1]
+
+
+def jobs(pipeline: Pipeline) -> str:
+    """How many kernels to compile at once."""
+    return str(count(pipeline.settings.jobs, MEMORY)[0])
 
 
 def asked(

@@ -177,7 +177,11 @@ def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> int:
         else:
             epoch = _unpack_tar(archive, folder, limits)
         _lift_single_folder(folder)
-        _refuse(archive, _astray(folder))  # last: a link that stayed inside may lead out of what was lifted
+        try:
+            _refuse(archive, _astray(folder))  # last: a link that stayed inside may lead out of what was lifted
+        except ArchiveError:
+            files.remove(folder)
+            raise
     except BROKEN as error:
         raise ArchiveError(archive, [f"is broken: {shown(str(error) or type(error).__name__)}"]) from error
     except OSError as error:
