@@ -370,11 +370,16 @@ def markdown(answers: dict[Case, Choice]) -> str:
     )
     text += f"\nOther KV caches, with any quantization, for {', '.join(KV_FAMILIES)}:\n\n"
     text += rows(("`--kv-cache-dtype`", "answer"), ((f"`{kv}`", with_cache(answers, kv)) for kv in KV_CACHES[1:]))
-    text += f"\nSeveral cards, with {', '.join(JOINED)}, for Llama and Mixtral:\n\n"
+    text += f"\nSeveral cards, with {'; '.join(JOINED)}, for Llama and Mixtral:\n\n"
     text += rows(
         ("cards", "layers", "sums are made by; the log says"),
         ((cards, *with_cards(answers, cards)) for cards, (count, _, _) in CARDS.items() if count > 1),
     )
+    known = {choice.refused for choice in alone.values()}
+    several = {
+        choice.refused for choice in answers.values() if choice.when == "start" and "cards cannot" in choice.refused
+    }
+    text += "".join(f"\nRefused there: {sentence}\n" for sentence in sorted(several - known))
     return text
 
 
@@ -395,7 +400,11 @@ def with_cards(answers: dict[Case, Choice], cards: str) -> tuple[str, str]:
         if case.cards == cards:
             alone = answers[Case(case.quantization, case.family)]
             if replace(choice, all_reduce="") != alone:
-                changed.append(f"{case.quantization}, {case.family}: `{choice.linear or choice.refused}`")
+                changed.append(
+                    f"{case.quantization}, {case.family}: `{choice.linear}`"
+                    if choice.linear
+                    else f"{case.quantization}, {case.family}: refused"
+                )
             if not choice.refused:
                 reduced.add(choice.all_reduce or "nothing to sum")
     return "<br>".join(changed) or "as on one", "<br>".join(sorted(reduced))
