@@ -58,9 +58,9 @@ def test_a_call_that_breaks_or_launches_nothing_is_no_success(
     vllm: Pipeline, installed: Environment, tmp_path: Path, fault: str, said: str
 ) -> None:
     """Of vLLM's own Python, as a newer one might."""
-    (tmp_path / "volta.py").write_text(BROKEN.replace("{}[{}]", fault))
+    (tmp_path / "broken.py").write_text(BROKEN.replace("{}[{}]", fault))
     with pytest.raises(KernelError, match=said):
-        kernels.report(kernels.compiled(vllm, installed, program=(tmp_path / "volta.py",)))
+        kernels.report(kernels.compiled(vllm, installed, program=(tmp_path / "broken.py",)))
 
 
 E4M3 = """
