@@ -16,7 +16,7 @@ import pytest
 from tests.checkouts import ROOT, edited, small_checkout
 from tests.samples import compiled, wheel
 from tests.tally import Tally
-from voltforge import engine, environment, files, index, reproduce
+from voltforge import engine, environment, files, index, kernels, reproduce
 from voltforge.checkout import Settings
 from voltforge.errors import VoltforgeError
 from voltforge.image import LAYERS
@@ -278,6 +278,16 @@ def test_without_a_first_build_there_is_nothing_to_compare(saxpy: Pipeline) -> N
 
 # --- the image ---
 
+WARM = """\
+# In place of vLLM's kernels, which are no part of these wheels: one file, where the real command puts its own.
+import sys
+from pathlib import Path
+
+cache = Path(sys.argv[sys.argv.index("--cache") + 1])
+cache.mkdir(parents=True)
+(cache / "kernel.cubin").write_text(sys.argv[sys.argv.index("--at") + 1])
+print("1 kernel")
+"""
 DOCKERFILE = "ARG BASE\nFROM ${BASE}\n" + "".join(f"COPY --chmod=755 {layer}/ /\n" for layer in LAYERS[-4:])
 
 
@@ -293,6 +303,8 @@ def images(tmp_path: Path, toolchain: Toolchain, near: None, monkeypatch) -> Ite
     files.write(docker / "Dockerfile", DOCKERFILE)
     files.write(docker / "leave-out.toml", "")
     files.write(docker / "start.py", "")
+    for name in kernels.WARM:
+        files.write(pipeline.root / "volta" / name, WARM if name == "warm.py" else "")
     files.write(pipeline.root / "recipes" / "locks" / "vllm-runtime.txt", "")
     library = compiled(tmp_path / "library.so", "int one(void) { return 1; }")
     for name, needs in (("torch", ""), ("vllm", "Requires-Dist: torch\n")):

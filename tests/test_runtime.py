@@ -11,15 +11,24 @@ import pytest
 from tests.checkouts import ROOT
 from tests.samples import wheel
 from voltforge import engine, runtime
-from voltforge.checkout import Checkout, Settings
+from voltforge.checkout import Settings
 from voltforge.image import ImageError
+from voltforge.pipeline import Pipeline
 from voltforge.runtime import Runtime
 from voltforge.stage import NotRun
 
 MINE = f"cp{sys.version_info[0]}{sys.version_info[1]}"
 
 
-def kept(checkout: Checkout, name: str, tag: str) -> None:
+def pipeline(root: Path, base: str = "") -> Pipeline:
+    """A checkout that can choose a toolkit and make an image, and has no packages."""
+    for name in ("docker", "recipes/locks", "volta"):
+        shutil.copytree(ROOT / name, root / name, dirs_exist_ok=True)
+    shutil.copy(ROOT / "recipes" / "cuda.toml", root / "recipes")
+    return Pipeline.load(root, Settings(base=base))
+
+
+def kept(checkout: Pipeline, name: str, tag: str) -> None:
     """Put a small wheel into the wheelhouse."""
     folder = checkout.root / "made" / name
     checkout.wheelhouse.add(wheel(folder, {f"{name}/__init__.py": ""}, name=name, tag=tag))
@@ -31,7 +40,7 @@ def before(made: Runtime) -> list[str]:
 
 
 def test_missing_wheels_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
-    checkout = Checkout(tmp_path)
+    checkout = pipeline(tmp_path)
     kept(checkout, "vllm", "cp38-abi3-linux_x86_64")
     with pytest.raises(ImageError, match="the wheelhouse has no torch for Python") as caught:
         Runtime(checkout).wheels()
@@ -39,16 +48,16 @@ def test_missing_wheels_are_named_with_the_command_that_makes_them(tmp_path: Pat
 
 
 def test_no_base_is_made_before_there_are_wheels(tmp_path: Path) -> None:
-    checkout = Checkout(tmp_path)
+    checkout = pipeline(tmp_path)
     assert before(Runtime(checkout)) == []
     for name in ("torch", "vllm"):
         kept(checkout, name, "cp38-abi3-linux_x86_64")
-    assert before(Runtime(checkout)) == ["image:base"]
-    assert before(Runtime(Checkout(tmp_path, Settings(base="python:3.11-slim")))) == []
+    assert before(Runtime(checkout)) == ["toolchain", "image:base"]
+    assert before(Runtime(pipeline(tmp_path, "python:3.11-slim"))) == ["toolchain"]
 
 
 def test_wheels_for_another_python_do_not_count(tmp_path: Path) -> None:
-    checkout = Checkout(tmp_path)
+    checkout = pipeline(tmp_path)
     kept(checkout, "vllm", "cp38-abi3-linux_x86_64")
     kept(checkout, "torch", "cp27-cp27mu-linux_x86_64")
     with pytest.raises(ImageError, match="no torch"):
@@ -59,13 +68,11 @@ def test_wheels_for_another_python_do_not_count(tmp_path: Path) -> None:
 
 def test_an_image_that_was_not_made_cannot_be_asked_about(tmp_path: Path) -> None:
     with pytest.raises(NotRun, match="image has not run"):
-        Runtime(Checkout(tmp_path)).why()
+        Runtime(pipeline(tmp_path)).why()
 
 
 def test_another_way_to_make_an_image_makes_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkout = Checkout(tmp_path, Settings(base="python:3.11-slim"))
-    for name in ("docker", "recipes"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+    checkout = pipeline(tmp_path, "python:3.11-slim")
     for name in ("torch", "vllm"):
         kept(checkout, name, "cp38-abi3-linux_x86_64")
     monkeypatch.setattr(engine, "choose", lambda: "an engine")

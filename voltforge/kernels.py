@@ -127,7 +127,9 @@ def asked(
         KernelError: it failed.
     """
     try:
-        return run([settled.python, *words], env=surroundings(pipeline, packages), timeout=PATIENCE, **options).output
+        handed = surroundings(pipeline, packages)
+        # -m looks in the current folder first, and its volta must be this checkout's.
+        return run([settled.python, *words], cwd=pipeline.root, env=handed, timeout=PATIENCE, **options).output
     except ProgramFailed as error:
         said = [line for line in error.output.splitlines() if line.strip()]
         told = next((line for line in reversed(said) if not line.startswith(" ")), error.what)
@@ -144,7 +146,7 @@ def surroundings(pipeline: Pipeline, packages: Path | None = None) -> dict[str, 
     path = os.pathsep.join(str(one) for one in (packages, pipeline.root) if one)
     variables |= {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if DRIVER not in system_libraries():
-        variables["LD_LIBRARY_PATH"] = str(pipeline.package(pipeline.recipes["vllm"]).toolchain().driver_stub)
+        variables["LD_LIBRARY_PATH"] = str(pipeline.toolchain.results()["driver_stub"])
     return variables
 
 
