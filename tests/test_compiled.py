@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from tests.checkouts import PACKAGES, ROOT, pack, small_checkout
-from voltforge import environment, files, wheel
+from tests.tally import Tally
+from voltforge import environment, files, reproduce, wheel
 from voltforge.build import BuildError
 from voltforge.checkout import Settings
 from voltforge.elf import Elf
@@ -73,7 +74,9 @@ def checkout(tmp_path: Path, toolchain: object) -> Pipeline:
     return torch_checkout(tmp_path / "checkout")
 
 
-def test_pytorchs_recipe_makes_a_wheel_that_is_checked_and_kept(checkout: Pipeline) -> None:
+def test_pytorchs_recipe_makes_a_wheel_that_is_checked_and_kept_and_the_same_when_it_is_built_again(
+    checkout: Pipeline, counted: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = run(checkout)
     assert re.fullmatch(r"torch-2\.9\.0\+sm70\.cu12\d-cp(\d+)-cp\1-linux_x86_64\.whl", kept.path.name)
     wanted = (checkout.root / "recipes/torch.toml").read_text().split('REQUIREMENTS = """\\')[1].split('"""')[0]
@@ -93,6 +96,11 @@ def test_pytorchs_recipe_makes_a_wheel_that_is_checked_and_kept(checkout: Pipeli
     found = {finding["check"]: finding for finding in receipt["results"]["findings"]}
     assert found["configuration"]["detail"].startswith("5 variables as in the recipe: USE_CUDA, USE_CUDNN")
     assert not run_again(checkout)
+    monkeypatch.setenv("VOLTFORGE_MIRRORS", str(ROOT / "build/downloads"))
+    monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
+    assert reproduce.wheel(checkout, "torch").tier == "identical"
+    varied = files.read_json(checkout.scratch / "reproduce/torch.json")["variations"]
+    counted("variations under which the hashes agreed", sum(not one["same_because"] for one in varied))
 
 
 def run_again(pipeline: Pipeline) -> list[str]:

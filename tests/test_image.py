@@ -272,6 +272,8 @@ def test_the_image_is_small_and_an_update_of_vllm_moves_little(results: dict) ->
     assert results["base_size"] + sum(results["layers"].values()) <= 6_500_000_000
     assert sum(layers) <= 3_200_000_000
     assert sum(layers[-3:]) < 100_000_000, "vllm's own layer, its kernels and the configuration are the last"
+    assert 0 < results["layers"]["kernels"] <= 20_000_000, "what is compiled ahead for the shapes in volta/shapes.py"
+    assert layers[-2] <= 1_000_000
 
 
 @pytest.mark.build

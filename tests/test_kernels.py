@@ -6,8 +6,11 @@ is here: the driver is a pretended one that says 7.0, and nothing is launched.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +292,76 @@ def test_a_model_that_is_no_transformer_is_refused_in_words(
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(KernelError, match="--model has no 'num_attention_heads'"):
         warmed(vllm, installed, tmp_path)
+
+
+# What has a case, and what has none.
+
+CASES = ast.parse((ROOT / "volta/cases.py").read_text())
+"""Read and not imported: its torch is not in the environment of the tests."""
+Place = tuple[str, str]
+"""A function in Triton's language: its file and its name."""
+
+
+def not_covered() -> dict[str, str]:
+    (found,) = [one.value for one in CASES.body if isinstance(one, ast.Assign) and "NOT_COVERED" in ast.unparse(one)]
+    read: dict[str, str] = ast.literal_eval(found)
+    return read
+
+
+def kernels_of_cases() -> set[str]:
+    """The names in the ``kernels`` of every case."""
+    told = [
+        one
+        for case in CASES.body
+        if isinstance(case, ast.ClassDef)
+        for one in case.body
+        if (isinstance(one, ast.FunctionDef) and one.name == "kernels")
+        or (isinstance(one, ast.Assign) and ast.unparse(one.targets[0]) == "kernels")
+    ]
+    constants = [node.value for one in told for node in ast.walk(one) if isinstance(node, ast.Constant)]
+    return {value for value in constants if isinstance(value, str)}
+
+
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    """What a module has in Triton's language."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            decorators = [one.func if isinstance(one, ast.Call) else one for one in node.decorator_list]
+            if {"triton.jit", "jit"} & {ast.unparse(one) for one in decorators}:
+                yield node
+
+
+def called(tree: ast.Module, file: str) -> dict[Place, set[Place]]:
+    """The functions in Triton's language of a module, each with what it calls, of the module's own or imported."""
+    origin = {
+        name.asname or name.name: (f"{node.module.replace('.', '/')}.py", name.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for name in node.names
+    }
+    found: dict[Place, set[Place]] = {}
+    for one in functions(tree):
+        names = {
+            node.func.id for node in ast.walk(one) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        found[file, one.name] = {origin.get(name, (file, name)) for name in names}
+    return found
+
+
+@pytest.mark.build
+def test_every_triton_kernel_of_the_wheel_has_a_case_or_is_named_as_not_covered(vllm: Pipeline) -> None:
+    (kept,) = [one for one in vllm.wheelhouse.wheels() if one.name == "vllm"]
+    calls: dict[Place, set[Place]] = {}
+    with zipfile.ZipFile(kept.path) as archive:
+        for file in archive.namelist():
+            if file.endswith(".py") and b"triton" in (text := archive.read(file)):
+                calls |= called(ast.parse(text), file)
+    wanted = kernels_of_cases()
+    covered = {place for place in calls if place[1] in wanted}
+    assert sorted(name for _, name in covered) == sorted(wanted), "each name is of one kernel"
+    while helpers := {one for place in covered for one in calls[place] if one in calls} - covered:
+        covered |= helpers
+    words = [word for key in not_covered() for word in key.split(", ") if "'s" not in word]
+    left = {place: [word for word in words if word in "/".join(place)] for place in calls.keys() - covered}
+    assert not sorted(place for place, named in left.items() if not named)
+    assert {*words} == {word for named in left.values() for word in named}, "what is named is there"

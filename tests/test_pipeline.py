@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.checkouts import edited
-from voltforge import environment, files
+from voltforge import chores, environment, files, provenance, sbom, signing, wheel
 from voltforge.checkout import Settings
 from voltforge.errors import VoltforgeError
+from voltforge.material import of_lock
 from voltforge.package import Package
 from voltforge.pipeline import STAGES, Pipeline
 from voltforge.stage import Stage
+from voltforge.toolchain import COMPILERS
+from voltforge.wheelhouse import PROVENANCE, SBOM
 
 
 def stages(pipeline: Pipeline) -> dict[str, Stage]:
@@ -43,6 +46,17 @@ def rewritten(pipeline: Pipeline, old: str, new: str) -> Pipeline:
     return Pipeline.load(pipeline.root, pipeline.settings)
 
 
+def patched(pipeline: Pipeline) -> Path:
+    """Give the package a series of one patch."""
+    patch = pipeline.root / "patches" / "saxpy" / "0001-comment.patch"
+    patch.parent.mkdir(parents=True)
+    patch.write_text(
+        "Subject: a comment\n---\n--- a/saxpy/__init__.py\n+++ b/saxpy/__init__.py\n"
+        '@@ -1 +1,2 @@\n """A small CUDA extension."""\n+# patched\n'
+    )
+    return patch
+
+
 @pytest.mark.slow
 def test_a_second_run_does_nothing_and_a_comment_in_the_recipe_neither(saxpy: Pipeline) -> None:
     assert run(saxpy) == ["fetch", "tree", "environment", "build", "check", "wheels"]
@@ -65,12 +79,7 @@ def test_a_kept_wheel_outlives_the_build_folder(saxpy: Pipeline) -> None:
 @pytest.mark.slow
 def test_what_depends_on_a_change_runs_again_and_nothing_else(saxpy: Pipeline) -> None:
     run(saxpy)
-    patch = saxpy.root / "patches" / "saxpy" / "0001-comment.patch"
-    patch.parent.mkdir(parents=True)
-    patch.write_text(
-        "Subject: a comment\n---\n--- a/saxpy/__init__.py\n+++ b/saxpy/__init__.py\n"
-        '@@ -1 +1,2 @@\n """A small CUDA extension."""\n+# patched\n'
-    )
+    patched(saxpy)
     assert run(saxpy) == ["tree", "build", "check", "wheels"]
     assert run(rewritten(saxpy, 'max_size = "100 kB"', 'max_size = "90 kB"')) == ["check", "wheels"]
 
@@ -131,6 +140,72 @@ def test_any_wheel_can_be_held_to_the_recipe_of_its_project(saxpy: Pipeline) -> 
     assert any(finding.check == "imports" for finding in findings)
     with pytest.raises(VoltforgeError, match="there is no"):
         saxpy.examined(Path("nowhere.whl"))
+
+
+def refused(pipeline: Pipeline) -> str:
+    """What ./doit verify ends with."""
+    with pytest.raises(VoltforgeError) as caught:
+        chores.verify_wheels(pipeline)
+    return caught.value.what
+
+
+@pytest.mark.slow
+def test_verify_refuses_a_wheelhouse_whose_wheel_index_and_provenance_do_not_agree(saxpy: Pipeline, capsys) -> None:
+    run(saxpy)
+    house = saxpy.wheelhouse
+    (kept,) = house.wheels()
+    chores.verify_wheels(saxpy)
+    assert "wheel, index, receipt and provenance agree" in " ".join(capsys.readouterr().out.split())
+    of_it, of_all = f"{kept.path.name} fails 1 checks", "the wheelhouse fails 1 checks"
+
+    def changed(path: Path, old: str, new: str) -> str:
+        before = path.read_text()
+        assert old in before
+        path.write_text(before.replace(old, new, 1))
+        said = refused(saxpy)
+        path.write_text(before)
+        return said
+
+    sha256, page = files.sha256(kept.path), house.path / "simple" / "saxpy" / "index.html"
+    other = sha256[:-1] + ("0" if sha256[-1] != "0" else "1")
+    assert changed(house.beside(kept.path, PROVENANCE), '"payload":"', '"payload":"A') == of_it
+    assert changed(page, sha256, other) == f"{of_it}; {of_all}"
+    foreign = '<a href="http://evil.example/saxpy-9.0-py3-none-any.whl">saxpy-9.0-py3-none-any.whl</a><br>\n  </body>'
+    assert changed(page, "</body>", foreign) == of_all
+    chores.verify_wheels(saxpy)
+
+
+@pytest.mark.slow
+def test_verify_of_an_empty_wheelhouse_is_a_sentence(saxpy: Pipeline) -> None:
+    assert refused(saxpy) == "the wheelhouse is empty"
+
+
+@pytest.mark.slow
+def test_sbom_and_provenance_of_a_wheel_say_all_that_it_was_made_of_with_hashes(saxpy: Pipeline) -> None:
+    patch = patched(saxpy)
+    run(saxpy)
+    house, recipe = saxpy.wheelhouse, saxpy.recipes["saxpy"]
+    (kept,) = house.wheels()
+    document = house.beside(kept.path, SBOM).read_bytes()
+    assert wheel.sbom_bytes(kept.path) == document
+    assert sbom.problems(document) == []
+    assert [one["diff"]["url"] for one in json.loads(document)["metadata"]["component"]["pedigree"]["patches"]] == [
+        f"{patch.name}#sha256={files.sha256(patch)}"
+    ]
+    said = provenance.read(signing.payload(house.beside(kept.path, PROVENANCE).read_bytes()))
+    assert said.sbom == {"file": f"{kept.path.name}{SBOM}", "sha256": files.sha256_bytes(document)}
+    assert all(one.sha256 for one in said.materials)
+    hashes = {(one.kind, one.name): one.sha256 for one in said.materials}
+    assert hashes["source", "saxpy"] == (recipe.source.sha256,)
+    assert hashes["patch", patch.name] == (files.sha256(patch),)
+    lock, *entries = of_lock(recipe.beside(recipe.build.lock))
+    assert hashes["lock", lock.name] == lock.sha256
+    assert entries
+    assert {("package", one.name): one.sha256 for one in entries}.items() <= hashes.items()
+    home = saxpy.package(recipe).toolchain().home
+    assert {name: hashes.get(("compiler", name)) for name in COMPILERS} == {
+        name: (files.sha256(home / name),) for name in COMPILERS
+    }
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from tests import samples
 from tests.checkouts import pack
 from tests.servers import Fault, Server, serving
 from voltforge import files
+from voltforge.reproduce import NotReproducible
 
 RED = "\x1b[1;31m"
 FAILED, MISUSED, INTERRUPTED = 1, 3, 130
@@ -137,7 +138,8 @@ def test_list_is_a_table_of_contents_in_the_order_of_the_graph(checkout):
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
     names = [name for name in names if ":" not in name]  # image:base and its like stand below image
-    assert names == re.findall(r"^def task_(\w+)", (checkout.root / "dodo.py").read_text(), re.MULTILINE)
+    functions = re.findall(r"^def task_(\w+)", (checkout.root / "dodo.py").read_text(), re.MULTILINE)
+    assert names == [function.replace("_", "-") for function in functions]
     assert all(len(line.split()) > 2 for line in done.stdout.splitlines())
 
 
@@ -216,6 +218,20 @@ def test_a_machine_that_refuses_is_a_sentence_too(checkout):
     checkout.env["PYTHONPATH"] = str(checkout.root)
     said = problem(checkout.doit("tree:thing"))
     assert said.startswith("/the/disk: No space left on device\n  try: ")
+
+
+def test_a_problem_with_an_exit_status_of_its_own_ends_the_program_with_it(checkout):
+    """As ./doit reproduce:thing does where other bytes came out."""
+    graph = checkout.root / "dodo.py"
+    graph.write_text(
+        f"{graph.read_text()}\n\nfrom voltforge.errors import VoltforgeError\n\n\n"
+        "class OtherBytesError(VoltforgeError):\n    exit_status = 4\n\n\n"
+        "def differs():\n    raise OtherBytesError('the second build is another')\n\n\n"
+        "def task_differs():\n    return tasks.action(differs)\n"
+    )
+    done = checkout.doit("differs")
+    assert done.returncode == NotReproducible.exit_status == 4
+    assert "the second build is another" in done.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

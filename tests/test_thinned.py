@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkouts import small_checkout
+from tests.checkouts import ROOT, small_checkout
 from tests.samples import two_units, wheel
-from voltforge import environment, files
+from tests.tally import Tally
+from voltforge import environment, files, reproduce
 from voltforge.checkout import Settings
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline import Pipeline
@@ -75,12 +76,19 @@ def rewritten(pipeline: Pipeline, old: str, new: str) -> Pipeline:
 
 
 @pytest.mark.slow
-def test_a_stock_wheel_is_thinned_checked_and_kept_once(pipeline: Pipeline) -> None:
+def test_a_stock_wheel_is_thinned_checked_and_kept_once_the_same_when_it_is_made_again(
+    pipeline: Pipeline, counted: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run(pipeline) == ["fetch", "build", "check", "wheels"]
     (kept,) = pipeline.wheelhouse.wheels()
     assert kept.path.name == f"torch-2.9.0+sm70.thin-{TAG}-{TAG}-linux_x86_64.whl"
     assert pipeline.wheelhouse.receipt("torch", environment.python_tag()).exists()
     assert run(pipeline) == []
+    monkeypatch.setenv("VOLTFORGE_MIRRORS", str(ROOT / "build/downloads"))
+    monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
+    assert reproduce.wheel(pipeline, "torch").tier == "identical"
+    varied = files.read_json(pipeline.scratch / "reproduce/torch.json")["variations"]
+    counted("variations under which the hashes agreed", sum(not one["same_because"] for one in varied))
     assert run(rewritten(pipeline, '"torch/lib/*.so" = ["$ORIGIN"]', '"torch/lib/*.so" = ["$ORIGIN/.."]')) == [
         "build", "check", "wheels",
     ]  # fmt: skip

@@ -383,6 +383,80 @@ def test_the_provenance_of_another_wheel_does_not_pass(tmp_path):
     assert one.disagreements(made, Trust.of(signer))[0] == [f"no receipt speaks of {kept['file']}"]
 
 
+EVIL = "http://evil.example/thing-9.0-py3-none-any.whl"
+
+
+def offers_a_foreign_file(page: Path) -> None:
+    """Add one, newer than any of ours, to what a page offers."""
+    if page.suffix == ".html":
+        page.write_text(page.read_text().replace("  </body>", f'    <a href="{EVIL}">{EVIL[20:]}</a><br>\n  </body>'))
+    else:
+        said = json.loads(page.read_text())
+        said["files"].append({"filename": EVIL[20:], "url": EVIL, "hashes": {}})
+        page.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("name", ["index.html", "index.json"])
+def test_an_index_that_offers_a_foreign_file_beside_ours_is_not_what_the_wheels_make(tmp_path, name):
+    """pip would take the newer one; our own entry is there all the same, so the wheel itself stays held."""
+    one = Wheelhouse(tmp_path / "ours")
+    kept = keep(one, described(tmp_path / "made"))
+    assert one.strangers() == []
+    page = one.path / "simple" / "thing" / name
+    offers_a_foreign_file(page)
+    assert ProjectPage.from_json_data(json.loads(page.read_text())).packages[-1].url == EVIL if "json" in name else True
+    assert one.strangers() == [f"the index (simple/thing/{name}) is not what the wheels here make"]
+    assert one.holds(kept)
+    one.index()
+    assert one.strangers() == []
+
+
+@pytest.mark.parametrize("as_link", [False, True])
+def test_a_project_that_has_no_wheel_here_may_not_have_a_page(tmp_path, as_link):
+    one = Wheelhouse(tmp_path / "ours")
+    keep(one, described(tmp_path / "made"))
+    page = tmp_path / "elsewhere" if as_link else one.path / "simple" / "evil"
+    files.write(page / "index.html", f'<a href="{EVIL}">{EVIL[20:]}</a>')
+    if as_link:
+        (one.path / "simple" / "evil").symlink_to(page)
+    assert one.strangers() == [
+        f"the index has simple/evil{'' if as_link else '/index.html'}, which is of no wheel here"
+    ]
+
+
+@pytest.mark.parametrize("name", ["index.html", "index.json", "thing/index.html"])
+def test_a_page_that_is_gone_or_changed_is_told_whichever_it_is(tmp_path, name):
+    one = Wheelhouse(tmp_path / "ours")
+    keep(one, described(tmp_path / "made"))
+    page = one.path / "simple" / name
+    before = page.read_bytes()
+    for content in (None, before + b" ", b""):
+        files.remove(page) if content is None else page.write_bytes(content)
+        assert one.strangers() == [f"the index (simple/{name}) is not what the wheels here make"]
+    page.write_bytes(before)
+    assert one.strangers() == []
+
+
+def test_two_wheels_of_a_project_make_one_page_and_no_stranger(tmp_path):
+    made = [wheel(tmp_path / python, tag=f"{python}-{python}-linux_x86_64") for python in ("cp38", "cp39")]
+    one = house(tmp_path / "ours", *made)
+    assert len(one.wheels()) == 2
+    assert one.strangers() == []
+
+
+def test_a_receipt_whose_wheel_is_gone_is_told(tmp_path):
+    one = Wheelhouse(tmp_path / "ours")
+    kept = keep(one, described(tmp_path / "made"))
+    files.write(one.receipt("broken", "cp9"), "{")
+    for path in one.path.glob(f"{kept['file']}*"):
+        path.unlink()
+    one.index()
+    assert one.strangers() == [
+        "receipts/broken-cp9.json names no wheel",
+        f"receipts/thing-cp311.json speaks of {kept['file']}, which is not here",
+    ]
+
+
 def test_receipts_are_kept_by_project_and_python(tmp_path):
     assert Wheelhouse(tmp_path).receipt("thing", "cp311") == tmp_path / "receipts" / "thing-cp311.json"
 

@@ -17,23 +17,28 @@ import torch
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "e5m2": torch.float8_e5m2}
 NOT_COVERED = {
-    "mamba, fla and lightning attention": "hybrid and state-space models, of which none is in the table of shapes",
+    "layers/mamba, layers/fla, lightning_attn, fused_gdn_gating": "hybrid and state-space models, of which none is in "
+    "the table of shapes",
     "merge_attn_states": "cascade attention, which TRITON_ATTN refuses (use_cascade_attention is False)",
-    "decode_attention_fwd, pack_seq": "MLA, which needs FlashAttention for prefill",
-    "prefix_prefill, chunked_prefill_paged_decode": "ROCm's backend",
-    "scaled_mm, per-token-group quantization, batched MoE": "int8 and fp8 weights, refused below 7.5 and 8.9; expert "
-    "parallelism with DeepEP or pplx, which are not in this build",
+    "correct_attn_cp_out": "context parallelism in decode, of FlashAttention, FlashInfer and MLA alone",
+    "triton_decode_attention, pack_seq, flashmla_sparse": "MLA, which needs FlashAttention for prefill",
+    "prefix_prefill, chunked_prefill_paged_decode, rocm_aiter_fa": "ROCm's backends",
+    "backends/flashinfer": "FlashInfer, which needs 7.5",
+    "scaled_mm, fp8_utils, int8_utils": "int8 and fp8 weights, refused below 7.5 and 8.0",
+    "fused_batched_moe, deep_gemm, count_expert_num_tokens": "expert parallelism with DeepEP or pplx, which are not in "
+    "this build, and DeepGEMM, for 9.0",
     "gpt_oss_triton_kernels_moe": "mxfp4, whose package triton_kernels is not in this build",
+    "qutlass_utils": "FP4 by QuTLASS, for 10.0",
     "fused_moe_lora": "LoRA on expert layers",
     "eagle_prepare_inputs, eagle_prepare_next_token": "drafts of EAGLE and MTP heads; n-gram drafts are covered",
     "compute_identity_kernel": "experts that do nothing, of LongCat alone",
-    "v1/worker/gpu": "the second model runner, off unless VLLM_USE_V2_MODEL_RUNNER is set",
+    "v1/worker/gpu/": "the second model runner, off unless VLLM_USE_V2_MODEL_RUNNER is set",
     "batch_invariant": "off unless VLLM_BATCH_INVARIANT is set",
     "xgrammar's bitmask": "another package's kernel, for structured output",
     "Inductor's": "made by torch.compile of each model's own graph; a call of Triton that it traces, as that of AWQ's "
     "kernels, is compiled anew inside of it, under a key of its own",
 }
-"""What has Triton kernels and no case here, and why."""
+"""What has Triton kernels and no case here, and why: parts of the names of files or kernels, or another package's."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 ``python -m volta.numbers`` prints a table and exits with 1 if a row is over its bound. With the word ``compile`` it
 makes the same calls and compiles each kernel for sm_70 instead: what is computed here is what compiles there.
+``volta.record`` does that, too, and keeps launches and references for a GPU.
 
 The calls go through vLLM's own Python functions. Whatever a kernel may not read is NaN, and so is whatever it must
 write: pages of nobody, the rest of a last page, rows beside an input, fresh memory.
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-COMPILE = "compile" in sys.argv[1:]
+COMPILE = "compile" in sys.argv[1:] or os.environ.get("TRITON_INTERPRET") == "0"
 if not COMPILE:  # Triton looks when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -119,9 +120,7 @@ class Attention:
                 alibi_slopes=mask.slopes,
                 sinks=mask.sinks,
             )
-        if COMPILE:
-            return 0.0
-        if not out[[0, -1]].isnan().all():
+        if not COMPILE and not out[[0, -1]].isnan().all():
             raise KernelError("wrote beside its output")
         right = [
             reference.attention(
@@ -210,8 +209,6 @@ class Layer:
         out = torch.full_like(query, torch.nan)
         with poisoned_memory():
             kind.forward(scales, query, key, value, cache, metadata, output=out)
-        if COMPILE:
-            return 0.0
         if one.cache == "fp8_e5m2":
             key, value = (
                 reference.e5m2(new.double() / by) * by for new, by in zip((key, value), one.scales, strict=True)
@@ -256,9 +253,13 @@ class Store:
             cache = torch.full(shape, torch.nan, dtype=torch.float16)
         before, scales = cache.clone(), torch.tensor(self.scales)
         triton_reshape_and_cache_flash(key, value, *cache.unbind(1), slots, self.cache, *scales)
-        if COMPILE:
-            return 0.0
         kept, worst = slots[slots >= 0], 0.0
+        if COMPILE:
+            right = torch.full(shape, torch.nan, dtype=torch.float64)  # where nothing may be written NaN must stay
+            for number, (new, scale) in enumerate(zip((key, value), self.scales, strict=True)):
+                given = new[slots >= 0].double()
+                right[kept // self.page, number, kept % self.page] = given / (scale if self.cache in FLOAT8 else 1)
+            return expect(cache.view(FLOAT8.get(self.cache, torch.float16)), right, "each")
         for number, new in enumerate((key, value)):
             there, was = (one[:, number].flatten(0, 1) for one in (cache, before))
             rest = torch.ones(len(there), dtype=torch.bool).index_fill(0, kept, False)
@@ -291,9 +292,9 @@ class Dequantize:
         words, scales, zeros = awq(self.inputs, self.outputs, self.group, torch.Generator().manual_seed(self.seed))
         with poisoned_memory():
             made = awq_triton.awq_dequantize_triton(words, scales, zeros)
-        if COMPILE:
-            return 0.0
         right = reference.awq_weights(words, scales, zeros)
+        if COMPILE:
+            return expect(made, right, "each")
         if not torch.equal(made == 0, right == 0):
             return torch.inf
         return float(((made.double() - right).abs() / right.abs().where(right != 0, 1)).max())
@@ -320,11 +321,10 @@ class Multiply:
         random = torch.Generator().manual_seed(self.seed)
         words, scales, zeros = awq(self.inputs, self.outputs, self.group, random)
         rows = guarded(torch.randn(self.rows, self.inputs, generator=random).half())
-        with poisoned_memory():
+        with poisoned_memory(), summed() as parts:
             made = awq_triton.awq_gemm_triton(rows, words, scales, zeros, self.parts)
-        if COMPILE:
-            return 0.0
-        return relative(made, rows.double() @ reference.awq_weights(words, scales, zeros))
+        right = rows.double() @ reference.awq_weights(words, scales, zeros)
+        return expect(parts[-1], right, "row", summed=True) if COMPILE else relative(made, right)
 
     def chained(self) -> float:
         """The same where every multiply-add is rounded to float16, which the interpreter does not do and sm_70 does."""
@@ -335,7 +335,57 @@ class Multiply:
         return relative(reference.chained_in_float16(rows, weights.half(), self.parts), rows.double() @ weights)
 
 
-Case = Attention | Layer | Store | Dequantize | Multiply
+@dataclass(frozen=True)
+class Experts:
+    """Rows meet the matrices of some experts, whose weights are of 4 or 8 bits (WNA16)."""
+
+    rows: int = 16
+    experts: int = 4
+    top_k: int = 2
+    inputs: int = 128
+    outputs: int = 64
+    bits: int = 8
+    group: int = 64
+    zeros: bool = False
+    """Whether there are zero points; otherwise 8 or 128 is subtracted."""
+    weighted: bool = True
+    """Whether a product is multiplied with the weight that the router gave the expert."""
+    seed: int = 0
+
+    bound = Multiply.bound
+    """For the same reasons."""
+
+    def error(self) -> float:
+        """The largest relative error of a row for one of its experts."""
+        import triton.language as tl
+        from vllm.model_executor.layers.fused_moe.fused_moe import invoke_fused_moe_kernel
+
+        random, packs, block = torch.Generator().manual_seed(self.seed), 8 // self.bits, 16
+        groups = self.inputs // self.group
+
+        def words(*shape: int) -> torch.Tensor:
+            return torch.randint(0, 256, shape, generator=random).to(torch.uint8)
+
+        weights = words(self.experts, self.outputs, self.inputs // packs)
+        zeros = words(self.experts, self.outputs // packs, groups) if self.zeros else None
+        scales = torch.rand(self.experts, self.outputs, groups, generator=random).add(0.5).mul(0.01).half()
+        rows = guarded(torch.randn(self.rows, self.inputs, generator=random).half())
+        router = torch.rand(self.rows, self.top_k, generator=random)
+        chosen = torch.stack([torch.randperm(self.experts, generator=random)[: self.top_k] for _ in range(self.rows)])
+        order, owners = aligned(chosen, self.experts, block)
+        made = torch.full((self.rows, self.top_k, self.outputs), torch.nan, dtype=torch.float16)
+        invoke_fused_moe_kernel(
+            rows, weights, made, None, scales, zeros, router, order, owners, torch.tensor([len(order)]).int(),
+            self.weighted, self.top_k, {"BLOCK_SIZE_M": block, "GROUP_SIZE_M": 1, "SPLIT_K": 1}, tl.float16,
+            use_fp8_w8a8=False, use_int8_w8a8=False, use_int8_w8a16=self.bits == 8, use_int4_w4a16=self.bits == 4,
+            per_channel_quant=False, block_shape=[0, self.group],
+        )  # fmt: skip
+        matrices = reference.expert_weights(weights, scales, zeros, self.bits)
+        right = torch.einsum("rk,reok->reo", rows.double(), matrices[chosen])
+        return relative(made, right * router.double()[..., None] if self.weighted else right)
+
+
+Case = Attention | Layer | Store | Dequantize | Multiply | Experts
 
 CASES: tuple[Case, ...] = (
     *(Attention(head_size=size, new=(1, 1, 1), old=(70, 0, 15), seed=size) for size in (64, 80, 128, 192, 256)),
@@ -378,7 +428,59 @@ CASES: tuple[Case, ...] = (
     Multiply(inputs=96, group=32),
     Multiply(rows=2, inputs=4096, group=128, outputs=32),
     Multiply(rows=2, inputs=4096, group=128, outputs=32, parts=1),
+    *(Experts(bits=bits, zeros=zeros) for bits in (4, 8) for zeros in (False, True)),
+    *(Experts(bits=bits, rows=21, group=32, outputs=72, weighted=False) for bits in (4, 8)),
+    Experts(bits=4, rows=40, experts=3, top_k=1, inputs=96, group=32),
 )
+
+
+def aligned(chosen: torch.Tensor, experts: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers of all (row, choice) pairs by expert, those of each filled up to whole blocks with a number too high,
+    and the expert of each block: what moe_align_block_size gives."""
+    order, owners = [], []
+    for expert in range(experts):
+        mine = (chosen.flatten() == expert).nonzero().flatten()
+        blocks = -(-len(mine) // block)
+        order.append(torch.full((blocks * block,), chosen.numel(), dtype=torch.int32))
+        order[-1][: len(mine)] = mine.int()
+        owners += [expert] * blocks
+    return torch.cat(order), torch.tensor(owners, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What must be in memory after the launches of a case, where they are only recorded."""
+
+    made: torch.Tensor
+    """Where."""
+    right: torch.Tensor
+    measure: str
+    """As :class:`volta.gpu.rows.Result` has it."""
+    summed: bool = False
+    """Whether the parts along the first axis are added up before."""
+
+
+EXPECTED: list[Expected] = []
+"""Those of the case at hand."""
+
+
+def expect(made: torch.Tensor, right: torch.Tensor, measure: str, *, summed: bool = False) -> float:
+    """Note what a case expects; no error, for nothing was computed."""
+    EXPECTED.append(Expected(made, right, measure, summed))
+    return 0.0
+
+
+@contextlib.contextmanager
+def summed() -> Iterator[list[torch.Tensor]]:
+    """Inside, each tensor whose parts are added up is added to the list: it is what the kernel has written to."""
+    plain, seen = torch.Tensor.sum, []
+
+    def noted(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        seen.append(self)
+        return plain(self, *args, **options)
+
+    with unittest.mock.patch.object(torch.Tensor, "sum", noted):
+        yield seen
 
 
 def guarded(values: torch.Tensor) -> torch.Tensor:
@@ -420,6 +522,8 @@ def bits(values: torch.Tensor) -> torch.Tensor:
 
 def relative(made: torch.Tensor, right: torch.Tensor) -> float:
     """The largest relative error of a row, in the 2-norm; infinite where a number is missing."""
+    if COMPILE:
+        return expect(made, right, "row")
     off = (made.double() - right).norm(dim=-1) / right.norm(dim=-1)
     return torch.inf if off.isnan().any() else float(off.max())
 
@@ -504,6 +608,7 @@ class Row:
 def attempt(case: Case) -> Row:
     """One case, computed or compiled."""
     said, error = "", float("inf")
+    EXPECTED.clear()
     with kernels() as started, conversions_of_volta(), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # rows that are masked away divide nothing by nothing
         try:

@@ -11,7 +11,7 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +45,8 @@ class Launch:
     grid: Any
     said: str
     """What ptxas said, if it was compiled now and ptxas is heard."""
+    arguments: Mapping[str, Any]
+    """What it was called with, by the names in its source."""
 
 
 class Driver:
@@ -120,8 +122,8 @@ def capability(of: tuple[int, int] = VOLTA, target: tuple[int, int] | None = Non
 
 
 @contextlib.contextmanager
-def launches() -> Iterator[list[Launch]]:
-    """Inside, every launch of a Triton kernel compiles it and then only adds to the list.
+def launches(taken: Callable[[Launch], object] = lambda launch: None) -> Iterator[list[Launch]]:
+    """Inside, every launch of a Triton kernel compiles it and then only adds to the list; ``taken`` is told at once.
 
     What vLLM launches in between of its own CUDA kernels is left out, for there is nothing to launch it on.
 
@@ -140,7 +142,10 @@ def launches() -> Iterator[list[Launch]]:
                 kernel = run(self, *args, grid=grid, warmup=True, **options)
         except Exception as error:
             raise DoesNotCompile(self.fn.__name__, _line(error)) from error
-        seen.append(Launch(self.fn.__name__, kernel, grid, said.getvalue()))
+        given = {one.name: one.default for one in self.params} | dict(zip(self.arg_names, args, strict=False))
+        given |= {name: value for name, value in options.items() if name in given}
+        seen.append(Launch(self.fn.__name__, kernel, grid, said.getvalue(), given))
+        taken(seen[-1])
         return kernel
 
     def nothing(*_: Any, **__: Any) -> None:

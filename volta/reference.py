@@ -71,6 +71,24 @@ def awq_weights(words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) 
     return scales.double().repeat_interleave(group, dim=0) * (unpacked(words) - less)
 
 
+def expert_weights(words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """The weights of WNA16 experts, ``[experts, outputs, inputs]`` in float64: scale times (number less zero point).
+
+    Numbers of four bits lie two in a byte, the lower ones first: those of weights along the inputs, zero points along
+    the outputs. Scales and zero points have a last axis of groups.
+    """
+
+    def spread(packed: torch.Tensor, axis: int) -> torch.Tensor:
+        if bits == 8:
+            return packed.double()
+        return torch.stack((packed & 15, packed >> 4), dim=axis + 1).flatten(axis, axis + 1).double()
+
+    numbers = spread(words, 2)
+    group = numbers.shape[2] // scales.shape[2]
+    less = spread(zeros, 1) if zeros is not None else torch.full_like(scales, 1 << (bits - 1), dtype=torch.float64)
+    return (numbers - less.repeat_interleave(group, 2)) * scales.double().repeat_interleave(group, 2)
+
+
 def chained_in_float16(left: torch.Tensor, right: torch.Tensor, parts: int) -> torch.Tensor:
     """A product as sm_70 computes it with float16 accumulators: one fused multiply-add after the other, each rounded.
 

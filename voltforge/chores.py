@@ -18,7 +18,7 @@ from voltforge.wheelhouse import PROVENANCE
 
 
 def verify_wheels(pipeline: Pipeline) -> None:
-    """Print what the checks find in the wheel that ``file=`` names, or in every wheel of the wheelhouse.
+    """Print what the checks find in the wheel that ``file=`` names, or in the whole wheelhouse.
 
     Raises:
         VoltforgeError: a check fails, or there is no wheel.
@@ -35,8 +35,12 @@ def verify_wheels(pipeline: Pipeline) -> None:
         verify.report(findings)
         if failures := verify.failed(findings):
             broken.append(f"{path.name} fails {len(failures)} checks")
+    if strangers := [] if named else pipeline.wheelhouse.strangers():
+        console.step("verify the index and the receipts")
+        verify.report(verify.Finding("wheelhouse", "fail", sentence) for sentence in strangers)
+        broken.append(f"the wheelhouse fails {len(strangers)} checks")
     if broken:
-        raise VoltforgeError("; ".join(broken), hint="the table above names each")
+        raise VoltforgeError("; ".join(broken), hint="the tables above name each")
 
 
 def thin_wheel(pipeline: Pipeline) -> None:

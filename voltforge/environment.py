@@ -88,13 +88,16 @@ def create(lock: Path, path: Path, indexes: Indexes, *, offline: bool = False) -
     return Environment(path)
 
 
-def unpack(lock: Path, folder: Path, indexes: Indexes, *, offline: bool = False) -> None:
+def unpack(lock: Path, folder: Path, indexes: Indexes, *, offline: bool = False, python: str = "") -> None:
     """Put the packages that ``lock`` names into ``folder``, without an interpreter around them.
+
+    They are for the Python that runs, or for another version of it: ``python="3.12"``.
 
     Raises:
         InstallError: as :func:`create`.
     """
-    _install(lock, ["--target", folder, "--python", sys.executable], indexes, offline)
+    other = ["--python-version", python] if python else []
+    _install(lock, ["--target", folder, "--python", sys.executable, *other], indexes, offline)
 
 
 def add(environment: Environment, wheel: Path) -> None:

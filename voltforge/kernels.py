@@ -19,6 +19,7 @@ from voltforge.pipeline import Pipeline
 from voltforge.process import ProgramFailed, run
 from voltforge.stage import Values
 from voltforge.verify import DRIVER
+from voltforge.wheel import Wheel
 
 PATIENCE = 3600.0
 """Seconds that compiling all of them may take; it was 200 of one core."""
@@ -150,6 +151,18 @@ def surroundings(pipeline: Pipeline, packages: Path | None = None) -> dict[str, 
     return variables
 
 
+def kept(pipeline: Pipeline) -> Wheel:
+    """The wheelhouse's vLLM.
+
+    Raises:
+        VoltforgeError: there is none.
+    """
+    found = [one for one in pipeline.wheelhouse.wheels() if one.name == "vllm"]
+    if not found:
+        raise VoltforgeError("the wheelhouse has no vllm", hint="./doit wheels:vllm")
+    return found[0]
+
+
 @contextlib.contextmanager
 def installed(pipeline: Pipeline) -> Iterator[Environment]:
     """An environment of the runtime's lock with the wheelhouse's vLLM, for as long as it is needed.
@@ -157,14 +170,12 @@ def installed(pipeline: Pipeline) -> Iterator[Environment]:
     Raises:
         VoltforgeError: there is no wheel of vLLM.
     """
-    found = [one for one in pipeline.wheelhouse.wheels() if one.name == "vllm"]
-    if not found:
-        raise VoltforgeError("the wheelhouse has no vllm", hint="./doit wheels:vllm")
+    found = kept(pipeline)
     pipeline.toolchain.run()
     package: Package = pipeline.package(pipeline.recipes["vllm"])
     settled = package.settled(package.recipe.beside(package.recipe.expect.lock), "vllm-kernels-verify")
     try:
-        environment.add(settled, found[0].path)
+        environment.add(settled, found.path)
         yield settled
     finally:
         files.remove(settled.path)

@@ -176,30 +176,56 @@ class Wheelhouse:
         """
         return [wheel.Wheel.read(path) for path in sorted(self.path.glob("*.whl"))]
 
+    def strangers(self) -> list[str]:
+        """What in the index and among the receipts is of no wheel that is here, a sentence each.
+
+        An installer takes whatever a page offers, so every page must be the very one that the wheels here make.
+        """
+        simple, wanted = self.path / "simple", self._pages()
+        there = {str(one.relative_to(simple)) for one in simple.rglob("*") if one.is_symlink() or not one.is_dir()}
+        found = [f"the index has simple/{name}, which is of no wheel here" for name in sorted(there - wanted.keys())]
+        for name, text in wanted.items():
+            if _read(simple / name) != text.encode():
+                found.append(f"the index (simple/{name}) is not what the wheels here make")
+        for path, results in self.receipts():
+            file = results.get("file")
+            if not file:
+                found.append(f"receipts/{path.name} names no wheel")
+            elif not (self.path / str(file)).is_file():
+                found.append(f"receipts/{path.name} speaks of {file}, which is not here")
+        return found
+
     def index(self, *, without: Set[Path] = frozenset()) -> None:
         """Write ``simple/``: HTML (PEP 503) and JSON (PEP 691) pages with hashes, and the metadata files of PEP 658.
 
         Wheels ``without`` which it is to be are about to go: last, so that no page ever names what is not there.
         """
-        projects: dict[str, list[dict[str, Any]]] = {}
         for made in self.wheels():
-            if made.path in without:
-                continue
-            metadata = wheel.metadata_bytes(made.path)
-            files.write(self.beside(made.path, METADATA), metadata)
-            projects.setdefault(made.name, []).append(_entry(made, files.sha256_bytes(metadata)))
+            if made.path not in without:
+                files.write(self.beside(made.path, METADATA), wheel.metadata_bytes(made.path))
         for ending in (METADATA, SBOM, PROVENANCE):
             for stale in self.path.glob(f"*.whl{ending}"):
                 if not stale.with_name(stale.name.removesuffix(ending)).exists():
                     stale.unlink()
-        simple = self.path / "simple"
-        with files.replacing_folder(simple) as beside:
-            links = [f'<a href="{html.escape(name)}/">{html.escape(name)}</a><br>' for name in projects]
-            _page(beside, "Simple index", links, {"projects": [{"name": name} for name in projects]})
-            for name, entries in projects.items():
-                links = [_link(entry) for entry in entries]
-                versions = sorted({str(entry.pop("version")) for entry in entries})
-                _page(beside / name, f"Links for {name}", links, {"name": name, "files": entries, "versions": versions})
+        with files.replacing_folder(self.path / "simple") as beside:
+            for name, text in self._pages(without).items():
+                files.write(beside / name, text)
+
+    def _pages(self, without: Set[Path] = frozenset()) -> dict[str, str]:
+        """What ``simple/`` is to hold, by the paths in it."""
+        projects: dict[str, list[dict[str, Any]]] = {}
+        for made in self.wheels():
+            if made.path not in without:
+                entry = _entry(made, files.sha256_bytes(wheel.metadata_bytes(made.path)))
+                projects.setdefault(made.name, []).append(entry)
+        links = [f'<a href="{html.escape(name)}/">{html.escape(name)}</a><br>' for name in projects]
+        pages = _page("", "Simple index", links, {"projects": [{"name": name} for name in projects]})
+        for name, entries in projects.items():
+            links = [_link(entry) for entry in entries]
+            versions = sorted({str(entry.pop("version")) for entry in entries})
+            answer = {"name": name, "files": entries, "versions": versions}
+            pages |= _page(f"{name}/", f"Links for {name}", links, answer)
+        return pages
 
 
 def _pythons(tags: Iterable[Tag]) -> set[tuple[str, str]]:
@@ -249,9 +275,10 @@ def _link(entry: Mapping[str, Any]) -> str:
     return f"<a{words}>{html.escape(entry['filename'])}</a><br>"
 
 
-def _page(folder: Path, title: str, links: list[str], answer: dict[str, Any]) -> None:
+def _page(folder: str, title: str, links: list[str], answer: dict[str, Any]) -> dict[str, str]:
+    """A page as people and as programs read it, by the paths of its two files."""
     lines = [f"    {link}" for link in links]
     head = f'<meta name="pypi:repository-version" content="{API_VERSION}"><title>{html.escape(title)}</title>'
     page = ["<!DOCTYPE html>", "<html>", f"  <head>{head}</head>", "  <body>", *lines, "  </body>", "</html>", ""]
-    files.write(folder / "index.html", "\n".join(page))
-    files.write(folder / "index.json", json.dumps({"meta": {"api-version": API_VERSION}, **answer}, indent=2) + "\n")
+    told = json.dumps({"meta": {"api-version": API_VERSION}, **answer}, indent=2) + "\n"
+    return {f"{folder}index.html": "\n".join(page), f"{folder}index.json": told}

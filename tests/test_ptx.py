@@ -1,0 +1,161 @@
+"""The PTX of vLLM's kernels comes from the build's own commands, and their cubins are the wheel's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.checkouts import ROOT
+from volta.gpu.rows import Image
+from voltforge import files, ptx
+from voltforge.checkout import Settings
+from voltforge.errors import VoltforgeError
+from voltforge.pipeline import Pipeline
+from voltforge.ptx import Bench, ImageError
+
+TREE = Path("/build/tree")
+COMMAND = (
+    "/build/toolchain/bin/nvcc -forward-unknown-to-host-compiler -ccbin=/usr/bin/g++ -DTORCH_EXTENSION_NAME=_moe_C "
+    "-I/build/tree/csrc/lean -isystem /build/toolchain/include -cudart=shared --objdir-as-tempdir "
+    "-Xcompiler=-ffile-prefix-map=/build/tree=. -Xcudafe --diag_suppress=a,--diag_suppress=b --expt-relaxed-constexpr "
+    "-O3 -DNDEBUG -std=c++17 -Xcompiler=-fPIC -DENABLE_FP8 --threads=1 -gencode arch=compute_70,code=sm_70 -gencode "
+    "arch=compute_70,code=sm_70 -MD -MT CMakeFiles/_moe_C.dir/csrc/moe/moe_wna16.cu.o -MF "
+    "CMakeFiles/_moe_C.dir/csrc/moe/moe_wna16.cu.o.d -x cu -c /build/tree/csrc/moe/moe_wna16.cu -o "
+    "CMakeFiles/_moe_C.dir/csrc/moe/moe_wna16.cu.o"
+)
+"""As ninja has it for vLLM 0.12.0, with some of its options left out."""
+SMALL = "csrc/pos_encoding_kernels.cu"
+"""The source that compiles in the shortest time."""
+
+
+def compdb(command: str, source: str = "csrc/moe/moe_wna16.cu") -> str:
+    return json.dumps([{"directory": "/elsewhere", "command": command, "file": f"{TREE}/{source}", "output": "x.o"}])
+
+
+def words() -> list[str]:
+    return ptx.commands(compdb(COMMAND), TREE)["csrc/moe/moe_wna16.cu"]
+
+
+def test_a_command_is_changed_in_its_architecture_and_output_alone() -> None:
+    made = ptx.rewritten(words(), Path("/build/home/x.fatbin"))
+    before = COMMAND.replace(" -gencode arch=compute_70,code=sm_70", "")
+    kept = before[: before.index(" -MD")].split()
+    source = ["-x", "cu", "-fatbin", "/build/tree/csrc/moe/moe_wna16.cu"]
+    assert made == [*kept, *source, ptx.GENCODE, "-o", "/build/home/x.fatbin"]
+
+
+def test_nothing_is_written_where_the_build_wrote() -> None:
+    assert not any("CMakeFiles" in word for word in ptx.rewritten(words(), Path("/build/home/x.fatbin")))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("code=sm_70", "code=sm_80", "code=sm_80"),
+        ("-gencode arch=compute_70,code=sm_70", "--generate-code=arch=compute_90a,code=sm_90a", "compute_90a"),
+        (" -gencode arch=compute_70,code=sm_70", "", "no architecture"),
+        (" -c ", " -dc ", "sm_70"),
+    ],
+)
+def test_a_command_for_another_card_or_of_another_kind_is_refused(old: str, new: str, said: str) -> None:
+    command = ptx.commands(compdb(COMMAND.replace(old, new)), TREE)["csrc/moe/moe_wna16.cu"]
+    with pytest.raises(ImageError, match=said):
+        ptx.rewritten(command, Path("x.fatbin"))
+
+
+def test_only_sources_of_the_tree_are_known() -> None:
+    assert not ptx.commands(compdb(COMMAND), Path("/another/tree"))
+
+
+def test_what_was_never_built_is_said_with_the_command_that_builds_it(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    for folder in ("recipes", "patches"):
+        shutil.copytree(ROOT / folder, bare / folder)
+    with pytest.raises(VoltforgeError) as caught:
+        ptx.images(Pipeline.load(bare, Settings()))
+    assert "wheels:vllm" in caught.value.hint
+
+
+def test_what_is_no_cubin_has_no_kernels() -> None:
+    with pytest.raises(ImageError, match="no cubin"):
+        ptx.kernels(b"not an ELF file at all")
+
+
+@pytest.fixture(scope="module")
+def images(vllm: Pipeline) -> dict[str, Image]:
+    return ptx.images(vllm)
+
+
+@pytest.fixture(scope="module")
+def cubins(vllm: Pipeline) -> list[bytes]:
+    package = ptx._package(vllm)
+    return ptx.cubins(vllm.wheelhouse.path / package.stage("wheels").results()["file"], package.toolchain())
+
+
+@pytest.mark.slow
+def test_a_work_folder_that_is_gone_is_said_with_what_brings_it_back(vllm: Pipeline, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    for folder in ("recipes", "patches", "build/stages", "wheelhouse"):
+        shutil.copytree(vllm.root / folder, moved / folder)
+    with pytest.raises(ImageError, match="work folder") as caught:
+        ptx.images(Pipeline.load(moved, Settings()))
+    assert "build/stages/build-vllm.json" in caught.value.hint
+    assert (moved / "build/stages/build-vllm.json").is_file()
+    assert [*(moved / "wheelhouse/receipts").glob("vllm-*.json")]
+
+
+@pytest.mark.slow
+def test_the_same_command_gives_the_wheels_own_bytes_and_leaves_the_build_alone(
+    vllm: Pipeline, cubins: list[bytes], tmp_path: Path
+) -> None:
+    bench = Bench.of(vllm)
+    before = files.picture(bench.shop.folders["tree"]), sorted(bench.shop.folders["home"].iterdir())
+    made = ptx.compiled(bench, SMALL, tmp_path / "log")
+    assert (files.picture(bench.shop.folders["tree"]), sorted(bench.shop.folders["home"].iterdir())) == before
+    assert made.cubin in cubins
+    assert ".target sm_70" in made.ptx
+    assert set(ptx.entries(made.ptx)) == ptx.kernels(made.cubin)
+
+
+@pytest.mark.slow
+def test_a_source_that_the_build_does_not_know_is_refused(vllm: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="does not compile csrc/nothing"):
+        ptx.compiled(Bench.of(vllm), "csrc/nothing.cu", tmp_path / "log")
+
+
+@pytest.mark.slow
+def test_every_image_has_the_wheels_cubin_and_ptx_for_all_its_kernels(
+    images: dict[str, Image], cubins: list[bytes]
+) -> None:
+    assert tuple(images) == ptx.SOURCES
+    for image in images.values():
+        assert image.cubin in cubins
+        assert set(ptx.entries(image.ptx)) == ptx.kernels(image.cubin)
+
+
+@pytest.mark.slow
+def test_what_was_compiled_once_is_not_compiled_again(
+    vllm: Pipeline, images: dict[str, Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ptx, "compiled", None)
+    assert ptx.images(vllm) == images
+
+
+@pytest.mark.slow
+def test_the_wheels_cubin_is_found_by_its_kernels_where_its_bytes_are_not_the_same(
+    images: dict[str, Image], cubins: list[bytes]
+) -> None:
+    for image in images.values():
+        assert ptx.the_wheels(Image(image.ptx, b"other bytes"), cubins) == image.cubin
+    with pytest.raises(ImageError, match="nobodys_kernel"):
+        ptx.the_wheels(Image(".visible .entry nobodys_kernel()"), cubins)
+
+
+@pytest.mark.slow
+def test_a_kernel_of_the_wheel_is_found_by_its_mangled_name(vllm: Pipeline, images: dict[str, Image]) -> None:
+    name = "_ZN4vllm4gptq19shuffle_4bit_kernelEPjii"
+    assert ptx.shipped(vllm, name) == [images["csrc/quantization/gptq/q_gemm.cu"].cubin]
+    assert ptx.shipped(vllm, "_ZN4vllm7nothingEv") == []
