@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -290,6 +291,46 @@ def test_after_the_clock_was_set_back_nothing_that_was_compiled_is_trusted(
     os.utime(ahead, (time.time() + 3600,) * 2)
     assert prepared(shop) == ["a.c"]
     assert f"begins afresh, for tree/{late} is of a later time than now: the clock was set back" in said(capsys)
+
+
+def begun(shop: Workshop) -> None:
+    """A build that made an object and left without a word."""
+    prepared(shop)
+    files.write_json(shop.work / build.UNSYNCED, build.booted())
+    (shop.folders["tree"] / "a.o").write_text("object")
+
+
+def test_after_the_machine_went_down_in_a_build_nothing_that_it_compiled_is_trusted(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ninja has noted an object as done whose end never came to the disk."""
+    begun(shop)
+    monkeypatch.setattr(build, "BOOT", tmp_path / "boot")
+    (tmp_path / "boot").write_text("another boot\n")
+    assert prepared(shop) == ["a.c"]
+    assert "begins afresh, for the machine went down while it was built" in said(capsys)
+
+
+def test_a_build_that_was_killed_goes_on_where_it_was(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    begun(shop)
+    assert prepared(shop) == ["a.c", "a.o"]
+    assert said(capsys) == ""
+
+
+@pytest.mark.parametrize("end", [None, RuntimeError, KeyboardInterrupt])
+def test_what_a_build_left_is_on_the_disk_and_outlives_a_reboot(
+    shop: Workshop, end: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prepared(shop)
+    synced = []
+    monkeypatch.setattr(os, "sync", lambda: synced.append((shop.work / build.UNSYNCED).exists()))
+    with contextlib.suppress(RuntimeError, KeyboardInterrupt), shop.at_work():
+        (shop.folders["tree"] / "a.o").write_text("object")
+        if end:
+            raise end
+    assert synced == [True], "the note goes when all is on the disk, and not before"
+    monkeypatch.setattr(build, "BOOT", tmp_path / "missing")
+    assert prepared(shop) == ["a.c", "a.o"]
 
 
 def test_a_clock_may_be_coarse_and_a_link_may_lead_anywhere(tmp_path: Path) -> None:

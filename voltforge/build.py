@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,10 @@ FOLDERS = ("tree", "environment", "toolchain", "dist", "home")
 """What a build is shown, by name; the sandbox decides where."""
 PLACE = "place.json"
 """The note in a work folder that says where the build saw its tree."""
+UNSYNCED = "unsynced.json"
+"""The note in a work folder that says in which boot of the machine a build began to write what is not synced yet."""
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""What the kernel calls this boot (random(4))."""
 TOLERANCE = 2.0
 """Seconds that a file may be later than now: clocks are coarse, some file systems' by as much."""
 EXCERPT = 12
@@ -177,7 +182,10 @@ class Workshop:
         self.work.mkdir(parents=True, exist_ok=True)
         place = str(self.places["tree"])
         built = files.read_json(self.work / PLACE) or place
-        if late := from_the_future(self.work):
+        unsynced = files.read_json(self.work / UNSYNCED)
+        if unsynced not in (None, booted()):
+            why = "the machine went down while it was built: what was written last may be cut short"
+        elif late := from_the_future(self.work):
             why = f"{late.relative_to(self.work)} is of a later time than now: the clock was set back"
         elif built != place:
             why = f"CMake's notes are of a build in {built}"
@@ -185,6 +193,16 @@ class Workshop:
             return
         console.note(f"begins afresh, for {why}")
         files.remove(self.work)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Around a build: what it leaves is on the disk when this ends, however it ends but by a crash."""
+        files.write_json(self.work / UNSYNCED, booted())
+        try:
+            yield
+        finally:
+            os.sync()
+            (self.work / UNSYNCED).unlink(missing_ok=True)
 
     def run(
         self, argv: Sequence[str | Path], *, log: Path, watch: Callable[[str, Usage], None] | None = None
@@ -232,7 +250,8 @@ def _compiled(shop: Workshop, log: Path) -> Built:
             tell(progress.see(line, usage))
 
         try:
-            done = shop.run(argv, log=log, watch=watch)
+            with shop.at_work():
+                done = shop.run(argv, log=log, watch=watch)
         except ProgramFailed as error:
             raise BuildError(recipe.name, first_error(log), log, f"status {error.status}") from error
     wheels = list(folders["dist"].glob("*.whl"))
@@ -241,6 +260,14 @@ def _compiled(shop: Workshop, log: Path) -> Built:
     ninja = shop.environment.path / "bin" / "ninja"
     linked = {name: _linked(ninja, folders["tree"], name) for name in recipe.expect.extensions}
     return Built(wheels[0], linked, done.usage)
+
+
+def booted() -> str:
+    """This boot of the machine; empty where the kernel does not say."""
+    try:
+        return BOOT.read_text().strip()
+    except OSError:
+        return ""
 
 
 def from_the_future(folder: Path) -> Path | None:
