@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 """For which a bundle brings the bindings of the driver."""
 LARGEST = 60 * 10**6
 """Bytes of a bundle."""
-CODE = ("__init__.py", "gpu/__init__.py", "gpu/rows.py", "gpu/card.py", "gpu/run.py")
+CODE = ("__init__.py", "gpu/__init__.py", "gpu/rows.py", "gpu/card.py", "gpu/check.py", "gpu/worker.py", "gpu/run.py")
 """The modules of volta/ that travel."""
 MAKERS = ("pretend.py", "numbers.py", "reference.py", "record.py", "native.py", "workers.py")
 """Those that decide what rows there are."""
@@ -31,12 +31,18 @@ MAIN = """\
 #!/usr/bin/env python3
 import sys
 
+
+def misused(why):
+    sys.stderr.write("x this bundle needs " + why + "\n")
+    sys.exit(2)
+
+
 if sys.version_info < (3, 10):
-    sys.exit("x this bundle needs Python 3.10 or newer, and this is " + sys.version.split()[0])
+    misused("Python 3.10 or newer, and this is " + sys.version.split()[0])
 try:
     import numpy
 except ImportError:
-    sys.exit("x this bundle needs numpy: pip install numpy")
+    misused("numpy: pip install numpy")
 
 from volta.gpu.run import main
 
@@ -44,8 +50,8 @@ sys.exit(main(path=sys.path[0]))
 """
 WRONG, NO_GPU = 1, 5
 """Statuses of a bundle: a row is not right; no GPU can be used."""
-PATIENCE = 3600.0
-"""Seconds for a whole bundle; each row has its own limit."""
+ROW, MODELS = 60.0, 4 * 3600.0
+"""Seconds after which the runner ends a row, and that all small models may take."""
 
 
 class NoGpuError(VoltforgeError):
@@ -98,23 +104,26 @@ def verify(pipeline: Pipeline) -> None:
     told = pipeline.scratch / "gpu" / "verdicts.json"
     told.unlink(missing_ok=True)
     console.step("run the kernels of 7.0 on this machine's card")
-    try:
-        run([sys.executable, made["path"], "--json", told], watch=_print, timeout=PATIENCE)
-    except ProgramFailed as error:
-        said = next((line for line in reversed(error.output.splitlines()) if line.startswith("x ")), error.what)
-        if error.status == NO_GPU:
-            hint = "carry the file that ./doit gpu-bundle makes to a machine with a card, and run it there"
-            raise NoGpuError(said.removeprefix("x "), hint=hint) from error
-        raise GpuError("not every row is right", hint="the table above names each") from error
+    _answered([sys.executable, made["path"], "--json", told], made["rows"] * ROW + MODELS, "not every row is right")
     if tuple(json.loads(told.read_text())["card"]["capability"]) == (7, 0):
         console.step("run a small model with the kept wheel")
         with kernels.installed(pipeline) as settled:
-            try:
-                kernels.asked(pipeline, settled, "-m", "volta.gpu.model", watch=_print)
-            except kernels.KernelError as error:
-                raise GpuError(
-                    f"the small model is not right: {error.what}", hint="the rows above say where"
-                ) from error
+            words: list[str | Path] = [settled.python, "-m", "volta.gpu.model"]
+            around = {"cwd": pipeline.root, "env": kernels.surroundings(pipeline)}
+            _answered(words, MODELS, "a small model's answers are not right", **around)
+
+
+def _answered(words: Sequence[str | Path], patience: float, wrong: str, **around: Any) -> None:
+    try:
+        run(words, watch=_print, timeout=patience, **around)
+    except ProgramFailed as error:
+        said = [line.removeprefix("x ") for line in error.output.splitlines() if line.startswith("x ")]
+        if error.status == NO_GPU:
+            hint = "carry the file that ./doit gpu-bundle makes to a machine with a card, and run it there"
+            raise NoGpuError(said[-1] if said else error.output.strip(), hint=hint) from error
+        if error.status == WRONG and not said:
+            raise GpuError(wrong, hint="the rows above say which") from error
+        raise GpuError(said[-1] if said else error.what, hint="./doit doctor; nvidia-smi") from error
 
 
 def _print(line: str, _: object) -> None:
@@ -150,10 +159,9 @@ def _make(pipeline: Pipeline) -> Values:
                 for name, data in _program(pipeline, Path(scratch)):
                     archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
                 rows.write(everything, archive)
+            if (size := sink.tell()) > LARGEST:
+                raise VoltforgeError(f"the bundle has {files.size(size)}", hint="make volta/record.py's LARGER smaller")
     path.chmod(0o755)
-    size = path.stat().st_size
-    if size > LARGEST:
-        raise VoltforgeError(f"the bundle has {files.size(size)}", hint="make volta/record.py's LARGER smaller")
     launches = sum(len(row.launches) for row in everything)
     shown = path.relative_to(pipeline.root)
     console.note(f"{shown}, {files.size(size)}: {len(everything)} rows, {launches} launches")

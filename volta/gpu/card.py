@@ -84,7 +84,7 @@ class Card:
             raise NoCardError(f"the NVIDIA driver of this machine cannot be used ({error})") from error
         except (RuntimeError, OSError) as error:  # cuda-python's own
             raise NoCardError("this machine has no NVIDIA driver: libcuda.so.1 is not found") from error
-        if number >= count:
+        if not 0 <= number < count:
             raise NoCardError(f"this machine has {count} NVIDIA cards, none with the number {number}")
         self.device = self.call("cuDeviceGet", number)
         self.name = self.call("cuDeviceGetName", 96, self.device).split(b"\0")[0].decode()
@@ -116,20 +116,7 @@ class Card:
         status, *given = getattr(self.driver, function)(*arguments)
         if int(status):
             _, text = self.driver.cuGetErrorString(status)
-            lost = int(status) in (
-                700,
-                702,
-                709,
-                710,
-                714,
-                715,
-                716,
-                717,
-                718,
-                719,
-                999,
-            )  # the context is gone (cuda.h)
-            raise CardError(f"{function}: {(text or b'').decode() or int(status)}", lost=lost)
+            raise CardError(f"{function}: {(text or b'').decode() or int(status)}", lost=int(status) in LOST)
         return given[0] if len(given) == 1 else given or None
 
     def free(self) -> int:

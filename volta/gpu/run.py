@@ -1,7 +1,8 @@
 """Runs the rows of a bundle on this machine's NVIDIA card and prints one table: kernel, error, bound, time, verdict.
 
 A process of its own works through the rows; one that hangs is ended and named, one that loses the card is replaced, and
-the other rows still run. Exit status: 0 if every row is right, 1 if one is not, 5 if there is no GPU that can be used.
+the other rows still run. Exit status: 0 if every row is right, 1 if one is not, 2 if it cannot be run as asked, 5 if
+there is no GPU that can be used.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import importlib
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -23,183 +24,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from volta.gpu.card import NoCardError, dotted
+from volta.gpu.check import check
+from volta.gpu.rows import Bundle
+from volta.gpu.worker import NO_GPU, Verdict, work
 
-from volta.gpu import rows
-from volta.gpu.card import Card, CardError, NoCardError, dotted, driver_release, needed
-from volta.gpu.rows import Bundle, Pointer, Row
-
-NO_GPU = 5
-"""The status if no GPU can be used."""
+MISUSED, INTERRUPTED = 2, 130
+"""Statuses if it cannot be run as asked, and after Ctrl-C."""
 PATIENCE = 60.0
 """Seconds that one row may take; what the driver's JIT takes is in it."""
 START = 120.0
 """Seconds until a card can be used; a first context takes some on a machine with many cards."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of one row."""
-
-    kernels: str
-    name: str
-    bound: float
-    error: float | None = None
-    microseconds: float | None = None
-    said: str = ""
-    """Why there is no error, where there is none."""
-
-    @property
-    def right(self) -> bool:
-        """Whether the row stands."""
-        return self.error is not None and self.error <= self.bound
-
-    @property
-    def verdict(self) -> str:
-        """``ok``, ``WRONG``, or why it was not run to its end."""
-        return "ok" if self.right else f"FAILED: {self.said}" if self.said else "WRONG"
-
-    def cells(self) -> tuple[str, str, str, str, str, str]:
-        """Kernel, configuration, error, bound, microseconds, verdict."""
-        error = "-" if self.error is None else f"{self.error:.1e}"
-        took = "-" if self.microseconds is None else f"{self.microseconds:.1f}"
-        return self.kernels, self.name, error, f"{self.bound:.1e}", took, self.verdict
-
-
+GRACE = 5.0
+"""Seconds that a process may take to end after its last row."""
 HEADINGS = ("kernel", "configuration", "relative error", "bound", "µs", "verdict")
-
-
-def tried(card: Any, row: Row) -> Verdict:
-    """Run one row on a card.
-
-    Raises:
-        CardError: the card is lost for this process.
-    """
-    try:
-        with card.buffers(row.buffers) as memories:
-            for launch in row.launches:
-                card.launch(launch, memories)
-            held = {one.buffer: card.read(memories[one.buffer]) for one in row.results}
-            error = max(rows.error(one, held[one.buffer]) for one in row.results)
-            took = card.seconds(row.launches, memories)
-    except CardError as error:
-        if error.lost:
-            raise
-        return Verdict(row.kernels, row.name, row.bound, said=str(error))
-    return Verdict(row.kernels, row.name, row.bound, error, 1e6 * took)
-
-
-def flaws(row: Row) -> Iterator[str]:
-    """What is wrong with a row as far as can be seen without a GPU."""
-    for launch in row.launches:
-        kinds = parameters(launch.image.ptx, launch.symbol)
-        if kinds is None:
-            yield f"{launch.symbol} is not in its PTX"
-            continue
-        given = [8 if isinstance(one, Pointer) else np.dtype(rows.KINDS[one.kind]).itemsize for one in launch.arguments]
-        if given != kinds:
-            yield f"{launch.symbol} takes parameters of {kinds} bytes, and is given {given}"
-        for one in launch.arguments:
-            if isinstance(one, Pointer) and not 0 <= one.offset <= row.buffers[one.buffer].nbytes:
-                yield f"{launch.symbol} is given an address outside of its buffer"
-        if ".target sm_70" not in launch.image.ptx:
-            yield f"the PTX of {launch.symbol} is not for 7.0"
-        if not launch.image.cubin.startswith(b"\x7fELF"):
-            yield f"{launch.symbol} has no cubin for 7.0"
-        needed(launch.image.ptx)
-    if not row.results:
-        yield "nothing is compared"
-    for result in row.results:
-        right = result.right
-        if right.dtype.kind == "f" and not np.isfinite(right[~np.isnan(right)]).any():
-            yield "its reference has no number"
-        before = row.buffers[result.buffer].tobytes()
-        if rows.error(result, before) <= row.bound:
-            yield "it is right before anything was launched"
-
-
-def parameters(ptx: str, symbol: str) -> list[int] | None:
-    """The sizes of a kernel's parameters in bytes, as its PTX declares them; ``None`` if it is not there.
-
-    A parameter is ``.param .u64 name``, ``.param .align 4 .b8 name[12]``, ``.param .u64 .ptr .global .align 1 name``
-    (PTX ISA, kernel function parameters).
-    """
-    at = ptx.find(f".entry {symbol}(")
-    if at < 0:
-        return None
-    sizes = []
-    for line in ptx[at : ptx.index(")", at)].split(".param")[1:]:
-        words = line.replace(",", " ").split()
-        kind = next(word for word in words if word[1:2] in "usbf" and word[2:].isdigit())
-        size = int(kind[2:]) // 8
-        name = words[-1]
-        sizes.append(size * int(name[name.index("[") + 1 : -1]) if name.endswith("]") else size)
-    return sizes
-
-
-# --- the worker: the process that has the card ---
-
-
-def work(bundle: Bundle, numbers: Sequence[int], device: int) -> int:
-    """Run rows, and print a line of JSON about the card, before each row, and after it."""
-    with contextlib.ExitStack() as stack:
-        try:
-            card = Card(stack.enter_context(driver(bundle.archive)), device)
-        except NoCardError as error:
-            _tell({"none": str(error)})
-            return NO_GPU
-        version = dotted(card.version)
-        told = {"card": card.name, "capability": list(card.capability), "cuda": version, "driver": driver_release()}
-        _tell(told)
-        for number in numbers:
-            _tell({"begin": number})
-            try:
-                made = tried(card, bundle.row(number))
-            except CardError as error:
-                _tell({"lost": str(error)})
-                return 1
-            _tell({"end": vars(made)})
-    return 0
-
-
-@contextlib.contextmanager
-def driver(archive: zipfile.ZipFile) -> Iterator[Any]:
-    """``cuda.bindings.driver``: the machine's own, or the bundle's for the Python that runs.
-
-    Raises:
-        NoCardError: there is neither.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            yield importlib.import_module("cuda.bindings.driver")
-            return
-        except ImportError:
-            place = f"site/cp{sys.version_info[0]}{sys.version_info[1]}/"
-            bindings = [name for name in archive.namelist() if name.startswith(place)]
-            if not bindings:
-                raise NoCardError(
-                    f"the bundle has no cuda-python for Python {sys.version.split()[0]}: pip install cuda-bindings"
-                ) from None
-            archive.extractall(folder, bindings)
-            for name in [one for one in sys.modules if one == "cuda" or one.startswith("cuda.")]:
-                del sys.modules[name]
-            sys.path.insert(0, f"{folder}/{place}")
-            importlib.invalidate_caches()
-            yield importlib.import_module("cuda.bindings.driver")
-
-
-def _tell(what: Any) -> None:
-    print(json.dumps(what), flush=True)
-
-
-# --- the one who waits: no CUDA in this process ---
 
 
 class Worker:
     """A worker process, from which lines come or do not."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.complaint = ""
         self.readers = [threading.Thread(target=one, daemon=True) for one in (self._read, self._listen)]
@@ -232,8 +78,11 @@ class Worker:
         found: dict[str, Any] = json.loads(line)
         return found
 
-    def end(self) -> None:
-        """End it, whatever it does."""
+    def end(self, *, at_once: bool) -> None:
+        """End it, whatever it does; ``at_once`` if it has more to do than to end by itself."""
+        if not at_once:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE)
         self.process.kill()
         self.process.wait()
         for reader in self.readers:
@@ -258,12 +107,18 @@ class Run:
             NoCardError: there is no card that can be used.
         """
         left = list(numbers)
-        while left:
-            worker = Worker([*self.command, ",".join(map(str, left))])
-            try:
-                yield from self._some(worker, left)
-            finally:
-                worker.end()
+        with tempfile.TemporaryDirectory() as folder:
+            while left:
+                worker = Worker([*self.command, "--folder", folder, "--worker", ",".join(map(str, left))])
+                try:
+                    yield from self._some(worker, left)
+                except NoCardError as error:
+                    if len(left) == len(numbers):
+                        raise
+                    yield from (self._failed(one, f"not run: {error}") for one in left)
+                    return
+                finally:
+                    worker.end(at_once=bool(left))
 
     def _some(self, worker: Worker, left: list[int]) -> Iterator[Verdict]:
         """Verdicts until the worker has done all, or was lost; what is done is taken from ``left``."""
@@ -309,68 +164,76 @@ def markdown(verdicts: Sequence[Verdict], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def check(bundle: Bundle) -> int:
-    """What can be seen of a bundle without a GPU; gives the exit status."""
-    try:
-        broken = bundle.archive.testzip()
-    except zlib.error as error:
-        broken = f"a part of it ({error})"
-    if broken:
-        print(f"x {broken} is damaged: make or copy the bundle again", file=sys.stderr)
-        return 1
-    problems, launches = [], 0
-    for number in range(len(bundle.listed)):
-        row = bundle.row(number)
-        launches += len(row.launches)
-        problems += [f"{row.kernels}: {row.name}: {one}" for one in flaws(row)]
-    print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
-    count = len(bundle.listed)
-    print(f"{count} rows with {launches} launches; {len(problems)} flaws. Nothing was run: that takes a GPU.")
-    return 1 if problems or not count else 0
+def seconds(text: str) -> float:
+    """A number of seconds from a second to a day, for argparse."""
+    value = float(text)
+    if not 1 <= value <= 86400:  # which no NaN is
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 86400")
+    return value
 
 
 def main(words: Sequence[str] | None = None, path: str | None = None) -> int:
     """The command; ``path`` is the bundle, if it is not the program itself."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        return _main(words, path)
+    except KeyboardInterrupt:
+        print("x interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # of a reader that has seen enough, as head(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return MISUSED
+
+
+def _main(words: Sequence[str] | None, path: str | None) -> int:
     parser = argparse.ArgumentParser(prog="python3 BUNDLE", description=__doc__)
     parser.add_argument("--check", action="store_true", help="look at the bundle itself; needs no GPU")
     parser.add_argument("--list", action="store_true", help="name the rows and run nothing")
     parser.add_argument("--only", default="", help="rows with this in their name or kernel")
     parser.add_argument("--device", type=int, default=0, help="the number of the card")
-    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds for one row, then it is ended")
+    parser.add_argument("--patience", type=seconds, default=PATIENCE, help="seconds for one row, then it is ended")
     parser.add_argument("--json", type=Path, help="write the verdicts to this file, too")
     parser.add_argument("--markdown", type=Path, help="write the table to this file, too")
     parser.add_argument("--bundle", default=path or "", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     asked = parser.parse_args(words)
     asked.program = [path] if path else ["-m", "volta.gpu.run"]
     try:
         bundle = Bundle.open(asked.bundle)
     except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
-        print(f"x {asked.bundle} is no bundle ({error}): ./doit gpu-bundle makes one", file=sys.stderr)
-        return 2
+        return _misused(f"{asked.bundle} is no bundle ({error}): ./doit gpu-bundle makes one")
     if asked.worker:
-        return work(bundle, [int(one) for one in asked.worker.split(",")], asked.device)
-    wanted = [
-        number for number, one in enumerate(bundle.listed) if asked.only in f"{one['kernels']} {one['name']}"
-    ]  # fmt: skip
+        return work(bundle, [int(one) for one in asked.worker.split(",")], asked.device, asked.folder)
+    names = [f"{one['kernels']}: {one['name']}" for one in bundle.listed]
+    wanted = [number for number, name in enumerate(names) if asked.only in name]
     if not wanted:
-        print(f"x no row has {asked.only!r} in its name: --list names all", file=sys.stderr)
-        return 2
+        return _misused(f"no row has {asked.only!r} in its name: --list names all")
     if asked.check:
         return check(bundle)
     if asked.list:
-        print("\n".join(f"{bundle.listed[one]['kernels']}: {bundle.listed[one]['name']}" for one in wanted))
+        print("\n".join(names[one] for one in wanted))
         return 0
+    for file in filter(None, (asked.json, asked.markdown)):
+        try:
+            file.open("a").close()
+        except OSError as error:
+            return _misused(f"{file} cannot be written: {error.strerror}")
     return _run(bundle, wanted, asked)
 
 
+def _misused(why: str) -> int:
+    print(f"x {why}", file=sys.stderr)
+    return MISUSED
+
+
 def _run(bundle: Bundle, wanted: Sequence[int], asked: argparse.Namespace) -> int:
-    command = [sys.executable, *asked.program, "--bundle", asked.bundle, "--device", str(asked.device), "--worker"]
-    run, verdicts, told = Run(bundle, command, asked.patience), [], False
+    command = [sys.executable, *asked.program, "--bundle", asked.bundle, "--device", str(asked.device)]
+    run, verdicts = Run(bundle, command, asked.patience), []
     try:
         for one in run.verdicts(wanted):
-            if run.card and not told:
-                told = True
+            if run.card and not verdicts:
                 code = "the cubins for 7.0" if tuple(run.card["capability"]) == (7, 0) else "from PTX for 7.0"
                 print(f"{_on(run.card)}, {code}", flush=True)
                 print(f"{'error':>8} {'bound':>8} {'µs':>9}  verdict, kernel and configuration", flush=True)
@@ -379,8 +242,7 @@ def _run(bundle: Bundle, wanted: Sequence[int], asked: argparse.Namespace) -> in
             print(f"{error:>8} {bound:>8} {took:>9}  {verdict}  {kernels}: {name}", flush=True)
     except NoCardError as error:
         print(f"x {error}", file=sys.stderr)
-        if not verdicts:
-            return NO_GPU
+        return NO_GPU
     right = sum(one.right for one in verdicts)
     today = datetime.date.today().isoformat()
     summary = f"{right} of {len(wanted)} rows are right on {_on(run.card) if run.card else 'no card'}, {today}"

@@ -1,0 +1,81 @@
+"""What can be seen of a bundle without a GPU: whether it is whole, and launches go with the code that they start."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from volta.gpu import rows
+from volta.gpu.card import needed
+from volta.gpu.rows import Bundle, Pointer, Row
+
+
+def check(bundle: Bundle) -> int:
+    """What can be seen of a bundle without a GPU; gives the exit status."""
+    try:
+        broken = bundle.archive.testzip()
+    except zlib.error as error:
+        broken = f"a part of it ({error})"
+    if broken:
+        print(f"x {broken} is damaged: make or copy the bundle again", file=sys.stderr)
+        return 1
+    problems, launches = [], 0
+    for number in range(len(bundle.listed)):
+        row = bundle.row(number)
+        launches += len(row.launches)
+        problems += [f"{row.kernels}: {row.name}: {one}" for one in flaws(row)]
+    print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
+    count = len(bundle.listed)
+    print(f"{count} rows with {launches} launches; {len(problems)} flaws. Nothing was run: that takes a GPU.")
+    return 1 if problems or not count else 0
+
+
+def flaws(row: Row) -> Iterator[str]:
+    """What is wrong with a row as far as can be seen without a GPU."""
+    for launch in row.launches:
+        kinds = parameters(launch.image.ptx, launch.symbol)
+        if kinds is None:
+            yield f"{launch.symbol} is not in its PTX"
+            continue
+        given = [8 if isinstance(one, Pointer) else np.dtype(rows.KINDS[one.kind]).itemsize for one in launch.arguments]
+        if given != kinds:
+            yield f"{launch.symbol} takes parameters of {kinds} bytes, and is given {given}"
+        for one in launch.arguments:
+            if isinstance(one, Pointer) and not 0 <= one.offset <= row.buffers[one.buffer].nbytes:
+                yield f"{launch.symbol} is given an address outside of its buffer"
+        if ".target sm_70" not in launch.image.ptx:
+            yield f"the PTX of {launch.symbol} is not for 7.0"
+        if not launch.image.cubin.startswith(b"\x7fELF"):
+            yield f"{launch.symbol} has no cubin for 7.0"
+        needed(launch.image.ptx)
+    if not row.results:
+        yield "nothing is compared"
+    for result in row.results:
+        right = result.right
+        if right.dtype.kind == "f" and not np.isfinite(right[~np.isnan(right)]).any():
+            yield "its reference has no number"
+        before = row.buffers[result.buffer].tobytes()
+        if rows.error(result, before) <= row.bound:
+            yield "it is right before anything was launched"
+
+
+def parameters(ptx: str, symbol: str) -> list[int] | None:
+    """The sizes of a kernel's parameters in bytes, as its PTX declares them; ``None`` if it is not there.
+
+    A parameter is ``.param .u64 name``, ``.param .align 4 .b8 name[12]``, ``.param .u64 .ptr .global .align 1 name``
+    (PTX ISA, kernel function parameters).
+    """
+    at = ptx.find(f".entry {symbol}(")
+    if at < 0:
+        return None
+    sizes = []
+    for line in ptx[at : ptx.index(")", at)].split(".param")[1:]:
+        words = line.replace(",", " ").split()
+        kind = next(word for word in words if word[1:2] in "usbf" and word[2:].isdigit())
+        size = int(kind[2:]) // 8
+        name = words[-1]
+        sizes.append(size * int(name[name.index("[") + 1 : -1]) if name.endswith("]") else size)
+    return sizes
