@@ -103,7 +103,9 @@ def task_lock():
 
 def task_bench():
     """make the README's numbers (an hour)"""
-    return tasks.action(chores.bench, ROOT)
+    chart = "chart the last build from ninja's log: critical path, what more cores would give; build/profile/"
+    yield {**tasks.action(chores.bench, ROOT), "basename": "bench"}
+    yield {**tasks.action(chores.profile, PIPELINE), "basename": "bench:profile", "doc": chart}
 
 
 def task_about():

@@ -178,6 +178,17 @@ def bench(root: Path) -> None:
         _python(root, str(script.relative_to(root)))
 
 
+def profile(pipeline: Pipeline) -> None:
+    """Print where the time of each package's last build went, and draw it in build/profile/.
+
+    Raises:
+        VoltforgeError: nothing was built yet, or ninja's log cannot be read.
+    """
+    from voltforge import profile  # which every ./doit would pay for otherwise
+
+    profile.show(pipeline.root, pipeline.scratch)
+
+
 def _python(root: Path, *words: str) -> None:
     """Run Python on the person's own terminal."""
     command = " ".join(["python", *words])
