@@ -138,6 +138,7 @@ def aged(path: Path, seconds: int) -> None:
         ("build/logs/gone.log", "", "logs"),
         ("build/reproduce/vllm/", "", "reproduce"),
         ("build/bench/thin/", "", LEFT_OVER),
+        ("build/gpu/tmpab3_9xyz/", "", LEFT_OVER),
         ("build/image/context/", "", LEFT_OVER),
         ("build/image/base.tar", "", LEFT_OVER),
         ("build/tmpab3_9xyz/", "", LEFT_OVER),
@@ -188,6 +189,11 @@ def test_what_no_recipe_needs_is_listed_by_its_kind_and_goes(made, name, listed,
         "build/stages/build-vllm.json",
         "build/stages/of-nobody-knows-what.json",
         "build/bench/build_vllm.json",
+        "build/gpu/images/",
+        "build/gpu/voltforge-gpu-0.12.0-sm70.pyz",
+        "build/profile/vllm.svg",
+        "build/stages/gpu-bundle.json",
+        "build/triton.json",
         "build/bench/serve/",
         "build/trust.json",
         "build/doit.sqlite",
@@ -551,7 +557,8 @@ KEYS = st.sampled_from([OLD, NEW, NEWER])
 RANDOM = st.sampled_from(["ab3_9xyz", "________"])
 PLACES = st.sampled_from(
     ["", "toolchains/", "trees/", "environments/", "work/", "wheels/", "logs/", "stages/", "image/", "reproduce/",
-     "bench/", "thin/", "downloads/", f"downloads/{VLLM.sha256[:16]}/", f"work/vllm-{OLD}/", f"wheels/torch-{NEW}/"]
+     "bench/", "gpu/", "thin/", "downloads/",
+     f"downloads/{VLLM.sha256[:16]}/", f"work/vllm-{OLD}/", f"wheels/torch-{NEW}/"]
 )  # fmt: skip
 SOURCES = st.sampled_from(
     [(VLLM.sha256, VLLM.file), *((one.sha256, one.file) for one in STOCK.values()), ("e" * 64, "old.tar.gz")]

@@ -53,7 +53,7 @@ _IN_OURS = re.compile(rf"{_BESIDE.pattern}|tmp{_RANDOM}/")
 """The same and what tempfile makes, in a folder where nobody else writes."""
 _KEPT_BESIDE = re.compile(rf"\.(simple|.+\.(whl|metadata|json|jsonl|html))\.{_RANDOM}(\.old)?/?")
 """The same in the wheelhouse, where people have files of their own."""
-_OF_BUILD = re.compile(r"\.turn|doit\.sqlite.*|trust\.\w+")
+_OF_BUILD = re.compile(r"\.turn|doit\.sqlite.*|trust\.\w+|triton\.json")
 """Small files of ours in build/ that stay."""
 
 
@@ -122,6 +122,8 @@ _AREAS = (
     _Area("image", r"(context|layout|environment)/|base\.tar|runtime\.txt", "of the making of an image", LEFT_OVER),
     _Area("reproduce", r"[^.].*/", "a second checkout, made anew when it is asked for", outside_turns=True),
     _Area("bench", "thin/", "of a benchmark that was cut short", LEFT_OVER, outside_turns=True),
+    _Area("gpu", rf"tmp{_RANDOM}/", "of a bundle that was cut short", LEFT_OVER),
+    _Area("profile", rf"tmp{_RANDOM}/", "of a chart that was cut short", LEFT_OVER),
     _Area("thin", rf"\.thin-{_RANDOM}/", "of a run that was cut short", LEFT_OVER, outside_turns=True),
 )
 """The first one that fits a name counts."""
@@ -430,7 +432,7 @@ def _judged(folder: str, path: Path, shape: str) -> _Found | None:
     for area in _AREAS:
         if area.folder == folder and re.fullmatch(area.ours, shape):
             return _Found(path, area.kind or folder, area.why, area.outside_turns)
-    if folder in ("bench", "reproduce"):  # results, which take an hour to make
+    if folder in ("bench", "reproduce", "gpu", "profile"):  # results, some of which take an hour to make
         return None
     return _Found(path, "", "`./doit thin` made it, for you" if folder == "thin" else "no stage makes this")
 

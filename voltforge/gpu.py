@@ -33,7 +33,7 @@ import sys
 
 
 def misused(why):
-    sys.stderr.write("x this bundle needs " + why + "\n")
+    print("x this bundle needs " + why, file=sys.stderr)
     sys.exit(2)
 
 
