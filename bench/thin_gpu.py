@@ -138,7 +138,7 @@ def compared(stock, thin):
 
 def told(row):
     """A row in some words."""
-    return row["said"] if row["error"] is None else f"{row['verdict']}, error {row['error']:.1e}, {row['bits']}"
+    return row["said"] if row.get("error") is None else f"{row['verdict']}, error {row['error']:.1e}, {row['bits']}"
 
 
 def table(heads, lines):

@@ -16,8 +16,10 @@ import pytest
 from tests.beside import Beside
 from tests.checkouts import ROOT, doit, small_checkout
 from tests.test_run import has_driver
+from tests.test_runtime import pipeline as checkout
 from voltforge import files, gpu
 from voltforge.errors import VoltforgeError
+from voltforge.gpu import GpuError, NoGpuError
 from voltforge.pipeline import Pipeline
 from voltforge.stage import NotRun
 from voltforge.toolchain import Toolchain
@@ -94,6 +96,36 @@ def test_a_second_call_makes_nothing_and_a_change_of_a_kernels_case_makes_it_ane
     assert stage.current()
     monkeypatch.setattr(gpu, "MAKERS", (*gpu.MAKERS, "cases.py"))
     assert not stage.current()
+
+
+ENDS = {
+    "print('x no card at all'); sys.exit(5)": (NoGpuError, "no card at all"),
+    "print('FAILED: a row'); sys.exit(1)": (GpuError, "not every row is right"),
+    "print('x the card was lost'); sys.exit(1)": (GpuError, "the card was lost"),
+    "print('x told.json cannot be written'); sys.exit(2)": (GpuError, "told.json cannot be written"),
+    "raise SystemExit(3)": (GpuError, "failed with status 3"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_whatever_a_bundle_ends_with_is_told_as_it_is(end: str, tmp_path: Path) -> None:
+    kind, words = ENDS[end]
+    with pytest.raises(kind, match=words):
+        gpu.verify(with_bundle(tmp_path, end))
+
+
+def test_a_bundle_whose_rows_are_right_is_the_end_of_it_on_a_card_that_is_no_volta(tmp_path: Path) -> None:
+    gpu.verify(with_bundle(tmp_path, 'open(sys.argv[2], "w").write(\'{"card": {"capability": [9, 0]}}\')'))
+
+
+def with_bundle(root: Path, program: str) -> Pipeline:
+    """A checkout whose bundle is this program."""
+    pipeline = checkout(root)
+    path = root / "bundle.py"
+    path.write_text(f"import sys\n{program}\n")
+    files.write_json(pipeline.record("gpu-bundle"), {"results": {"path": str(path), "rows": 1}})
+    (root / "build" / "gpu").mkdir()
+    return pipeline
 
 
 def test_without_a_wheel_there_is_nothing_to_make_a_bundle_of(tmp_path: Path, toolchain: Toolchain) -> None:

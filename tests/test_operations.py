@@ -164,6 +164,7 @@ def row(**others: Any) -> Mapping[str, Any]:
         (row(bits="xyz", repeats=False), "loose"),
         (row(verdict="wrong", repeats=False), "off"),
         (row(verdict="failed", said=NO_KERNEL, bits=""), "off"),
+        (row(verdict="left out", error=None, said="not on this card", bits=""), "off"),
     ],
 )
 def test_other_bits_and_failures_of_a_thin_torch_are_told_apart(
