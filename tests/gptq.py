@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from volta.native import Layer
 
 NATIVE = Path(__file__).resolve().parent / "native"
 FOLDER = Path("csrc/quantization/gptq")
@@ -41,26 +42,6 @@ def plain(text: str) -> str:
     """CUDA C++ as C++ that does the same with cuda_on_cpu.h."""
     text = re.sub(r"(\w+)<<<(\w+), (\w+), 0, stream>>>\(", r"launch(\1, \2, \3, ", text)
     return re.sub(r"__shared__ (\w+ (\w+)(?:\[\w+\])+);", r"static \1; shared_memory(\2, sizeof(\2));", text)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A quantized linear layer, as a checkpoint has it."""
-
-    values: NDArray[np.int64]
-    """The weights before scaling: inputs x outputs, 0 to 2^bits - 1."""
-    zeros: NDArray[np.int64]
-    """Groups x outputs, 0 to 2^bits; what is subtracted from the values."""
-    scales: NDArray[np.float16]
-    """Groups x outputs."""
-    bits: int
-    groups: NDArray[np.int64]
-    """The group of each input."""
-
-    @property
-    def weights(self) -> NDArray[np.float64]:
-        """Inputs x outputs, exact."""
-        return (self.values - self.zeros[self.groups]) * self.scales.astype(np.float64)[self.groups]
 
 
 def layer(
@@ -110,7 +91,7 @@ class Kernels:
     def shuffled(self, layer: Layer) -> tuple[NDArray[np.uint32], NDArray[np.int32] | None]:
         """The weights as vLLM lays them out for these kernels after loading, and the order of the inputs."""
         words = columns(layer)
-        order = None if (np.diff(layer.groups) >= 0).all() else np.argsort(layer.groups, kind="stable").astype(np.int32)
+        order = layer.order
         inputs, outputs = layer.values.shape
         self._library.shuffle(_pointer(words), _pointer(order), outputs, inputs, layer.bits)
         return words, order

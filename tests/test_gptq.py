@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.gptq import Kernels, Layer, Told, layer
+from tests.gptq import Kernels, Told, layer
+from volta.native import Layer
 from voltforge import tree
 from voltforge.checkout import Settings
 from voltforge.pipeline import Pipeline

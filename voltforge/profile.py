@@ -45,7 +45,7 @@ _HEADER = re.compile(r"# ninja log v([0-9]{1,9})")
 _LINE = re.compile(r"([0-9]{1,18})\t([0-9]{1,18})\t-?[0-9]+\t([^\t]+)\t([0-9a-f]{1,16})")
 _NODE = re.compile(r'"([^"]+)" \[label="(.*)"(, shape=ellipse)?\]')
 _ARROW = re.compile(r'"([^"]+)" -> "([^"]+)"(?: \[.*\])?')
-_ADVICE = "remove the package's folder under build/work/ and build it again"
+_ADVICE = "remove the folder that this log is in and build the package again"
 
 
 class LogError(VoltforgeError):
