@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +22,29 @@ from voltforge.signing import Signer
 from voltforge.toolchain import Toolchain
 
 # The same commit gives the same answer. `pytest --hypothesis-profile=explore` looks for what nobody has tried yet.
-settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", print_blob=True)
 settings.load_profile("repeatable")
+
+
+SHARED = {"vllm": "the checkout", "repository": "small builds", "toolchain": "small builds"}
+"""Fixtures that several modules cannot use at the same time, and what to call their users; the first one counts."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests two workers (``pytest -n 2 --dist loadgroup``) must not share out among them.
+
+    A module is one worker's, for its fixtures are made once. So are all modules that use the checkout's wheels, and
+    all that build with its toolchain: without bubblewrap there is one ``/build`` on the machine.
+    """
+    used: dict[str, set[str]] = {}
+    for item in items:
+        used.setdefault(item.location[0], set()).update(getattr(item, "fixturenames", ()))
+    for item in items:
+        module = item.location[0]
+        group = next((name for fixture, name in SHARED.items() if fixture in used[module]), module)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -36,12 +57,15 @@ def repository() -> Path:
 def toolchain(repository: Path) -> Toolchain:
     """The CUDA 12 toolkit that this machine finds or puts together, in the checkout's own build/."""
     pipeline = Pipeline.load(repository, Settings())
-    pipeline.toolchain.run()
+    pipeline.scratch.mkdir(exist_ok=True)
+    with (pipeline.scratch / "toolchain.lock").open("w") as other_worker:
+        fcntl.flock(other_worker, fcntl.LOCK_EX)
+        pipeline.toolchain.run()
     return pipeline.package(pipeline.recipes["vllm"]).toolchain()
 
 
 @pytest.fixture(scope="session")
-def vllm(repository: Path) -> Pipeline:
+def vllm(repository: Path, toolchain: Toolchain) -> Pipeline:
     """The checkout after `./doit wheels:vllm`: ten minutes on two cores, nothing if it ran before."""
     doit("wheels:vllm")
     return Pipeline.load(repository, Settings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +25,9 @@ class Tally:
         """Lay the rows over those of earlier sessions in ``trust.json``, and write the table beside it."""
         if not self.rows:
             return
-        rows = {**(files.read_json(folder / "trust.json") or {}), **self.rows}
-        files.write_json(folder / "trust.json", rows)
-        files.write(folder / "trust.md", HEAD + "".join(f"| {row} | {rows[row]} |\n" for row in sorted(rows)))
+        folder.mkdir(exist_ok=True)
+        with (folder / "trust.lock").open("w") as other_worker:
+            fcntl.flock(other_worker, fcntl.LOCK_EX)
+            rows = {**(files.read_json(folder / "trust.json") or {}), **self.rows}
+            files.write_json(folder / "trust.json", rows)
+            files.write(folder / "trust.md", HEAD + "".join(f"| {row} | {rows[row]} |\n" for row in sorted(rows)))

@@ -19,6 +19,7 @@ from voltforge import distro, engine, environment, image
 from voltforge.engine import EngineError
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
+from voltforge.pipeline import Pipeline
 from voltforge.image import ImageError, LeaveOut, lay_out, reachable
 from voltforge.index import Indexes
 from voltforge.toolchain import Toolchain
@@ -231,7 +232,7 @@ def test_an_archive_has_both_names_a_health_check_and_labels(works: None, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def results(repository: Path, works: None) -> dict:
+def results(repository: Path, vllm: Pipeline, works: None) -> dict:
     """What `./doit torch=thin wheels image` made: ten minutes on two cores, nothing if it ran before."""
     doit("torch=thin", "wheels")
     doit("torch=thin", "image")

@@ -16,6 +16,9 @@ from voltforge.runtime import Runtime
 from voltforge.stage import shown
 from voltforge.wheelhouse import PROVENANCE
 
+PYTEST = ["pytest", "-n", "2", "--dist", "loadgroup"]
+"""Two workers: while one waits for vLLM's wheel and tries that, the other has all the rest."""
+
 
 def verify_wheels(pipeline: Pipeline) -> None:
     """Print what the checks find in the wheel that ``file=`` names, or in the whole wheelhouse.
@@ -151,7 +154,7 @@ def test(root: Path) -> None:
     Raises:
         VoltforgeError: one of them found something.
     """
-    for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["pytest"]):
+    for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], PYTEST):
         _python(root, "-m", *words)
 
 
