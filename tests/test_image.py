@@ -19,9 +19,9 @@ from voltforge import distro, engine, environment, image
 from voltforge.engine import EngineError
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
-from voltforge.pipeline import Pipeline
 from voltforge.image import ImageError, LeaveOut, lay_out, reachable
 from voltforge.index import Indexes
+from voltforge.pipeline import Pipeline
 from voltforge.toolchain import Toolchain
 
 SCRIPTS = "[console_scripts]\nquick = quick:main\ngone = quick:gone\n"
