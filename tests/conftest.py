@@ -6,10 +6,12 @@ import fcntl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from uv import find_uv_bin
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.beside import Beside
 from tests.checkouts import ROOT, doit, small_checkout
@@ -27,24 +29,32 @@ settings.register_profile("explore", print_blob=True)
 settings.load_profile("repeatable")
 
 
-SHARED = {"vllm": "the checkout", "repository": "small builds", "toolchain": "small builds"}
-"""Fixtures that several modules cannot use at the same time, and what to call their users; the first one counts."""
+TOGETHER = {
+    "vllm": ("choices", "gpu", "image", "kernels", "model", "native", "numbers", "operations", "ptx", "vllm"),
+    "/build": ("build", "crash", "keys", "sandbox"),
+}
+"""Modules that cannot be tried at the same time: they have the checkout's wheels, or a machine's one ``/build``, where
+builds without a sandbox are moved."""
 
 
-@pytest.hookimpl(tryfirst=True)
+class OneWorkerEach(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives each module to one worker, for its fixtures are made once, and those that cannot meet to the same."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
+        return next((shared for shared, modules in TOGETHER.items() if module in modules), module)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneWorkerEach:
+    """How ``pytest -n 2`` shares out the tests; xdist's own groups do nothing in pytest 9.2."""
+    return OneWorkerEach(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests two workers (``pytest -n 2 --dist loadgroup``) must not share out among them.
-
-    A module is one worker's, for its fixtures are made once. So are all modules that use the checkout's wheels, and
-    all that build with its toolchain: without bubblewrap there is one ``/build`` on the machine.
-    """
-    used: dict[str, set[str]] = {}
-    for item in items:
-        used.setdefault(item.location[0], set()).update(getattr(item, "fixturenames", ()))
-    for item in items:
-        module = item.location[0]
-        group = next((name for fixture, name in SHARED.items() if fixture in used[module]), module)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """See that no module is forgotten in :data:`TOGETHER`."""
+    strangers = {item.path.name for item in items if "vllm" in getattr(item, "fixturenames", ())}
+    if strangers := strangers - {f"test_{module}.py" for module in TOGETHER["vllm"]}:
+        raise pytest.UsageError(f"{', '.join(strangers)}: has the checkout's wheels; name it in TOGETHER")
 
 
 @pytest.fixture(scope="session")

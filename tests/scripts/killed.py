@@ -142,7 +142,10 @@ class Watch:
         """Whether what is waited for has come."""
         if self.point.program:
             return runs(self.point.program, psutil.Process())
-        return not self.point.file or any(Path(self.root).glob(self.point.file))
+        try:
+            return not self.point.file or any(Path(self.root).glob(self.point.file))
+        except OSError:  # a folder went while it was looked into
+            return False
 
     def strike(self) -> None:
         """Do what the point is for."""
