@@ -38,7 +38,7 @@ class Result:
     kernels: dict[str, frozenset[str]]
 
 
-def measured(pipeline, name, patches, count, folder):
+def measured(pipeline, name, patches, count, folder, asks):
     recipe = pipeline.recipes["vllm"]
     package = pipeline.package(recipe)
     archive = pipeline.store.get(recipe.source.artifact)
@@ -53,6 +53,7 @@ def measured(pipeline, name, patches, count, folder):
         sandbox=sandbox.choose("auto"),
         jobs=count,
         work=folder / "work",
+        gate=pipeline.gate if asks else None,
     )
     built = build.compile(shop, log)
     finished = wheel.finish(built.wheel, folder / "out", runpath=recipe.finish.runpath, epoch=grown.epoch)
@@ -109,7 +110,7 @@ def main():
         "--json", type=Path, default=ROOT / "build" / "bench" / "build_vllm.json", help="where figures go"
     )
     words = parser.parse_args()
-    pipeline = Pipeline.load(ROOT, Settings())
+    pipeline = Pipeline.load(ROOT, Settings(jobs=words.jobs))
     recipe = pipeline.recipes["vllm"]
     count, _ = jobs.count(words.jobs, recipe.build.memory_per_job)
     pipeline.toolchain.run()
@@ -117,8 +118,8 @@ def main():
     series = tree.series(ROOT / "patches" / "vllm")
     stock_patches = tuple(patch for patch in series if patch.path.name in STOCK)
     with tempfile.TemporaryDirectory(dir=pipeline.scratch) as scratch:
-        stock = measured(pipeline, "stock", stock_patches, count, Path(scratch, "stock"))
-        ours = measured(pipeline, "ours", series, count, Path(scratch, "ours"))
+        stock = measured(pipeline, "stock", stock_patches, count, Path(scratch, "stock"), asks=False)
+        ours = measured(pipeline, "ours", series, count, Path(scratch, "ours"), asks=True)
     show(stock, ours, count)
     figures = {name: asdict(result) for name, result in (("stock", stock), ("ours", ours))}
     files.write_json(words.json, json.loads(json.dumps(figures, default=sorted)))

@@ -144,6 +144,28 @@ def test_a_wrong_number_of_jobs_is_a_sentence(saxpy: Pipeline) -> None:
 
 
 @pytest.mark.slow
+def test_every_compiler_asks_for_leave_and_what_it_took_is_known_to_the_next_run(saxpy: Pipeline) -> None:
+    built(saxpy)
+    again = Pipeline.load(saxpy.root, saxpy.settings).gate.needs["saxpy"].measured()
+    assert {Path(name).name for name in again} >= {"saxpy.cu.o", "scale.cu.o"}
+    assert all(need.memory > 20_000_000 for need in again.values())
+    assert not any(Path(saxpy.root / "build/work").rglob("history")), "it is no part of what is built"
+
+
+@pytest.mark.parametrize("text", ["much", "6", "-1 GiB", "0 GB"])
+def test_a_limit_of_memory_that_is_none_is_a_sentence(saxpy: Pipeline, text: str) -> None:
+    with pytest.raises(VoltforgeError, match="memory=") as caught:
+        _ = Pipeline.load(saxpy.root, Settings(memory=text)).gate
+    assert caught.value.what == f"memory={text}: not a size such as '20 MB' or '1.5 GiB'"
+    assert caught.value.hint == "memory=6GiB, or leave it out"
+
+
+def test_a_limit_of_memory_reaches_the_gate(saxpy: Pipeline) -> None:
+    assert Pipeline.load(saxpy.root, Settings(memory="6GiB", jobs="3")).gate.limit == 6 << 30
+    assert Pipeline.load(saxpy.root, Settings(jobs="3")).gate.jobs == 3
+
+
+@pytest.mark.slow
 def test_nothing_but_the_declared_variables_reaches_the_build(saxpy: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXXFLAGS", "-DSECRET_OF_THE_SHELL")
     monkeypatch.setenv("CMAKE_ARGS", "-DSECRET_OF_THE_SHELL=1")

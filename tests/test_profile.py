@@ -271,7 +271,7 @@ def test_the_tables_say_what_takes_longest_and_what_more_cores_would_give(tmp_pa
         "rule r\n  command = false\nbuild t.so: r CMakeFiles/t.dir/a.cu.o b.cpp.o\n"
         "build CMakeFiles/t.dir/a.cu.o: r\nbuild b.cpp.o: r\n"
     )
-    profile.show(tmp_path, tmp_path)
+    profile.show(tmp_path, tmp_path, {})
     cells = [[cell.strip() for cell in row.split("│")[1:-1]] for row in capsys.readouterr().out.splitlines()]
     for row in (
         ["a.cu", "6.0 s", "54.5%"], ["wall time", "7.0 s"], ["all jobs together", "11.0 s"],
@@ -284,7 +284,7 @@ def test_the_tables_say_what_takes_longest_and_what_more_cores_would_give(tmp_pa
 
 def test_where_nothing_was_built_it_says_so(tmp_path):
     with pytest.raises(VoltforgeError, match="no build has left a log") as caught:
-        profile.show(tmp_path, tmp_path)
+        profile.show(tmp_path, tmp_path, {})
     assert "./doit wheels" in caught.value.hint
 
 
@@ -298,3 +298,15 @@ def test_doit_draws_what_was_built_and_says_in_a_sentence_what_stands_in_the_way
     assert (checkout.root / "build" / "profile" / "thing.svg").read_text().startswith("<?xml")
     (folder / ".ninja_log").write_text(HEADER + "what is this\n")
     assert "line 2 is not as ninja writes it" in problem(checkout.doit("bench:profile"))
+
+
+def test_the_time_that_a_command_waited_at_the_gate_is_not_its_own():
+    jobs = [Job(("a.o",), 0, 9000, "1"), Job(("b.o",), 0, 5000, "2"), Job(("lib.so",), 9000, 9500, "3")]
+    made = Build(tuple(jobs), 0).without_waiting({"a.o": 4.0, "b.o": 5.5})
+    assert [(job.outputs[0], job.start, job.end) for job in made.jobs] == [
+        ("b.o", 0, 5000),  # not known to be shorter than it stands in the log
+        ("a.o", 5000, 9000),
+        ("lib.so", 9000, 9500),
+    ]
+    assert made.work == 9500
+    assert made.width == 1

@@ -39,6 +39,11 @@ def words() -> list[str]:
     return ptx.commands(compdb(COMMAND), TREE)["csrc/moe/moe_wna16.cu"]
 
 
+def test_what_asks_for_leave_before_the_compiler_is_left_out():
+    asks = f"/build/environment/bin/python -I -S /build/gate/launch.py {COMMAND}"
+    assert ptx.commands(compdb(asks), TREE) == ptx.commands(compdb(COMMAND), TREE)
+
+
 def test_a_command_is_changed_in_its_architecture_and_output_alone() -> None:
     made = ptx.rewritten(words(), Path("/build/home/x.fatbin"))
     before = COMMAND.replace(" -gencode arch=compute_70,code=sm_70", "")

@@ -15,6 +15,7 @@ from pathlib import Path
 from voltforge import console, files, options, sandbox
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError, remedy
+from voltforge.gate import Gate
 from voltforge.process import Completed, ProgramFailed, Usage, run
 from voltforge.recipe import SourceRecipe
 from voltforge.sandbox import Sandbox
@@ -130,12 +131,20 @@ class Workshop:
     jobs: int
     work: Path
     """A killed or repeated build goes on here, with the objects of the last one."""
+    gate: Gate | None = None
+    """Where its compilers ask for leave; ``jobs`` then bounds those that run at once, not those that ask."""
+
+    @staticmethod
+    def can_ask(tree: Tree) -> bool:
+        """Whether the compilers of a tree can be made to ask for leave: CMake can do that."""
+        return (tree.path / "CMakeLists.txt").is_file()
 
     @property
     def folders(self) -> dict[str, Path]:
-        """The real folders, by the names of :data:`FOLDERS`."""
+        """The real folders, by the names of :data:`FOLDERS`, and ``gate`` if there is one."""
         real = (self.work / "tree", self.environment.path, self.toolchain.home, self.work / "dist", self.work / "home")
-        return {name: path.absolute() for name, path in zip(FOLDERS, real, strict=True)}
+        named = dict(zip(FOLDERS, real, strict=True)) | ({"gate": self.gate.folder} if self.gate else {})
+        return {name: path.absolute() for name, path in named.items()}
 
     @functools.cached_property
     def around(self) -> Sandbox:
@@ -157,7 +166,7 @@ class Workshop:
     @property
     def readable(self) -> dict[str, Path]:
         """The real folders that it may read."""
-        return {name: self.folders[name] for name in ("environment", "toolchain")}
+        return {name: path for name, path in self.folders.items() if name in ("environment", "toolchain", "gate")}
 
     @property
     def places(self) -> dict[str, Path]:
@@ -215,7 +224,12 @@ class Workshop:
         places, folders = self.places, self.folders
         words = self.around.command(argv, writable=self.writable, readable=self.readable, cwd=places["tree"])
         handed = variables(self.recipe, self.tree, self.toolchain, places)
-        handed |= {"MAX_JOBS": str(self.jobs), "CMAKE_BUILD_PARALLEL_LEVEL": str(self.jobs)}
+        many = self.jobs
+        if self.gate:
+            self.gate.open()
+            many = self.gate.window
+            handed |= self.gate.variables(self.recipe.name, places["gate"], places["environment"] / "bin" / "python")
+        handed |= {"MAX_JOBS": str(many), "CMAKE_BUILD_PARALLEL_LEVEL": str(many)}
         start = places["tree"] if self.around.kind == "none" else folders["tree"]
         with self.around.shown(self.writable, self.readable):
             return run(words, cwd=start, env=handed, log=log, watch=watch)
@@ -252,6 +266,8 @@ def _compiled(shop: Workshop, log: Path) -> Built:
         try:
             with shop.at_work():
                 done = shop.run(argv, log=log, watch=watch)
+                if shop.gate:
+                    shop.gate.keep()
         except ProgramFailed as error:
             raise BuildError(recipe.name, first_error(log), log, f"status {error.status}") from error
     wheels = list(folders["dist"].glob("*.whl"))

@@ -25,6 +25,8 @@ class Settings:
     """Which toolkit: auto, system, redist or distro."""
     jobs: str = ""
     """Compile jobs at once; empty for as many as cores and memory allow."""
+    memory: str = ""
+    """The most that all processes of a build may hold together, such as ``6GiB``; empty for what is free."""
     sandbox: str = "auto"
     """auto, require or off."""
     file: str = ""

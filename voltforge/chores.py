@@ -16,7 +16,7 @@ from voltforge.runtime import Runtime
 from voltforge.stage import shown
 from voltforge.wheelhouse import PROVENANCE
 
-PYTEST = ["pytest", "-n", "2", "--dist", "loadgroup"]
+PYTEST = ["pytest", "-n", "2"]
 """Two workers: while one waits for vLLM's wheel and tries that, the other has all the rest."""
 
 
@@ -189,7 +189,7 @@ def profile(pipeline: Pipeline) -> None:
     """
     from voltforge import profile  # which every ./doit would pay for otherwise
 
-    profile.show(pipeline.root, pipeline.scratch)
+    profile.show(pipeline.root, pipeline.scratch, pipeline.gate.needs)
 
 
 def _python(root: Path, *words: str) -> None:

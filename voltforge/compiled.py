@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from voltforge import build, console, elf, environment, files, jobs, material, options, sandbox, tree, wheel
+from voltforge.build import Workshop
 from voltforge.checkout import Checkout
 from voltforge.environment import Environment
+from voltforge.gate import Gate
 from voltforge.material import Material
 from voltforge.package import Package, file_stands, folder_stands
 from voltforge.recipe import Source, SourceRecipe
+from voltforge.sandbox import Sandbox
 from voltforge.stage import Stage, Values
 from voltforge.tree import Patch, Tree
 from voltforge.verify import Expectation
@@ -19,9 +23,11 @@ from voltforge.verify import Expectation
 class Compiled(Package):
     """The stages of a recipe with a source."""
 
-    def __init__(self, checkout: Checkout, recipe: SourceRecipe, toolkit: Stage) -> None:
+    def __init__(self, checkout: Checkout, recipe: SourceRecipe, toolkit: Stage, gate: Callable[[], Gate]) -> None:
         super().__init__(checkout, toolkit)
         self.recipe: SourceRecipe = recipe
+        self.gate = gate
+        """Gives what all packages of a run ask for leave to compile."""
 
     @property
     def source(self) -> Source:
@@ -89,6 +95,19 @@ class Compiled(Package):
         kept = self.stage("tree").results()
         return Tree(Path(kept["path"]), kept["epoch"])
 
+    def workshop(self, around: Sandbox) -> Workshop:
+        """Where it is built; all stages before must have run."""
+        made_of, settings = dict(self.made_of()), self.checkout.settings
+        decisive = files.digest({name: made_of[name] for name in ("arch", "environment", "toolchain", "variables")})
+        grown = self.tree()
+        asks = Workshop.can_ask(grown)
+        count = self.gate().jobs if asks else jobs.count(settings.jobs, self.recipe.build.memory_per_job)[0]
+        return Workshop(
+            self.recipe, grown, Environment(Path(self.stage("environment").results()["path"])), self.toolchain(),
+            around, count, self.checkout.scratch / "work" / f"{self.recipe.name}-{decisive[:12]}",
+            self.gate() if asks else None,
+        )  # fmt: skip
+
     # What the stages do.
 
     def _grow(self, _: str) -> Values:
@@ -107,21 +126,15 @@ class Compiled(Package):
 
     def _build(self, key: str) -> Values:
         around = sandbox.choose(self.checkout.settings.sandbox)
-        count, why = jobs.count(self.checkout.settings.jobs, self.recipe.build.memory_per_job)
-        made_of, chosen, grown = dict(self.made_of()), self.toolchain(), self.tree()
-        options.check(self.recipe, grown.path)
-        console.step(f"build {self.recipe.name} {self.recipe.version} with {chosen}")
-        console.note(f"{count} jobs ({why}), sandbox: {around.kind}")
+        shop = self.workshop(around)
+        options.check(self.recipe, shop.tree.path)
+        console.step(f"build {self.recipe.name} {self.recipe.version} with {shop.toolchain}")
+        console.note(f"{shop.jobs} jobs at most, fewer where memory is short; sandbox: {around.kind}")
         if around.kind == "none":
             console.warn("nothing keeps this build from the network: ./doit doctor says what is missing")
-        settings = files.digest({name: made_of[name] for name in ("arch", "environment", "toolchain", "variables")})
-        shop = build.Workshop(
-            self.recipe, grown, Environment(Path(self.stage("environment").results()["path"])), chosen, around, count,
-            self.checkout.scratch / "work" / f"{self.recipe.name}-{settings[:12]}",
-        )  # fmt: skip
         built = build.compile(shop, self.checkout.scratch / "logs" / f"{self.recipe.name}.log")
         folder = self.checkout.scratch / "wheels" / f"{self.recipe.name}-{key[:12]}"
-        finished = wheel.finish(built.wheel, folder, runpath=self.recipe.finish.runpath, epoch=grown.epoch,
+        finished = wheel.finish(built.wheel, folder, runpath=self.recipe.finish.runpath, epoch=shop.tree.epoch,
                                 complete=self.describe)  # fmt: skip
         console.note(f"{finished.name}, {files.size(finished.stat().st_size)}, {built.usage}")
         return {
@@ -131,6 +144,6 @@ class Compiled(Package):
             "linked": dict(built.linked),
             "sandbox": around.kind,
             "hermetic": around.hermetic,
-            "jobs": count,
+            "jobs": shop.jobs,
             "usage": asdict(built.usage),
         }

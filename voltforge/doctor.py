@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import psutil
 import requests
 
 from voltforge import console, distro, engine, index, jobs, sandbox, signing, toolchain
@@ -108,9 +107,12 @@ def _disk(pipeline: Pipeline) -> Iterator[Check]:
 
 
 def _memory(pipeline: Pipeline) -> Iterator[Check]:
-    free = jobs.free_memory()
-    state = "ok" if free >= MEMORY else "note"
-    yield Check("memory", state, f"{size(free)} free of {size(psutil.virtual_memory().total)}")
+    there = jobs.memory()
+    if there:
+        state = "ok" if there.free >= MEMORY else "note"
+        yield Check("memory", state, f"{size(there.free)} free of {size(there.limit)}")
+    else:
+        yield Check("memory", "note", "nothing here tells how much there is", "jobs=N, or memory=6GiB")
     for recipe in pipeline.recipes.values():
         if not isinstance(recipe, SourceRecipe):
             continue

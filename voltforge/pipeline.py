@@ -10,12 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from voltforge import console, files, material, toolchain, verify, wheel
+from voltforge import console, files, jobs, material, toolchain, verify, wheel
 from voltforge.checkout import Checkout, Settings
 from voltforge.compiled import Compiled
 from voltforge.errors import VoltforgeError
+from voltforge.gate import Gate
+from voltforge.needs import Need, Needs
 from voltforge.package import Package
-from voltforge.recipe import CudaRecipe, SourceRecipe, Thin, ThinRecipe, load, load_all, load_cuda
+from voltforge.recipe import CudaRecipe, SourceRecipe, Thin, ThinRecipe, byte_count, load, load_all, load_cuda
 from voltforge.stage import Stage, Values
 from voltforge.thinned import Thinned
 
@@ -45,13 +47,32 @@ class Pipeline(Checkout):
         """The stages of one recipe."""
         if isinstance(recipe, ThinRecipe):
             return Thinned(self, recipe, self.toolchain)
-        return Compiled(self, recipe, self.toolchain)
+        return Compiled(self, recipe, self.toolchain, lambda: self.gate)
 
     def stages(self) -> dict[str, Stage]:
         """Every stage by its name, in the order that the data takes."""
         packages = [self.package(recipe) for recipe in self.recipes.values()]
         found = [package.stage(kind) for kind in STAGES for package in packages if package.has(kind)]
         return {stage.name: stage for stage in found}
+
+    @cached_property
+    def gate(self) -> Gate:
+        """Where every compiler of this run asks for leave.
+
+        Raises:
+            VoltforgeError: ``jobs=`` or ``memory=`` is no number of that.
+        """
+        needs = {
+            name: Needs(
+                self.wheelhouse.path / "history" / f"{name}.json",
+                recipe.build.memory_per_job,
+                {pattern: Need(heavy.seconds, heavy.memory) for pattern, heavy in recipe.build.heavy.items()},
+            )
+            for name, recipe in self.recipes.items()
+            if isinstance(recipe, SourceRecipe)
+        }
+        count = jobs.asked(self.settings.jobs) or jobs.cores()
+        return Gate(self.scratch / "gate", count, needs, limit=_limit(self.settings.memory))
 
     def thin(self, name: str) -> Thin:
         """What a project's wheel needs beyond what thinning does to every wheel, whatever is built of it here."""
@@ -100,6 +121,13 @@ class Pipeline(Checkout):
             return verify.verify(path, verify.Expectation())
         self.toolchain.run()
         return self.package(self.recipes[name]).examined(path, None)
+
+
+def _limit(text: str) -> int | None:
+    try:
+        return byte_count(text) if text else None
+    except ValueError as error:
+        raise VoltforgeError(f"memory={text}: {error}", hint="memory=6GiB, or leave it out") from None
 
 
 def _plain(value: Any) -> Any:

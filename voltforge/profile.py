@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from voltforge import console, files
 from voltforge.elf import tool
 from voltforge.errors import VoltforgeError
+from voltforge.needs import Needs
 from voltforge.process import ProgramFailed, run
 
 if TYPE_CHECKING:
@@ -183,13 +184,27 @@ class Build:
         """How many jobs ran at once at most."""
         return max(self.lanes) + 1
 
+    def without_waiting(self, seconds: Mapping[str, float]) -> Build:
+        """The same run without the time that commands stood at the gate, which ninja takes for theirs.
+
+        ``seconds`` says what each output took once it was let through.
+        """
+        jobs = []
+        for job in self.jobs:
+            known = seconds.get(job.outputs[0])
+            start = job.start if known is None else max(job.start, job.end - round(known * 1000))
+            jobs.append(replace(job, start=start))
+        return replace(self, jobs=tuple(sorted(jobs, key=lambda job: (job.start, job.end))))
+
     def plan(self, needs: Sequence[frozenset[int]]) -> Plan:
         """The same jobs, to be put in another order."""
         return Plan(tuple(job.took for job in self.jobs), tuple(needs))
 
 
-def show(root: Path, scratch: Path) -> None:
+def show(root: Path, scratch: Path, known: Mapping[str, Needs]) -> None:
     """Print a profile of the last build of each package in ``scratch``/work, and draw its chart in ``scratch``/profile.
+
+    ``known`` is what was measured of each package's objects at the gate.
 
     Raises:
         VoltforgeError: there is no log, or it cannot be read.
@@ -198,7 +213,8 @@ def show(root: Path, scratch: Path) -> None:
     if not logs:
         raise VoltforgeError(f"no build has left a log under {scratch / 'work'}", hint="./doit wheels builds first")
     for package, path in logs.items():
-        build = last_build(path)
+        measured = known[package].measured() if package in known else {}
+        build = last_build(path).without_waiting({name: need.seconds for name, need in measured.items()})
         console.step(f"profile {package}, from {path.relative_to(root)}")
         if build.missing:
             console.warn(f"no one run of ninja made all: {build.missing} outputs were made in others, and are not here")

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-from voltforge import build, console, files, jobs, sandbox
+from voltforge import build, console, files, gate, sandbox
 from voltforge.build import Workshop
 from voltforge.compiled import Compiled
-from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline import Pipeline
 from voltforge.process import ProgramFailed, run
 from voltforge.recipe import SourceRecipe
+from voltforge.sandbox import Sandbox
 from voltforge.toolchain import Toolchain
 
 if TYPE_CHECKING:  # a checkout without volta/ can do without it until it is asked for kernels
@@ -79,7 +79,8 @@ class Bench:
         stage = package.stage("build")
         if stage.kept() and stage.kept()["key"] != stage.key():
             raise ImageError("the build of vllm is of other sources or tools than today's", hint=HINT)
-        shop = workshop(package, stage.results().get("sandbox", ""))
+        around = stage.results().get("sandbox", "")
+        shop = package.workshop(Sandbox(around) if around else sandbox.choose(pipeline.settings.sandbox))
         tree = shop.folders["tree"]
         scripts = sorted(tree.glob("build/temp*/build.ninja")) if tree.is_dir() else []
         if not scripts:
@@ -92,24 +93,18 @@ class Bench:
         return cls(shop, commands(asked[asked.index("[") :], shop.places["tree"]))
 
 
-def workshop(package: Compiled, around: str) -> Workshop:
-    """The workshop of a package's build, as its stage has it; ``around`` is the kind of sandbox that it says it had."""
-    made_of = dict(package.made_of())
-    settings = files.digest({name: made_of[name] for name in ("arch", "environment", "toolchain", "variables")})
-    count, _ = jobs.count(package.checkout.settings.jobs, package.recipe.build.memory_per_job)
-    chosen = sandbox.Sandbox(around) if around else sandbox.choose(package.checkout.settings.sandbox)
-    settled = Environment(Path(package.stage("environment").results()["path"]))
-    work = package.checkout.scratch / "work" / f"{package.recipe.name}-{settings[:12]}"
-    return Workshop(package.recipe, package.tree(), settled, package.toolchain(), chosen, count, work)
-
-
 def commands(compdb: str, tree: Path) -> dict[str, list[str]]:
-    """How ninja compiles each source below ``tree``, from the JSON that ``ninja -t compdb`` prints."""
+    """How ninja compiles each source below ``tree``, from the JSON that ``ninja -t compdb`` prints.
+
+    Without what asks for leave: it is one command at a time.
+    """
     found = {}
     for one in json.loads(compdb):
         source = Path(one["file"])
         if source.is_relative_to(tree):
-            found[str(source.relative_to(tree))] = shlex.split(one["command"])
+            words = shlex.split(one["command"])
+            asks = next((place for place, word in enumerate(words) if Path(word).name == gate.LAUNCHER.name), -1)
+            found[str(source.relative_to(tree))] = words[asks + 1 :]
     return found
 
 

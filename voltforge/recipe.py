@@ -47,7 +47,12 @@ class RecipeError(VoltforgeError):
         self.problems = problems
 
 
-def _bytes(text: Any) -> int:
+def byte_count(text: Any) -> int:
+    """The bytes that a size with its unit stands for: ``20 MB``, ``1.5 GiB``.
+
+    Raises:
+        ValueError: it is none, or nothing.
+    """
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?(B|kB|MB|GB|KiB|MiB|GiB)", str(text))
     size = int(Fraction(match[1]) * UNITS[match[2]]) if match else 0
     if not size:
@@ -95,7 +100,7 @@ def _template(text: str) -> str:
     return text
 
 
-Size = Annotated[int, BeforeValidator(_bytes)]
+Size = Annotated[int, BeforeValidator(byte_count)]
 """Bytes, written with a unit: ``20 MB``, ``1.5 GiB``."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """A hexadecimal SHA-256."""
@@ -157,6 +162,14 @@ class Source(Section):
         return Artifact(**self.model_dump(exclude={"commit", "otherwise"}))
 
 
+class Heavy(Section):
+    """What some objects take to compile, as it was measured, for machines that have not compiled them yet."""
+
+    seconds: Annotated[float, Field(gt=0, lt=10**6)]
+    memory: Size
+    """The most that its processes hold together."""
+
+
 class Build(Section):
     """How the wheel is compiled."""
 
@@ -170,8 +183,10 @@ class Build(Section):
     """Folders in the environment's site-packages, as patterns, whose libraries get the names that linkers look for."""
     config_settings: Mapping[Setting, Word] = {}
     """Settings for the build backend (PEP 517), as ``pip --config-settings`` has them."""
-    memory_per_job: Size = _bytes("1.5 GiB")
+    memory_per_job: Size = byte_count("1.5 GiB")
     """The most that one compile job is expected to hold at once; with the free memory it bounds the jobs."""
+    heavy: Mapping[Pattern, Heavy] = {}
+    """Objects that take more than others, by patterns of their paths: they start first, and not together."""
 
     def variables(self, **values: str) -> dict[str, str]:
         """The build's variables with the placeholders filled in."""

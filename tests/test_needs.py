@@ -1,0 +1,88 @@
+"""What objects take: measured here, else stated by the recipe, else the recipe's memory per job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from voltforge import needs
+from voltforge.needs import Need, Needs
+
+GIB = 1 << 30
+SCAN = "CMakeFiles/_C.dir/csrc/mamba/selective_scan_fwd.cu.o"
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Needs:
+    return Needs(tmp_path / "history" / "vllm.json", GIB, {"*selective_scan_fwd.cu.o": Need(84, 2 * GIB)})
+
+
+def test_of_an_object_that_nobody_knows_the_recipes_memory_per_job_is_expected(known):
+    assert known.of("a.cu.o") == Need(needs.SECONDS, GIB)
+
+
+def test_what_the_recipe_states_counts_until_it_was_measured(known):
+    assert known.of(SCAN) == Need(84, 2 * GIB)
+    known.learn(SCAN, Need(50, GIB))
+    assert known.of(SCAN) == Need(50, int(GIB * needs.MARGIN))
+
+
+def test_what_was_measured_is_known_to_the_next_run(known):
+    known.learn("a.cu.o", Need(12.34, 3 * GIB))
+    known.keep()
+    assert Needs(known.path, GIB).measured() == {"a.cu.o": Need(12.3, 3 * GIB)}
+
+
+def test_the_last_measurement_counts(known):
+    known.learn("a.cu.o", Need(10, 3 * GIB))
+    known.learn("a.cu.o", Need(20, 2 * GIB))
+    assert known.measured() == {"a.cu.o": Need(20, 2 * GIB)}
+
+
+def test_no_compiler_is_expected_to_hold_nearly_nothing(known):
+    known.learn("a.cu.o", Need(10, 1000))
+    assert known.of("a.cu.o").memory == needs.LEAST
+
+
+@pytest.mark.parametrize(
+    ("name", "need"),
+    [
+        ("a.cu.o", Need(0.1, GIB)),
+        ("a.cu.o", Need(10, 0)),
+        ("CMakeFiles/cmTC_7a1b2.dir/testCXXCompiler.cxx.o", Need(10, GIB)),
+    ],
+    ids=["it failed at once", "it was not seen", "CMake tried the compiler"],
+)
+def test_what_says_nothing_of_the_next_time_is_not_learnt(known, name, need):
+    known.learn(name, need)
+    known.keep()
+    assert not known.measured()
+    assert not known.path.exists()
+
+
+@given(st.one_of(st.binary(), st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists).map(
+    lambda value: json.dumps({"a.cu.o": value, "b.cu.o": [1.5, 2000]}).encode())))  # fmt: skip
+def test_a_history_that_makes_no_sense_is_passed_over(tmp_path_factory, written):
+    path = tmp_path_factory.mktemp("history") / "vllm.json"
+    path.write_bytes(written)
+    for need in Needs(path, GIB).measured().values():
+        assert need.seconds > 0
+        assert need.memory > 0
+
+
+def test_a_line_that_makes_sense_counts_beside_others_that_do_not(tmp_path):
+    path = tmp_path / "vllm.json"
+    path.write_text(json.dumps({"a": [1e400, 1], "b": [-1, 2], "c": ["1", "2"], "d": [1], "e": None, "f": [2.5, 4000]}))
+    assert Needs(path, GIB).measured() == {"f": Need(2.5, 4000)}
+
+
+def test_a_disk_that_does_not_take_the_history_stops_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    known = Needs(tmp_path / "file" / "vllm.json", GIB)
+    known.learn("a.cu.o", Need(10, GIB))
+    known.keep()
+    assert known.of("a.cu.o").seconds == 10

@@ -1,0 +1,297 @@
+"""Leave to compile: every compiler of a build asks here, and is let through when cores and memory allow."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from voltforge import console, files
+from voltforge.errors import VoltforgeError
+from voltforge.jobs import Memory, memory
+from voltforge.needs import Need, Needs
+
+TICK = 0.25
+"""Seconds between two looks at what the jobs hold."""
+KEEP = 20.0
+"""Seconds between two times that what was learnt is written down."""
+WINDOW = 48
+"""Commands that may stand and wait beside those that run: of so many the longest is let through first."""
+PATIENCE = 10.0
+"""Seconds in which a gate opens."""
+NAME = 1 << 16
+"""Bytes that a job may say of itself."""
+LAUNCHER = Path(__file__).with_name("launch.py")
+"""What stands before each compiler and asks for it."""
+US = os.getpid()
+"""The first process of this run: doit's workers come later."""
+
+
+NOTHING = Need(0.0, 0)
+"""What a job of an unknown package is expected to take."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One command that asked."""
+
+    connection: socket.socket
+    pid: int
+    package: str = ""
+    name: str = ""
+    need: Need = NOTHING
+    began: float | None = None
+    """When it was let through; ``None`` while it waits."""
+    now: int = 0
+    """Bytes that it and its children held when they were looked at last."""
+    peak: int = 0
+
+    @property
+    def growth(self) -> int:
+        """Bytes that it may still come to hold beyond those it has."""
+        return max(0, self.need.memory - self.now)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a gate sees at a moment."""
+
+    running: int = 0
+    waiting: int = 0
+    memory: int = 0
+    """Bytes that all jobs hold."""
+    expected: int = 0
+    """Bytes that all jobs are expected to come to hold."""
+
+
+@dataclass
+class Gate:
+    """One for all that a checkout builds at the same time, in whichever process of a run; it opens when it is needed.
+
+    A job is let through if fewer than ``jobs`` are, and if what memory there is, less what the others may still grow
+    by, is enough for what it took the last time. The longest of those that wait goes first. Where none is running one
+    always goes, however little memory there is.
+    """
+
+    folder: Path
+    """Where jobs find it: a folder that their sandbox shows them, with the launcher beside the socket."""
+    jobs: int
+    needs: Mapping[str, Needs]
+    """By package."""
+    memory: Callable[[], Memory | None] = memory
+    limit: int | None = None
+    """Bytes that all processes of this run together may hold."""
+    status: Status = Status()
+    _waiting: list[Job] = field(default_factory=list)
+    _running: list[Job] = field(default_factory=list)
+    _used: int = 0
+    _told: set[str] = field(default_factory=set)
+    _thread: threading.Thread | None = None
+    _opening: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def window(self) -> int:
+        """How many commands a build may start at once, most of which will stand here and wait."""
+        return self.jobs + WINDOW
+
+    def open(self) -> None:
+        """Begin to answer, unless another process of this run does; it goes on to the end of the process.
+
+        Raises:
+            VoltforgeError: nobody answers at this folder.
+        """
+        with self._opening:
+            if self._thread is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                files.write(self.folder / LAUNCHER.name, LAUNCHER.read_bytes())
+                self._thread = threading.Thread(target=self._lead, name="gate", daemon=True)
+                self._thread.start()
+        deadline = time.monotonic() + PATIENCE
+        while not self._answers():
+            if time.monotonic() > deadline:
+                raise VoltforgeError(f"nobody opens the gate at {self.folder}", hint="can that folder hold a socket?")
+            time.sleep(0.02)
+
+    def variables(self, package: str, folder: Path, python: Path) -> dict[str, str]:
+        """What makes CMake ask at the gate for every compiler and linker, given where a build sees all this."""
+        launcher = f"{python};-I;-S;{folder / LAUNCHER.name}"
+        kinds = "COMPILER", "LINKER"
+        launchers = {f"CMAKE_{language}_{kind}_LAUNCHER" for language in ("C", "CXX", "CUDA") for kind in kinds}
+        return {
+            "VOLTFORGE_GATE": str(folder),
+            "VOLTFORGE_PACKAGE": package,
+            **dict.fromkeys(sorted(launchers), launcher),
+        }
+
+    def keep(self) -> None:
+        """Write down what was learnt of all packages."""
+        for needs in self.needs.values():
+            needs.keep()
+
+    def _answers(self) -> bool:
+        with _at(self.folder) as address, socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(address)
+            except OSError:
+                return False
+            return True
+
+    def _lead(self) -> None:
+        """Answer here, as soon as no other process of this run does."""
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with _at(self.folder) as address, socket.socket(socket.AF_UNIX) as door:
+                files.remove(self.folder / "socket")
+                door.bind(address)
+                door.listen(1024)
+                self._serve(door)
+
+    def _serve(self, door: socket.socket) -> None:
+        look, keep = time.monotonic(), time.monotonic() + KEEP
+        with selectors.DefaultSelector() as selector:
+            selector.register(door, selectors.EVENT_READ)
+            while True:
+                idle = not (self._running or self._waiting)
+                for key, _ in selector.select(None if idle else max(0.0, look - time.monotonic())):
+                    if key.fileobj is door:
+                        connection, _ = door.accept()
+                        selector.register(connection, selectors.EVENT_READ, Job(connection, _peer(connection)))
+                    else:
+                        self._hear(key.data, selector)
+                if time.monotonic() >= look:
+                    self._look()
+                    look = time.monotonic() + TICK
+                if time.monotonic() >= keep:
+                    self.keep()
+                    keep = time.monotonic() + KEEP
+                self._admit()
+                running, waiting = len(self._running), len(self._waiting)
+                held = sum(job.now for job in self._running)
+                self.status = Status(running, waiting, held, held + sum(job.growth for job in self._running))
+
+    def _hear(self, job: Job, selector: selectors.BaseSelector) -> None:
+        """Take in what a job says: its name; or that it has ended, by saying no more. Who talks nonsense is let go."""
+        try:
+            said = job.connection.recv(NAME)
+        except OSError:
+            said = b""
+        if said and job.name:
+            return
+        if said:
+            job.package, _, job.name = said.decode(errors="replace").rstrip("\n").partition("\t")
+            if job.package in self.needs and job.name:
+                job.need = self.needs[job.package].of(job.name)
+                self._waiting.append(job)
+                return
+        selector.unregister(job.connection)
+        job.connection.close()
+        if job in self._waiting:
+            self._waiting.remove(job)
+        if job in self._running:
+            self._running.remove(job)
+            if job.began is not None:
+                self.needs[job.package].learn(job.name, Need(time.monotonic() - job.began, job.peak))
+
+    def _admit(self) -> None:
+        while job := following(self._waiting, self._running, self.jobs, room := self._room()):
+            if room is not None and job.need.memory > room:
+                self._tell_of(job, room)
+            self._waiting.remove(job)
+            try:
+                job.connection.send(b"g")
+            except OSError:
+                continue  # it is gone; its end is heard next
+            job.began = time.monotonic()
+            self._running.append(job)
+
+    def _room(self) -> int | None:
+        """Bytes for another job: what there is, less what the running ones may still grow by."""
+        there = self.memory()
+        if self.limit is not None:
+            there = (there or Memory(self.limit, self.limit)).within(self.limit, self._used)
+        return there.room - sum(job.growth for job in self._running) if there else None
+
+    def _tell_of(self, job: Job, room: int) -> None:
+        if "alone" not in self._told:
+            self._told.add("alone")
+            wants, has = files.size(job.need.memory), files.size(max(room, 0))
+            console.note(f"{Path(job.name).name} is expected to take {wants}, where {has} can be had: it runs alone")
+
+    def _look(self) -> None:
+        """See what each job holds, with all its children, and this process with all that it started."""
+        if not self._running and self.limit is None:
+            return
+        parents, held = {}, {}
+        for process in psutil.process_iter(["ppid", "memory_info"]):
+            parents[process.pid] = process.info["ppid"]
+            held[process.pid] = process.info["memory_info"].rss if process.info["memory_info"] else 0
+        owners = {job.pid: job for job in self._running}
+        for job in self._running:
+            job.now = 0
+        self._used = 0
+        for pid, bytes_held in held.items():
+            seen, at = set(), pid
+            owner: Job | None = None
+            while at and at not in seen:
+                seen.add(at)
+                owner = owner or owners.get(at)
+                if at == US:
+                    self._used += bytes_held
+                    break
+                at = parents.get(at, 0)
+            if owner:
+                owner.now += bytes_held
+                owner.peak = max(owner.peak, _most(pid))
+        for job in self._running:
+            job.peak = max(job.peak, job.now)
+
+
+def following(waiting: Sequence[Job], running: Sequence[Job], jobs: int, room: int | None) -> Job | None:
+    """Which job is let through next, if any: of those whose memory fits into ``room`` bytes the longest.
+
+    If none runs and none fits, the one that needs the least. ``None`` for ``room`` means that it is not known.
+    """
+    if not waiting or len(running) >= jobs:
+        return None
+    fitting = [job for job in waiting if room is None or job.need.memory <= room]
+    if fitting:
+        return max(fitting, key=lambda job: job.need.seconds)
+    return None if running else min(waiting, key=lambda job: job.need.memory)
+
+
+@contextlib.contextmanager
+def _at(folder: Path) -> Iterator[str]:
+    """The address of a folder's socket, by way of its descriptor: an address holds 108 bytes (unix(7))."""
+    place = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{place}/socket"
+    finally:
+        os.close(place)
+
+
+def _peer(connection: socket.socket) -> int:
+    """The process at the other end, as it is numbered here."""
+    pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(pid)
+
+
+def _most(pid: int) -> int:
+    """The most bytes that a process ever held (proc_pid_status(5)); 0 once it is gone."""
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return 0

@@ -1,0 +1,89 @@
+"""What each object of a package takes to compile, in time and memory: measured here, or stated by its recipe."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from threading import Lock
+
+from voltforge import files
+
+SECONDS = 20.0
+"""How long an object is taken to compile of which nothing is known."""
+MARGIN = 1.25
+"""How much more memory than the last time an object may take this time: sources change, and samples miss a peak."""
+LEAST = 128 << 20
+"""Bytes that any compiler is expected to hold."""
+BRIEF = 0.5
+"""Seconds below which nothing is learnt of an object: it was not seen often enough, or failed."""
+ABSURD = 1e15
+"""Seconds or bytes that nothing takes."""
+PROBES = ("cmTC_", "CMakeTmp", "CMakeScratch")
+"""In the names of what CMake compiles to see what a compiler can do."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one object takes."""
+
+    seconds: float
+    memory: int
+    """Bytes, of all its processes together at their peak."""
+
+
+@dataclass
+class Needs:
+    """What is known of a package's objects, by the path that their compiler is given with ``-o``."""
+
+    path: Path
+    """Where it is kept; what is there and makes no sense is passed over."""
+    otherwise: int
+    """Bytes that an object of which nothing is known is expected to hold at once: the recipe's ``memory_per_job``."""
+    stated: Mapping[str, Need] = field(default_factory=dict)
+    """What the recipe says of some objects, by patterns of their paths, until they were measured here."""
+
+    def __post_init__(self) -> None:
+        self._lock = Lock()
+        self._learnt = _read(self.path)
+        self._new = False
+
+    def of(self, name: str) -> Need:
+        """What an object is expected to take."""
+        if learnt := self._learnt.get(name):
+            return Need(learnt.seconds, max(LEAST, int(learnt.memory * MARGIN)))
+        found = next((need for pattern, need in self.stated.items() if fnmatch(name, pattern)), None)
+        return found or Need(SECONDS, self.otherwise)
+
+    def measured(self) -> dict[str, Need]:
+        """What was measured of each object when it was last compiled here."""
+        return dict(self._learnt)
+
+    def learn(self, name: str, need: Need) -> None:
+        """Remember what an object took, unless that says nothing of the next time."""
+        if need.seconds >= BRIEF and need.memory > 0 and not any(probe in name for probe in PROBES):
+            with self._lock:
+                self._learnt[name] = need
+                self._new = True
+
+    def keep(self) -> None:
+        """Write down what was learnt. A disk that does not take it stops nothing."""
+        with self._lock:
+            if not self._new:
+                return
+            rows = {name: [round(need.seconds, 1), need.memory] for name, need in sorted(self._learnt.items())}
+            self._new = False
+        with contextlib.suppress(OSError):
+            files.write_json(self.path, rows)
+
+
+def _read(path: Path) -> dict[str, Need]:
+    rows = files.read_json(path)
+    found = {}
+    for name, row in rows.items() if isinstance(rows, dict) else ():
+        numbers = isinstance(row, list) and all(isinstance(one, (int, float)) and 0 < one < ABSURD for one in row)
+        if numbers and len(row) == 2:
+            found[name] = Need(float(row[0]), max(1, int(row[1])))
+    return found
