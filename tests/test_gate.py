@@ -331,7 +331,7 @@ def test_a_gate_that_closes_is_looked_for_again(worlds, monkeypatch):
 # --- under a real limit ---
 
 SCRIPT = """
-import subprocess, sys
+import subprocess, sys, time
 from pathlib import Path
 from voltforge.gate import Gate
 from voltforge.needs import Need, Needs
@@ -344,6 +344,8 @@ names = [f"{number}.o" for number in range(8)]
 (folder / "build.ninja").write_text(rule + "".join(f"build {name}: c\\n" for name in names))
 environ = {"VOLTFORGE_GATE": str(folder / "gate"), "VOLTFORGE_PACKAGE": "heavy", "PATH": "/usr/bin:/bin"}
 status = subprocess.call(["ninja", "-C", folder, "-j", "8", "-k", "0"], env=environ)
+while gate.status.running:
+    time.sleep(0.05)
 gate.keep()
 sys.exit(status)
 """

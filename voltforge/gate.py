@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import resource
 import selectors
 import socket
 import struct
@@ -13,8 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import psutil
 
 from voltforge import console, files
 from voltforge.errors import VoltforgeError
@@ -33,6 +32,7 @@ NAME = 1 << 16
 """Bytes that a job may say of itself."""
 LAUNCHER = Path(__file__).with_name("launch.py")
 """What stands before each compiler and asks for it."""
+PAGE = resource.getpagesize()
 US = os.getpid()
 """The first process of this run: doit's workers come later."""
 
@@ -231,10 +231,7 @@ class Gate:
         """See what each job holds, with all its children, and this process with all that it started."""
         if not self._running and self.limit is None:
             return
-        parents, held = {}, {}
-        for process in psutil.process_iter(["ppid", "memory_info"]):
-            parents[process.pid] = process.info["ppid"]
-            held[process.pid] = process.info["memory_info"].rss if process.info["memory_info"] else 0
+        parents, held = _processes()
         owners = {job.pid: job for job in self._running}
         for job in self._running:
             job.now = 0
@@ -283,6 +280,18 @@ def _peer(connection: socket.socket) -> int:
     """The process at the other end, as it is numbered here."""
     pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return int(pid)
+
+
+def _processes() -> tuple[dict[int, int], dict[int, int]]:
+    """The parent of each process and the bytes that it holds (proc_pid_stat(5)); four times a second, psutil's objects
+    for each of them took a twentieth of a core.
+    """
+    parents, held = {}, {}
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{entry}/stat", "rb") as stat:
+            words = stat.read().rpartition(b")")[2].split()  # a name may hold anything, brackets too
+            parents[int(entry)], held[int(entry)] = int(words[1]), int(words[21]) * PAGE
+    return parents, held
 
 
 def _most(pid: int) -> int:
