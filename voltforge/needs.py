@@ -18,7 +18,7 @@ MARGIN = 1.25
 LEAST = 128 << 20
 """Bytes that any compiler is expected to hold."""
 BRIEF = 0.5
-"""Seconds below which nothing is learnt of an object: it was not seen often enough, or failed."""
+"""Seconds below which nothing is learnt of an object's memory: it was not seen often enough, or failed."""
 ABSURD = 1e15
 """Seconds or bytes that nothing takes."""
 PROBES = ("cmTC_", "CMakeTmp", "CMakeScratch")
@@ -62,18 +62,20 @@ class Needs:
         return dict(self._learnt)
 
     def learn(self, name: str, need: Need) -> None:
-        """Remember what an object took, unless that says nothing of the next time."""
-        if need.seconds >= BRIEF and need.memory > 0 and not any(probe in name for probe in PROBES):
-            with self._lock:
-                self._learnt[name] = need
-                self._new = True
+        """Remember what an object took, but for what CMake compiles to see whether it can."""
+        if any(probe in name for probe in PROBES):
+            return
+        seen = need.seconds >= BRIEF and need.memory > 0
+        with self._lock:
+            self._learnt[name] = need if seen else Need(need.seconds, self.otherwise)
+            self._new = True
 
     def keep(self) -> None:
         """Write down what was learnt. A disk that does not take it stops nothing."""
         with self._lock:
             if not self._new:
                 return
-            rows = {name: [round(need.seconds, 1), need.memory] for name, need in sorted(self._learnt.items())}
+            rows = {name: [round(need.seconds, 3), need.memory] for name, need in sorted(self._learnt.items())}
             self._new = False
         with contextlib.suppress(OSError):
             files.write_json(self.path, rows)
