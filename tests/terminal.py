@@ -8,14 +8,17 @@ import os
 import pty
 import struct
 import subprocess
-import sys
 import termios
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyte
 
+from tests.checkouts import ROOT
+
 HEIGHT = 16
+NOT_OURS = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CI")
+"""Variables that would make another terminal of it."""
 
 
 class Terminal:
@@ -23,6 +26,8 @@ class Terminal:
 
     def __init__(self, width: int, height: int = HEIGHT) -> None:
         self.screen = pyte.HistoryScreen(width, height, history=10_000, ratio=0.5)
+        self.child: subprocess.Popen[bytes] | None = None
+        """The program that writes to it."""
         self.stream = pyte.ByteStream(self.screen)
 
     @property
@@ -37,19 +42,21 @@ class Terminal:
         return [line for line in (*map(str.rstrip, top), *self.rows) if line]
 
 
-def seen(script: str, width: int, folder: Path, env: Mapping[str, str] | None = None) -> Iterator[Terminal]:
-    """Run a Python script on a terminal, and give the terminal each time that more was written to it."""
+def seen(
+    argv: Sequence[str | Path], width: int, folder: Path, env: Mapping[str, str] | None = None, status: int = 0
+) -> Iterator[Terminal]:
+    """Run a program in ``folder`` on a terminal, and give the terminal each time that more was written to it."""
     terminal = Terminal(width)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", terminal.screen.lines, width, 0, 0))
-    clean = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR", "CI")}
-    environ = clean | {"TERM": "xterm", "PYTHONPATH": str(folder)} | dict(env or {})
-    words = [sys.executable, "-c", script]
-    with subprocess.Popen(words, env=environ, stdin=theirs, stdout=theirs, stderr=theirs) as child:
+    clean = {key: value for key, value in (env or os.environ).items() if key not in NOT_OURS}
+    words, environ = list(map(str, argv)), clean | {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, cwd=folder, env=environ, stdin=theirs, stdout=theirs, stderr=theirs) as child:
         os.close(theirs)
+        terminal.child = child
         with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
             while data := os.read(ours, 1 << 16):
                 terminal.stream.feed(data)
                 yield terminal
         os.close(ours)
-    assert child.returncode == 0, terminal.transcript
+    assert child.returncode == status, terminal.transcript

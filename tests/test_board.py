@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import threading
 import time
 
@@ -52,7 +53,7 @@ NOTES = {f"  {word} {number}" for word in ("fetched", "compiled") for number in 
 def watched(request):
     """All that a terminal of that width showed, moment after moment, and what was left on it."""
     moments, last = [], None
-    for last in seen(PROGRAM, request.param, ROOT):
+    for last in seen([sys.executable, "-c", PROGRAM], request.param, ROOT):
         moments.append(last.rows)
     assert last
     return request.param, moments, last
