@@ -15,7 +15,7 @@ from uv import find_uv_bin
 from tests.beside import Beside
 from tests.checkouts import ROOT, doit, small_checkout
 from tests.tally import Tally
-from voltforge import files, kernels, signing
+from voltforge import console, files, kernels, signing
 from voltforge.checkout import Settings
 from voltforge.environment import Environment, create
 from voltforge.pipeline import Pipeline
@@ -28,7 +28,9 @@ settings.register_profile("explore", print_blob=True)
 settings.load_profile("repeatable")
 
 
-os.environ.pop("CI", None)  # where output has times; the tests read it as a person does who is at home
+# The tests read what a person does at home who sends it to a file: without times, and as wide as that is.
+os.environ.pop("CI", None)
+console.screen.width = console.PLAIN_WIDTH  # xdist gives its workers the width of its own terminal
 
 
 SHARED = {"vllm": "the checkout", "repository": "small builds", "toolchain": "small builds"}
