@@ -186,6 +186,44 @@ def test_a_stage_elsewhere_says_nothing_by_itself(paper):
     assert paper.text == ""
 
 
+# --- the log ---
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "_log", None)
+    path = tmp_path / "logs" / "run.log"
+    console.keep(path, "doit [x]")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["paper", "terminal"])
+def test_the_log_has_everything_once_with_its_time_and_without_colours(request, kind, log, monkeypatch):
+    request.getfixturevalue(kind)
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
+    console.step("build [x]")
+    console.error(VoltforgeError("a\nb", hint="c"))
+    with console.live("uv") as tell:
+        for text in ("Resolved", "Prepared", "Installed"):
+            tell(text)
+        tell(Work("a.o", 1, 2))
+    console.table("", ("name",), [("cell",)])
+    lines = log.read_text().splitlines()
+    assert [STAMPED.sub("", line) for line in lines if STAMPED.match(line)] == [
+        "$ doit [x]", "* build [x]", "x a", "b", "  try: c", "  uv: Resolved", "  uv: Prepared", "  uv: Installed",
+    ]  # fmt: skip
+    assert any("cell" in line for line in lines)
+    assert "\x1b" not in log.read_text()
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(paper, tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "_log", None)
+    (tmp_path / "file").write_text("")
+    console.keep(tmp_path / "file" / "run.log", "doit")
+    console.step("goes on")
+    assert paper.text == "* goes on\n"
+
+
 # --- in CI ---
 
 STAMPED = re.compile(r"\d\d:\d\d:\d\d ")

@@ -335,6 +335,27 @@ def test_on_a_terminal_a_download_is_a_row_and_ctrl_c_leaves_nothing_of_it(check
     assert not last.screen.cursor.hidden
 
 
+def test_the_log_of_a_run_has_all_that_was_said_and_why_it_failed(checkout):
+    log = checkout.root / "build" / "logs" / "run.log"
+    assert checkout.doit("tree:thing", "jobs=1").returncode == 0
+    lines = log.read_text().splitlines()
+    assert [line[9:] for line in lines if line[9] in "$*"] == [
+        "$ doit tree:thing jobs=1", "* fetch thing-1.0.tar.gz", "* unpack thing-1.0.tar.gz and apply 0 patches",
+    ]  # fmt: skip
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    assert checkout.doit("tree:thing").returncode == 0
+    assert log.read_text().splitlines() == lines, "a run that has nothing to do says nothing"
+    folder = checkout.root / "patches" / "thing"
+    folder.mkdir(parents=True)
+    (folder / "0001-two.patch").write_text("Subject: two\n---\n--- a/thing.py\n+++ b/thing.py\n@@ -1 +1 @@\n-7\n+2\n")
+    for _ in seen(["./doit", "tree:thing"], 20, checkout.root, checkout.env, FAILED):
+        pass
+    text = log.read_text()
+    assert "* fetch" not in text
+    assert " x thing/0001-two.patch does not apply:\n" in text
+    assert "Hunk #1 FAILED at 1." in text
+
+
 COLOURS = re.compile(r"\x1b\[(?:\d+;)*[349]\d(?:;\d+)*m")
 
 

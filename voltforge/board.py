@@ -152,14 +152,17 @@ class Row:
             return None, None
         return timed.usual - (now - timed.start), (now - timed.start) / timed.usual
 
-    def drawn(self, width: int, now: float) -> RenderableType:
-        """The row in ``width`` columns, never more."""
+    def drawn(self, width: int, now: float, label: int = 0) -> RenderableType:
+        """The row in ``width`` columns, never more; the label takes at least ``label`` of them if nothing has to go."""
         cells = self.cells(now)
         bar = max(8, min(24, width // 6))
         for part, said in cells.items():
             needed = {"bar": bar, "text": LEAST_TEXT}.get(part, cell_len(said))
             self.widths[part] = max(self.widths.get(part, 0), needed)
-        widths = fitting({part: self.widths[part] for part in cells}, width)
+        wanted = {part: self.widths[part] for part in cells}
+        widths, aligned = fitting(wanted, width), fitting(wanted | {"label": max(label, wanted["label"])}, width)
+        if widths.keys() == aligned.keys():
+            widths = aligned
         grid = Table.grid(padding=(0, GAP, 0, 0), pad_edge=False)
         for wide in widths.values():
             grid.add_column(width=wide, no_wrap=True, overflow="ellipsis")
@@ -267,7 +270,8 @@ class Board:
         if not shown or not self._live:
             return ""
         width, now = self._live.console.width, time.monotonic()
-        return Group(*(row.drawn(width, now) for row in shown))
+        label = max(cell_len(printable(row.label)) for row in shown)
+        return Group(*(row.drawn(width, now, label) for row in shown))
 
 
 def printable(text: str) -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +31,25 @@ screen = Console(
 )  # fmt: skip
 """Where it is printed: standard output. rich honours NO_COLOR, FORCE_COLOR and TERM=dumb."""
 _board = Board()
+_log: Console | None = None
+
+
+def keep(path: Path, title: str) -> None:
+    """Write all that is said from now on to a file too, with the time, and all that is told of work without a log.
+
+    A line that is no longer on the terminal, or never was, is there. The first call in a process counts; where it
+    cannot be written, nothing is.
+    """
+    global _log
+    if _log is None:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+            file = path.open("a", encoding="utf-8", errors="replace", buffering=1)
+            _log = Console(
+                file=file, width=PLAIN_WIDTH, soft_wrap=True, highlight=False, force_terminal=False, color_system=None
+            )
+            _keep(Text(f"$ {title}"))
 
 
 def step(text: str) -> None:
@@ -64,6 +84,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
         sheet.add_row(*(Text(cell) for cell in row))
     with _board.lock:
         screen.print(sheet)
+        _keep(sheet)
 
 
 @contextlib.contextmanager
@@ -96,20 +117,22 @@ def live(label: str) -> Iterator[Callable[[str | Work], None]]:
 
     A row on a terminal, a line every few seconds elsewhere.
     """
-    if screen.is_interactive:
-        with _board.row(screen, label) as row:
-            yield row.tell
-        return
-    start = said = time.monotonic()
+    with _board.row(screen, label) if screen.is_interactive else contextlib.nullcontext() as row:
+        start = said = time.monotonic()
 
-    def tell(news: str | Work) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= PLAIN_INTERVAL:
-            said = now
-            note(f"{label}: {news.line(now - start) if isinstance(news, Work) else news}")
+        def tell(news: str | Work) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if isinstance(news, str):
+                _keep(Text(f"  {label}: {news}"))
+            if row:
+                row.tell(news)
+            elif now - said >= PLAIN_INTERVAL:
+                said = now
+                text = news.line(now - start) if isinstance(news, Work) else news
+                _print(Text.assemble("  ", (f"{label}: {text}", "dim")))
 
-    yield tell
+        yield tell
 
 
 @contextlib.contextmanager
@@ -125,8 +148,25 @@ def stage(name: str, usual: float | None = None) -> Iterator[None]:
 def _say(*parts: str | tuple[str, str]) -> None:
     """One line of texts, or of texts and styles: as they are, for a path or a compiler's words may look like markup."""
     line = Text.assemble(*parts)
+    _keep(line)
+    _print(line)
+
+
+def _print(line: Text) -> None:
     if not screen.is_interactive and os.environ.get("CI", "").lower() not in ("", "0", "no", "false"):
-        stamp = time.strftime("%H:%M:%S ")
-        line = Text("\n").join(Text.assemble(stamp, one) for one in line.split("\n", allow_blank=True))
+        line = _stamped(line)
     with _board.lock:
         screen.print(line)
+
+
+def _keep(what: Text | Table) -> None:
+    """Put it into the log, if there is one; a full disk does not stop what is said."""
+    if _log:
+        with _board.lock, contextlib.suppress(OSError):
+            _log.print(_stamped(what) if isinstance(what, Text) else what)
+
+
+def _stamped(text: Text) -> Text:
+    """The text with the time before each of its lines."""
+    stamp = time.strftime("%H:%M:%S ")
+    return Text("\n").join(Text.assemble(stamp, line) for line in text.split("\n", allow_blank=True))

@@ -109,8 +109,12 @@ def of(stage: Stage, checkout: Checkout) -> dict[str, Any]:
             stage.run()
 
     def nothing_to_do() -> bool:
+        if stage.current():
+            return True
         # The turn is taken here, in doit's own process, and not by its workers (doit -n).
-        return stage.current() or (turn.take() and stage.current())
+        waited = turn.take()
+        console.keep(checkout.scratch / "logs" / "run.log", turn.command)
+        return waited and stage.current()
 
     before = [one.name for one in stage.after()]
     return {**action(timed), "uptodate": [nothing_to_do], "task_dep": before}
