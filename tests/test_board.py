@@ -269,6 +269,18 @@ def test_whatever_a_row_is_told_it_takes_one_line_and_no_column_too_many(label, 
     assert cell_len(line) <= width
 
 
+COUNTS = st.none() | st.integers(-(2**63), 2**63)
+
+
+@given(st.builds(Work, ANY, *[COUNTS] * 8, left=st.none() | st.floats()), st.booleans(), st.floats(0, 1e9))
+def test_no_numbers_are_so_odd_that_a_row_or_a_line_cannot_tell_them(work, bytes, elapsed):
+    row = Row("x", bytes=bytes, work=work, start=0.0, around=Row("y", usual=elapsed / 2, start=0.0))
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None, _environ={})
+    console.print(row.drawn(100, elapsed))
+    assert "\n" not in console.file.getvalue().rstrip("\n")
+    assert clock(elapsed) in work.line(elapsed)
+
+
 @given(st.dictionaries(st.sampled_from(PARTS), st.integers(1, 60)), st.integers(1, 200))
 def test_what_fits_is_kept_and_what_is_least_important_goes_first(widths, width):
     widths |= {"label": 10, "count": 5}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import re
 import threading
 import time
@@ -232,9 +233,10 @@ class Board:
         """Take all rows away and give the cursor back."""
         with self.lock:
             self._rows.clear()
-            if self._live:
-                self._live.stop()
-                self._live = None
+            live, self._live = self._live, None
+            if live:
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    live.stop()
 
     @contextlib.contextmanager
     def _shown(self, screen: Console, row: Row) -> Iterator[None]:
@@ -263,7 +265,10 @@ class Board:
             with self.lock:
                 if live is not self._live:
                     return
-                live.refresh()
+                try:
+                    live.refresh()
+                except OSError:  # the terminal is gone
+                    return
 
     def _drawn(self) -> RenderableType:
         shown = [row for row in self._rows if not row.inside]
@@ -280,7 +285,9 @@ def printable(text: str) -> str:
 
 
 def clock(seconds: float) -> str:
-    """``1:05`` or ``2:01:05``."""
+    """``1:05`` or ``2:01:05``; a time that is none is ``?``."""
+    if not math.isfinite(seconds):
+        return "?"
     minutes, rest = divmod(int(max(0.0, seconds)), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
