@@ -13,7 +13,7 @@ PIPELINE = tasks.loaded(ROOT, get_var)
 RUNTIME = Runtime(PIPELINE)
 DOIT_CONFIG = {
     "default_tasks": ["about"],
-    "reporter": tasks.Reporter,
+    "reporter": tasks.reporter(PIPELINE),
     "verbosity": 2,
     "continue": PIPELINE.store.offline,  # then all that is missing is told at once
 }
@@ -27,8 +27,8 @@ def task_wheels():
 def task_image():
     """put the wheels together to a slim runtime image: an OCI archive in build/image/ (base=IMAGE)"""
     base, why = "make a base of the distribution's packages, where no registry can be reached", "print what weighs what"
-    yield {**tasks.of(RUNTIME.image, PIPELINE.turn), "basename": "image"}
-    yield {**tasks.of(RUNTIME.base, PIPELINE.turn), "basename": "image:base", "doc": base}
+    yield {**tasks.of(RUNTIME.image, PIPELINE), "basename": "image"}
+    yield {**tasks.of(RUNTIME.base, PIPELINE), "basename": "image:base", "doc": base}
     yield {**tasks.action(RUNTIME.why), "basename": "image:why", "doc": f"{why} in the image, and what was left out"}
 
 
@@ -54,7 +54,7 @@ def task_verify():
 
 def task_gpu_bundle():
     """put the kernels of 7.0, inputs and references into one file, to be run on a machine with a card and no network"""
-    return {**tasks.of(gpu.bundle(PIPELINE), PIPELINE.turn), "basename": "gpu-bundle"}
+    return {**tasks.of(gpu.bundle(PIPELINE), PIPELINE), "basename": "gpu-bundle"}
 
 
 def task_reproduce():
@@ -128,7 +128,7 @@ def task_tree():
 
 def task_toolchain():
     """stage 3: a CUDA 12 toolkit that can target the arch (cuda=system|redist|distro picks one)"""
-    return tasks.of(PIPELINE.toolchain, PIPELINE.turn)
+    return tasks.of(PIPELINE.toolchain, PIPELINE)
 
 
 def task_environment():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.beside import Beside
 from tests.checkouts import ROOT, doit, small_checkout
 from tests.tally import Tally
-from voltforge import files, kernels, signing
+from voltforge import console, files, kernels, signing
 from voltforge.checkout import Settings
 from voltforge.environment import Environment, create
 from voltforge.pipeline import Pipeline
@@ -28,6 +29,12 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", print_blob=True)
 settings.load_profile("repeatable")
 
+
+# The tests read what a person does at home who sends it to a file: without times, and as wide as that is.
+# xdist gives its workers the width of a terminal.
+os.environ.pop("CI", None)
+os.environ.pop("COLUMNS", None)
+console.screen.width = console.PLAIN_WIDTH
 
 TOGETHER = {
     "vllm": ("choices", "gpu", "image", "kernels", "model", "native", "numbers", "operations", "ptx", "vllm"),

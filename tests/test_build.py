@@ -20,6 +20,7 @@ from tests.checkouts import ROOT, edited, small_checkout
 from tests.rights import ordinary_user
 from tests.tally import Tally
 from voltforge import build, environment, files, sandbox, wheel
+from voltforge.board import Work
 from voltforge.build import BuildError, DiskError, Progress, Workshop, first_error, from_the_future
 from voltforge.checkout import Settings
 from voltforge.environment import Environment
@@ -50,14 +51,12 @@ def objects(pipeline: Pipeline) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (pipeline.scratch / "work").rglob("*.cu.o")}
 
 
-def test_the_live_line_tells_step_object_time_and_memory() -> None:
+def test_its_progress_is_step_object_and_memory() -> None:
     progress = Progress()
-    assert progress.see("-- Detecting CXX", Usage()).startswith("configuring, 0:00")
-    line = progress.see(
-        "[3/41] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o", Usage(now=1_500_000_000)
-    )
-    assert line == "[3/41] cache_kernels.cu.o, 0:00, 1.50 GB"
-    assert progress.see("", Usage(now=1)).startswith("[3/41] cache_kernels.cu.o")
+    assert progress.see("-- Detecting CXX", Usage()) == Work("configuring", memory=0)
+    line = "[3/41] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"
+    assert progress.see(line, Usage(now=1_500_000_000)) == Work("cache_kernels.cu.o", 3, 41, memory=1_500_000_000)
+    assert progress.see("", Usage(now=1)) == Work("cache_kernels.cu.o", 3, 41, memory=1)
 
 
 def test_the_first_error_is_shown_and_not_the_ten_thousand_lines_after_it(tmp_path: Path) -> None:

@@ -49,6 +49,19 @@ def test_it_still_works_where_a_sandbox_shows_it(lock: Path, indexes: Indexes, t
     assert subprocess.run([moved.python, "-c", "import greeting"]).returncode == 0
 
 
+def test_its_files_are_those_of_uvs_cache_and_take_no_room_of_their_own(
+    lock: Path, indexes: Indexes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is beside it here: across file systems nothing can be linked."""
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("UV_LINK_MODE", raising=False)
+    made = environment.create(lock, tmp_path / "environment", indexes, offline=True)
+    installed = (made.site_packages / "greeting.py").stat()
+    cached = [path.stat().st_ino for path in (tmp_path / "cache").rglob("greeting.py")]
+    assert cached == [installed.st_ino]
+    assert installed.st_nlink == 2
+
+
 def test_another_hash_is_refused_and_nothing_is_left(lock: Path, indexes: Indexes, tmp_path: Path) -> None:
     lock.write_text(re.sub("sha256:.*", f"sha256:{'0' * 64}", lock.read_text()))
     with pytest.raises(InstallError, match=r"greeting\.txt could not be installed: .*[Hh]ash"):

@@ -8,6 +8,7 @@ import io
 import random
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -608,6 +609,132 @@ def test_certificates_that_are_not_trusted_are_said_at_once_with_the_setting_tha
             assert f"{name}, which SSL_CERT_FILE names" in outcomes(error)[0]
         indexes = Indexes(None, certificate=str(tmp_path / "good.pem"))
         assert store(tmp_path / "s", indexes).get(artifact(server)).read_bytes() == DATA
+
+
+# --- several at once ---
+
+
+def several(server: Server, count: int, **more) -> list[Artifact]:
+    """So many files of that server, each with content of its own."""
+    made = []
+    for number in range(count):
+        data = random.Random(number).randbytes(100_000)
+        server.files[f"/file-{number}"] = data
+        made.append(artifact(server, data, f"file-{number}", **more))
+    return made
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_four_files_come_at_once_and_no_more(tmp_path, server):
+    wanted, hold = several(server, 9), threading.Event()
+    server.faults = {f"/{one.file}": [Fault(hold=hold)] for one in wanted}
+    paths: list[Path] = []
+    fetching = threading.Thread(target=lambda: paths.extend(store(tmp_path).get_all(wanted)))
+    fetching.start()
+    wait_until(lambda: len(server.asked) >= fetch.AT_ONCE)
+    time.sleep(0.3)  # in which a fifth would have been asked for
+    assert len(server.asked) == fetch.AT_ONCE == 4
+    hold.set()
+    fetching.join()
+    assert [path.name for path in paths] == [one.file for one in wanted]
+    assert [path.read_bytes() for path in paths] == [server.files[f"/{one.file}"] for one in wanted]
+
+
+def test_a_file_is_given_while_others_are_on_their_way(tmp_path, server):
+    wanted, hold = several(server, 3), threading.Event()
+    server.faults = {f"/{one.file}": [Fault(hold=hold)] for one in wanted[:2]}
+    arriving = store(tmp_path).arriving(wanted)
+    assert next(arriving) == (wanted[2], tmp_path / wanted[2].sha256[:16] / "file-2")
+    hold.set()
+    assert {one for one, _ in arriving} == set(wanted[:2])
+
+
+def test_a_file_that_is_named_twice_is_fetched_once(tmp_path, server, said):
+    wanted = artifact(server)
+    assert store(tmp_path).get_all([wanted, *several(server, 1), wanted])[::2] == [store(tmp_path).get(wanted)] * 2
+    assert server.paths().count(PATH) == 1
+    assert said.getvalue() == ""
+
+
+def test_of_many_files_all_that_are_missing_are_said_in_the_order_asked_for(tmp_path, server):
+    wanted = several(server, 12)
+    for one in wanted[::2]:
+        del server.files[f"/{one.file}"]
+    error = problem(store(tmp_path), *wanted)
+    assert [missing.artifact for missing in error.missing] == wanted[::2]
+    assert all(store(tmp_path).holds(one) for one in wanted[1::2])
+
+
+def test_the_machines_indexes_are_asked_for_once_however_many_files_want_them(tmp_path, server):
+    asked = []
+
+    def ask() -> Indexes:
+        asked.append(1)
+        time.sleep(0.1)  # in which others ask too
+        return NO_INDEX
+
+    many = Store(tmp_path, ask_indexes=ask, ask_archives=lambda: (), patience=Patience(attempts=1))
+    many.get_all(several(server, 4))
+    assert asked == [1]
+
+
+def test_a_file_that_cannot_be_kept_ends_the_others_and_the_next_run_goes_on_from_what_came(tmp_path, server):
+    stalls, fails = several(server, 2)
+    hold = threading.Event()
+    server.faults = {f"/{stalls.file}": [Fault(cut=50_000, stall=True)], f"/{fails.file}": [Fault(hold=hold)]}
+    part, blocked = part_of(tmp_path, stalls), tmp_path / fails.sha256[:16] / fails.file
+
+    def block() -> None:
+        wait_until(lambda: part.exists() and part.stat().st_size == 50_000)
+        (blocked / "no file").mkdir(parents=True)  # where the finished file would be put
+        hold.set()
+
+    before = set(threading.enumerate())
+    blocking = threading.Thread(target=block)
+    blocking.start()
+    with pytest.raises(NotKeptError):
+        store(tmp_path).get_all([stalls, fails])
+    blocking.join()
+    assert [one for one in threading.enumerate() if one not in before and one.name.startswith("together")] == []
+    assert store(tmp_path).get(stalls).read_bytes() == server.files[f"/{stalls.file}"]
+    assert (f"/{stalls.file}", 50_000, 50_000) in server.sent
+
+
+FETCH_ALL = """
+import signal, sys
+from pathlib import Path
+from voltforge.fetch import Artifact, Store
+from voltforge.index import Indexes
+signal.signal(signal.SIGINT, signal.default_int_handler)
+folder, url, *hashes = sys.argv[1:]
+store = Store(Path(folder), ask_indexes=lambda: Indexes(None), ask_archives=lambda: ())
+try:
+    store.get_all([Artifact(f"file-{n}", one, url=f"{url}/file-{n}") for n, one in enumerate(hashes)])
+except KeyboardInterrupt:
+    import threading
+    sys.exit(130 if threading.active_count() == 1 else 131)
+"""
+
+
+def test_ctrl_c_ends_all_downloads_and_the_next_run_goes_on_from_each(tmp_path, server):
+    wanted = several(server, 3)
+    server.faults = {f"/{one.file}": [Fault(cut=40_000, stall=True)] for one in wanted}
+    argv = [sys.executable, "-c", FETCH_ALL, str(tmp_path), server.url, *(one.sha256 for one in wanted)]
+    parts = [part_of(tmp_path, one) for one in wanted]
+    with subprocess.Popen(argv, cwd=ROOT) as child:
+        wait_until(lambda: all(part.exists() and part.stat().st_size == 40_000 for part in parts))
+        child.send_signal(signal.SIGINT)
+        # 130: interrupted, and no thread was left; a stalled server is otherwise waited for a minute.
+        assert child.wait(20) == 130
+    paths = store(tmp_path).get_all(wanted)
+    assert [path.read_bytes() for path in paths] == [server.files[f"/{one.file}"] for one in wanted]
+    assert sorted(server.sent[-3:]) == [(f"/file-{number}", 40_000, 60_000) for number in range(3)]
 
 
 # --- this machine ---

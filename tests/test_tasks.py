@@ -9,6 +9,7 @@ import signal
 import site
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from tests import samples
 from tests.checkouts import pack
 from tests.servers import Fault, Server, serving
+from tests.terminal import seen
 from voltforge import files
 from voltforge.reproduce import NotReproducible
 
@@ -251,6 +253,130 @@ def test_an_interrupted_run_exits_130_and_the_next_goes_on(checkout, server, num
     assert "interrupted: what was finished is kept" in output
     assert "Traceback" not in output
     assert checkout.doit("tree:thing").returncode == 0
+
+
+# --- what several packages need ---
+
+
+@pytest.fixture
+def two(checkout, server, tmp_path) -> Checkout:
+    """A checkout with another recipe beside the thing's."""
+    sdist = pack(samples.tree(tmp_path / "other", {"other.py": "2\n"}), tmp_path / "other-1.0.tar.gz").read_bytes()
+    server.files["/other-1.0.tar.gz"] = sdist
+    path = checkout.recipe(f"{server.url}/other-1.0.tar.gz", files.sha256_bytes(sdist), "other")
+    path.write_text(path.read_text().replace('name = "thing"', 'name = "other"').replace('"thing-1', '"other-1'))
+    del checkout.env["FORCE_COLOR"]
+    return checkout
+
+
+def test_the_sources_of_all_packages_that_a_run_needs_are_fetched_together(two, server):
+    hold, together = threading.Event(), []
+    server.faults = {f"/{name}-1.0.tar.gz": [Fault(hold=hold)] for name in ("thing", "other")}
+
+    def watch() -> None:
+        deadline = time.monotonic() + 25
+        while len(server.asked) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        together.extend(server.paths())
+        hold.set()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    done = two.doit("tree:*")
+    watching.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(together) == ["/other-1.0.tar.gz", "/thing-1.0.tar.gz"]
+    assert len(server.asked) == 2
+    assert sorted(re.findall(r"^\* (\w+ [\w.-]+)", done.stdout, re.MULTILINE)) == [
+        "fetch other-1.0.tar.gz", "fetch thing-1.0.tar.gz", "unpack other-1.0.tar.gz", "unpack thing-1.0.tar.gz",
+    ]  # fmt: skip
+
+
+def test_a_run_fetches_no_source_that_it_does_not_need(two, server):
+    assert two.doit("tree:thing").returncode == 0
+    assert server.paths() == ["/thing-1.0.tar.gz"]
+
+
+def test_a_source_that_is_not_to_be_had_is_said_early_and_stops_only_its_own_package(two, server):
+    del server.files["/thing-1.0.tar.gz"]
+    done = two.doit("tree:other", "tree:thing")
+    assert done.returncode == FAILED
+    assert "! thing-1.0.tar.gz: needed later, and not to be had so far\n" in done.stdout
+    before, after = done.stdout.split("* unpack other-1.0.tar.gz")
+    assert "needed later" in before
+    assert "x 1 file not to be had:" in after
+
+
+# --- what a person sees of it ---
+
+
+def test_how_long_a_stage_took_is_remembered_and_a_record_of_it_that_is_spoilt_stops_nothing(checkout):
+    graph = checkout.root / "dodo.py"
+    graph.write_text(f"{graph.read_text()}\n\nfrom voltforge import history\n\nhistory.LEAST = 0.0\n")
+    kept = checkout.root / "build" / "stages" / "history.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("[")
+    assert checkout.doit("tree:thing").returncode == 0
+    assert set(files.read_json(kept)) == {"fetch:thing", "tree:thing"}
+
+
+def test_on_a_terminal_a_download_is_a_row_and_ctrl_c_leaves_nothing_of_it(checkout, server):
+    server.faults["/thing-1.0.tar.gz"] = [Fault(cut=100, stall=True)]
+    interrupted, row, last = False, re.compile(r"thing-1\.0\.tar\.gz +\d"), None
+    for last in seen(["./doit", "tree:thing"], 80, checkout.root, checkout.env, INTERRUPTED):
+        if not interrupted and any(map(row.match, last.rows)):
+            assert last.screen.cursor.hidden
+            last.child.send_signal(signal.SIGINT)
+            interrupted = True
+    assert interrupted
+    assert last.transcript[0] == "* fetch thing-1.0.tar.gz"
+    assert last.transcript[-1].startswith("! interrupted: what was finished is kept")
+    assert not any(map(row.match, last.transcript))
+    assert not last.screen.cursor.hidden
+
+
+def test_the_log_of_a_run_has_all_that_was_said_and_why_it_failed(checkout):
+    log = checkout.root / "build" / "logs" / "run.log"
+    assert checkout.doit("tree:thing", "jobs=1").returncode == 0
+    lines = log.read_text().splitlines()
+    assert [line[9:] for line in lines if line[9] in "$*"] == [
+        "$ doit tree:thing jobs=1", "* fetch thing-1.0.tar.gz", "* unpack thing-1.0.tar.gz and apply 0 patches",
+    ]  # fmt: skip
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    assert checkout.doit("tree:thing").returncode == 0
+    assert log.read_text().splitlines() == lines, "a run that has nothing to do says nothing"
+    folder = checkout.root / "patches" / "thing"
+    folder.mkdir(parents=True)
+    (folder / "0001-two.patch").write_text("Subject: two\n---\n--- a/thing.py\n+++ b/thing.py\n@@ -1 +1 @@\n-7\n+2\n")
+    for _ in seen(["./doit", "tree:thing"], 20, checkout.root, checkout.env, FAILED):
+        pass
+    text = log.read_text()
+    assert "* fetch" not in text
+    assert " x thing/0001-two.patch does not apply:\n" in text
+    assert "Hunk #1 FAILED at 1." in text
+
+
+COLOURS = re.compile(r"\x1b\[(?:\d+;)*[349]\d(?:;\d+)*m")
+
+
+@pytest.mark.parametrize("words", [("--no-color", "tree:thing"), ("tree:thing", "--no-color")])
+def test_without_colour_if_asked_wherever_on_the_line_it_stands(checkout, words):
+    done = checkout.doit(*words)
+    assert done.returncode == 0, done.stderr
+    assert "fetch thing-1.0.tar.gz" in done.stdout
+    assert not COLOURS.search(done.stdout)
+    shutil.rmtree(checkout.root / "build")
+    assert COLOURS.search(checkout.doit("tree:thing").stdout)
+    assert "--no-color" in checkout.doit().stdout
+
+
+def test_in_ci_each_line_has_its_time_but_a_table_of_contents_has_none(checkout):
+    del checkout.env["FORCE_COLOR"]
+    checkout.env["CI"] = "true"
+    lines = checkout.doit("tree:thing").stdout.splitlines()
+    assert len(lines) >= 2
+    assert all(re.match(r"\d\d:\d\d:\d\d [*! x] ?", line) for line in lines)
+    assert not re.search(r"\d\d:\d\d:\d\d", checkout.doit("list").stdout)
 
 
 # --- the script ---

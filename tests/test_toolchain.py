@@ -7,15 +7,20 @@ import os
 import re
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
 
+from tests.checkouts import pack
+from tests.servers import Fault, serving
 from voltforge import cubin, files
 from voltforge import toolchain as module
 from voltforge.errors import VoltforgeError
 from voltforge.fetch import Store
+from voltforge.index import Indexes
 from voltforge.recipe import CudaRecipe, Source, load_cuda
 from voltforge.toolchain import STUB_STATUS, Toolchain, ToolchainError
 
@@ -100,7 +105,7 @@ def test_all_reasons_are_told_when_no_toolkit_will_do(recipe: CudaRecipe, tmp_pa
     system, redist, distro = caught.value.reasons
     assert system.startswith("system: ")
     assert "13.0.88" in system
-    assert recipe.redist.archives[0].file in redist
+    assert "cuda_nvprune-linux-x86_64-12.8.90-archive.tar.xz" in redist, "the smallest is asked for first"
     assert recipe.distro.archives[0].file in distro
     assert "CUDA_HOME" in caught.value.hint
 
@@ -123,6 +128,48 @@ def test_a_host_compiler_newer_than_the_headers_allow_is_refused_with_the_one_to
         module.host_compiler(tmp_path)
     with pytest.raises(ToolchainError, match=r"no g\+\+ on PATH"):
         module.host_compiler(tmp_path, {"PATH": str(tmp_path)})
+
+
+def test_an_archive_is_unpacked_while_another_is_still_on_its_way(recipe: CudaRecipe, tmp_path: Path) -> None:
+    """They hold no compilers: that is found out when all of them are unpacked, and nothing is left behind then."""
+    lock = tmp_path / "none.txt"
+    lock.write_text("")
+    hold = threading.Event()
+    with serving() as server:
+        sources = []
+        for name in ("small", "large", "late"):
+            folder = tmp_path / name
+            (folder / "lib64").mkdir(parents=True)
+            (folder / "lib64" / f"lib{name}.a").write_bytes(
+                os.urandom({"small": 10, "large": 20_000, "late": 20_000}[name])
+            )
+            data = pack(folder, tmp_path / f"{name}.tar.gz").read_bytes()
+            server.files[f"/{name}.tar.gz"] = data
+            sha256 = files.sha256_bytes(data)
+            sources.append(
+                Source(file=f"{name}.tar.gz", sha256=sha256, size=len(data), url=f"{server.url}/{name}.tar.gz")
+            )
+        server.faults["/late.tar.gz"] = [Fault(hold=hold)]
+        redist = recipe.redist.model_copy(update={"archives": tuple(sources), "lock": str(lock)})
+        store = Store(tmp_path / "downloads", ask_indexes=lambda: Indexes(None), ask_archives=lambda: ())
+        made = tmp_path / "made"
+        unpacked: list[bool] = []
+
+        def watch() -> None:
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline and not list(made.glob(".redist*/parts/1/**/liblarge.a")):
+                time.sleep(0.01)
+            unpacked.append(time.monotonic() < deadline and "/late.tar.gz" in server.paths())
+            hold.set()
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        with pytest.raises(ToolchainError, match="the archives lack bin/nvcc"):
+            module.select(recipe.model_copy(update={"redist": redist}), "redist", store, made)
+        watching.join()
+    assert unpacked == [True]
+    assert server.paths()[0] == "/small.tar.gz", "a host that cannot be reached is asked about the smallest"
+    assert list(made.iterdir()) == []
 
 
 @pytest.mark.slow

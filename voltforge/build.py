@@ -7,12 +7,12 @@ import functools
 import os
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from voltforge import console, files, options, sandbox
+from voltforge.board import Work
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError, remedy
 from voltforge.gate import Gate
@@ -305,19 +305,17 @@ def from_the_future(folder: Path) -> Path | None:
 
 
 class Progress:
-    """What the live line says, from the lines that a build prints: ninja's ``[n/m]``, time and memory."""
+    """What is known of a build that goes on, from the lines that it prints (ninja's ``[n/m]``) and what it uses."""
 
     def __init__(self) -> None:
-        self.text = "configuring"
-        self.start = time.monotonic()
+        self.work = Work("configuring")
 
-    def see(self, line: str, usage: Usage) -> str:
-        """Take a line in and give the newest text."""
+    def see(self, line: str, usage: Usage) -> Work:
+        """Take a line in and give all that is known now."""
         if match := re.match(r"\[(\d+)/(\d+)\] (.*)", line):
             target = match[3].split()[-1].rsplit("/", 1)[-1]
-            self.text = f"[{match[1]}/{match[2]}] {target}"
-        elapsed = int(time.monotonic() - self.start)
-        return f"{self.text}, {elapsed // 60}:{elapsed % 60:02}, {files.size(usage.now)}"
+            self.work = Work(target, int(match[1]), int(match[2]))
+        return replace(self.work, memory=usage.now)
 
 
 def first_error(log: Path) -> str:

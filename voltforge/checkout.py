@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from voltforge import signing
 from voltforge.cache import Cache
-from voltforge.fetch import Store
+from voltforge.fetch import Artifact, Store
+from voltforge.history import History
 from voltforge.recipe import CHOICES
 from voltforge.signing import Signer, Trust
 from voltforge.turn import Turn
@@ -56,6 +57,8 @@ class Checkout:
 
     root: Path
     settings: Settings = Settings()
+    needed: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """The stages that this run is about to need, by name; doit tells which."""
 
     @property
     def scratch(self) -> Path:
@@ -91,6 +94,15 @@ class Checkout:
     def wheelhouse(self) -> Wheelhouse:
         """What came out."""
         return Wheelhouse(self.root / "wheelhouse")
+
+    @property
+    def history(self) -> History:
+        """How long the stages took here."""
+        return History(self.record("history"))
+
+    def awaited(self) -> list[Artifact]:
+        """The sources that this run needs and does not have yet."""
+        return []
 
     def record(self, stage: str) -> Path:
         """Where a stage keeps what it made, by its name: ``tree:vllm``."""

@@ -209,3 +209,4 @@ def about(graph: ModuleType) -> None:
         ("./doit …", ""),
         [(name, (made.__doc__ or "").strip()) for name, made in tasks.items()],
     )
+    console.note("./doit --no-color …, or NO_COLOR=1 in the environment: no colours")

@@ -7,8 +7,9 @@ import fcntl
 import hashlib
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,9 +22,14 @@ import urllib3
 from voltforge import console, distro, files, index
 from voltforge.errors import VoltforgeError, listed, remedy
 from voltforge.index import HASH, Indexes, Patience, answered, explained, local_path, redacted
+from voltforge.together import Halt, each
 
 MOST = 64 * 10**9
 """Bytes beyond which a file of unknown size is not downloaded."""
+AT_ONCE = 4
+"""Files that are fetched at the same time, and so connections in all: no more than browsers make to one host."""
+WAIT = 0.2
+"""Seconds between two looks at whether another process still fetches a file."""
 LEAST = 1000
 """Bytes that a server has to send in the time that index.TIMEOUT gives it for one."""
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
@@ -139,6 +145,9 @@ class Store:
     ask_archives: Callable[[], tuple[str, ...]] = field(default=distro.mirrors, repr=False)
     """Gives ``archives``; called at most once, and only for a file that is not here."""
     patience: Patience = field(default=Patience())
+    at_once: int = AT_ONCE
+    """How many files are fetched at the same time."""
+    _asking: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
     @classmethod
     def from_environment(cls, folder: Path, environ: Mapping[str, str] = os.environ) -> Store:
@@ -171,35 +180,65 @@ class Store:
         return self.get_all([artifact])[0]
 
     def get_all(self, artifacts: Sequence[Artifact]) -> list[Path]:
-        """All these files, in their order; see ``get``.
+        """All these files, in their order, a few of them at the same time; see ``get``.
 
         Raises:
             NotFetchedError: it names every file that could not be had, after all the others have been fetched.
             NotKeptError: a file cannot be written.
         """
-        paths, missing = [], []
-        for artifact in artifacts:
-            attempts: list[Attempt] = []
-            try:
-                _check(artifact)
-                paths.append(self._good(artifact) or self._locked(artifact, attempts))
-            except _RefusedError:
-                missing.append(Missing(artifact, tuple(attempts)))
-            except OSError as error:
-                raise NotKeptError(Path(error.filename or self.folder), error) from error
-        if missing:
-            raise NotFetchedError(missing, self.folder, offline=self.offline)
-        return paths
+        paths = dict(self.arriving(artifacts))
+        return [paths[artifact] for artifact in artifacts]
 
-    @cached_property
+    def arriving(self, artifacts: Sequence[Artifact]) -> Generator[tuple[Artifact, Path], None, None]:
+        """Each of these files as soon as it is here, while the others are still on their way; see ``get_all``.
+
+        Close it where not all of them are taken: those that are under way end then, and go on in the next run.
+
+        Raises:
+            NotFetchedError, NotKeptError: as ``get_all``.
+        """
+        for artifact in artifacts:
+            _check(artifact)
+        halt = Halt()
+        missing: dict[Artifact, Missing] = {}
+        # A file that is named twice is one piece of work: the second would only wait for the first one's lock.
+        for artifact, got in each(partial(self._had, halt=halt), [*dict.fromkeys(artifacts)], self.at_once, halt):
+            if isinstance(got, Missing):
+                missing[artifact] = got
+            else:
+                yield artifact, got
+        if missing:
+            lost = [missing[artifact] for artifact in dict.fromkeys(artifacts) if artifact in missing]
+            raise NotFetchedError(lost, self.folder, offline=self.offline)
+
+    @property
     def indexes(self) -> Indexes:
         """The package indexes that this machine is configured for."""
+        with self._asking:
+            return self._indexes
+
+    @property
+    def archives(self) -> tuple[str, ...]:
+        """The mirrors of the distribution's archive that this machine is configured for."""
+        with self._asking:
+            return self._archives
+
+    @cached_property
+    def _indexes(self) -> Indexes:
         return self.ask_indexes()
 
     @cached_property
-    def archives(self) -> tuple[str, ...]:
-        """The mirrors of the distribution's archive that this machine is configured for."""
+    def _archives(self) -> tuple[str, ...]:
         return self.ask_archives()
+
+    def _had(self, artifact: Artifact, halt: Halt) -> Path | Missing:
+        attempts: list[Attempt] = []
+        try:
+            return self._good(artifact) or self._locked(artifact, attempts, halt)
+        except _RefusedError:
+            return Missing(artifact, tuple(attempts))
+        except OSError as error:
+            raise NotKeptError(Path(error.filename or self.folder), error) from error
 
     def _kept(self, artifact: Artifact) -> Path:
         return self.folder / artifact.sha256[:16] / artifact.file
@@ -213,7 +252,7 @@ class Store:
                 return path
         return None
 
-    def _locked(self, artifact: Artifact, attempts: list[Attempt]) -> Path:
+    def _locked(self, artifact: Artifact, attempts: list[Attempt], halt: Halt) -> Path:
         """The file, if need be fetched, by one process at a time."""
         folder = self._kept(artifact).parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,12 +261,12 @@ class Store:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 console.note(f"{artifact.file}: another process is fetching it; waiting")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                _wait_for(lock, halt)
             if path := self._good(artifact):
                 return path
             self._judge(artifact, attempts)
             with self.indexes.session(self.patience) as session:
-                return self._download(artifact, session, attempts)
+                return self._download(artifact, session, attempts, halt)
 
     def _judge(self, artifact: Artifact, attempts: list[Attempt]) -> None:
         """Say of files that are here and wrong that they are; what we kept has rotted and is set aside."""
@@ -241,11 +280,11 @@ class Store:
                 attempts.append(Attempt(str(path), outcome))
                 console.warn(f"{path} {outcome}")
 
-    def _download(self, artifact: Artifact, session: requests.Session, attempts: list[Attempt]) -> Path:
+    def _download(self, artifact: Artifact, session: requests.Session, attempts: list[Attempt], halt: Halt) -> Path:
         for place in self._places(artifact, session, attempts):
             for address in place.addresses:
                 try:
-                    return self._take(artifact, address, place.proxies, session)
+                    return self._take(artifact, address, place.proxies, session, halt)
                 except _AbsentError as problem:
                     refusal = str(problem)
                 except _RefusedError as problem:
@@ -254,6 +293,7 @@ class Store:
                 except requests.RequestException as error:
                     refusal = explained(error, self.indexes)
                     break
+            halt.check()
             attempts.append(Attempt(place.shown, refusal))
             if not self.offline:
                 console.note(f"{artifact.file}: {place.shown} {refusal}")
@@ -301,13 +341,14 @@ class Store:
         address: str,
         proxies: Mapping[str, str | None] | None,
         session: requests.Session,
+        halt: Halt,
     ) -> Path:
         target = self._kept(artifact)
         if path := local_path(address):
             _copy(path, target, artifact)
             return target
         with _Part(target.parent / f"{artifact.sha256}.part") as part:
-            actual = _Transfer(artifact, address, proxies, session, part, self.patience).run()
+            actual = _Transfer(artifact, address, proxies, session, part, self.patience, halt).run()
             if actual != artifact.sha256:
                 raise _RefusedError(self._set_aside(part.path, artifact, actual))
             part.become(target)
@@ -378,6 +419,7 @@ class _Transfer:
     session: requests.Session
     part: _Part
     patience: Patience
+    halt: Halt
     validator: str = ""
     """The ETag or date of what this server sent a part of, so that it never goes on with another version."""
     whole: bool = False
@@ -409,12 +451,13 @@ class _Transfer:
                 if self._receive(advance):
                     return
             except _CutError as cut:
+                self.halt.check()
                 if self.part.count - best >= files.BLOCK:
                     failures, best = 0, self.part.count
                 failures += 1
                 if failures >= self.patience.attempts:
                     raise _RefusedError(f"{cut}, {failures} times") from cut
-                time.sleep(self.patience.pause(failures))
+                self.halt.pause(self.patience.pause(failures))
 
     def _receive(self, advance: Callable[[int], None]) -> bool:
         """One request and what its answer holds; whether that was all there is."""
@@ -438,7 +481,8 @@ class _Transfer:
             etag = response.headers.get("ETag", "")
             self.validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
             self._refuse_size(response)
-            self._receive_body(response, advance)
+            with self.halt.waking(response.raw.shutdown):
+                self._receive_body(response, advance)
         return True
 
     def _ask(self) -> requests.Response:
@@ -481,6 +525,7 @@ class _Transfer:
                 raise _CutError("stopped sending") from error
             except (urllib3.exceptions.HTTPError, OSError) as error:
                 raise _CutError("broke off in the middle of the file") from error
+            self.halt.check()
             if not block:
                 break
             if self.part.count + len(block) > most:
@@ -494,6 +539,17 @@ class _Transfer:
                 moment, before = time.monotonic(), self.part.count
         if size is not None and self.part.count < size:
             raise _CutError(f"sends only {self.part.count} bytes")
+
+
+def _wait_for(lock: IO[bytes], halt: Halt) -> None:
+    """Wait until no other process has the lock, but no longer than the file is wanted."""
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            halt.pause(WAIT)
+        else:
+            return
 
 
 def _refuse_status(response: requests.Response) -> None:

@@ -152,7 +152,8 @@ def needed(pipeline: Pipeline, runtime: Runtime) -> frozenset[Path]:
     made = [path for recipe in known.recipes for path in _made(pipeline, recipe)]
     work = [path for name in known.names for path in _work(pipeline, known, name)]
     records = _records(pipeline, runtime, known)
-    kept = [*_toolkits(pipeline), *_images(runtime), *_logs(pipeline, "image"), *_kept(pipeline, known)]
+    logs = [path for name in ("image", "run") for path in _logs(pipeline, name)]
+    kept = [*_toolkits(pipeline), *_images(runtime), *logs, *_kept(pipeline, known)]
     return frozenset([*_sources(pipeline, known), *made, *work, *records, *kept])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +14,7 @@ from voltforge.cache import Miss
 from voltforge.checkout import Checkout
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
-from voltforge.fetch import FetchError
+from voltforge.fetch import Artifact, FetchError, NotFetchedError
 from voltforge.material import Material
 from voltforge.recipe import Recipe, Source
 from voltforge.stage import Stage, Values
@@ -97,15 +97,20 @@ class Package(ABC):
         """What decides the bytes of the source."""
         return {"source": {"file": self.source.file, "sha256": self.source.sha256}}
 
-    def fetched(self) -> Path:
-        """The source, by its hash.
+    def fetched(self, beside: Sequence[Artifact] = ()) -> Path:
+        """The source, by its hash; files ``beside`` it are fetched at the same time, and it is said if they cannot be.
 
         Raises:
             FetchError: it cannot be had; the recipe may know what to do then.
         """
+        ours, store = self.source.artifact, self.checkout.store
         try:
-            return self.checkout.store.get(self.source.artifact)
+            return store.get_all([ours, *beside])[0]
         except FetchError as error:
+            lost = [one.artifact for one in error.missing] if isinstance(error, NotFetchedError) else [ours]
+            if ours not in lost:
+                console.warn(f"{', '.join(one.file for one in lost)}: needed later, and not to be had so far")
+                return store.get(ours)
             if self.source.otherwise:
                 error.hint = f"{error.hint}; {self.source.otherwise}"
             raise
@@ -190,7 +195,8 @@ class Package(ABC):
 
     def _fetch(self, _: str) -> Values:
         console.step(f"fetch {self.source.file}")
-        return {"path": str(self.fetched())}
+        # What other packages need comes along: offline nothing comes, and each says for itself what it lacks.
+        return {"path": str(self.fetched([] if self.checkout.store.offline else self.checkout.awaited()))}
 
     def _picture(self) -> Values:
         """What the wheel was made of and what it was held to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from voltforge import console, files, jobs, material, toolchain, verify, wheel
 from voltforge.checkout import Checkout, Settings
 from voltforge.compiled import Compiled
 from voltforge.errors import VoltforgeError
+from voltforge.fetch import Artifact
 from voltforge.gate import Gate
 from voltforge.needs import Need, Needs
 from voltforge.package import Package
@@ -73,6 +75,16 @@ class Pipeline(Checkout):
         }
         count = jobs.asked(self.settings.jobs) or jobs.cores()
         return Gate(self.scratch / "gate", count, needs, limit=_limit(self.settings.memory))
+
+    def awaited(self) -> list[Artifact]:
+        """The sources that this run needs and does not have yet."""
+        found = []
+        for package in map(self.package, self.recipes.values()):
+            fetch = package.stage("fetch")
+            with contextlib.suppress(VoltforgeError):  # a package without a source for this machine says so in its turn
+                if fetch.name in self.needed and not fetch.current():
+                    found.append(package.source.artifact)
+        return found
 
     def thin(self, name: str) -> Thin:
         """What a project's wheel needs beyond what thinning does to every wheel, whatever is built of it here."""

@@ -6,7 +6,7 @@ import errno
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ from doit.exceptions import BaseFail, InvalidDodoFile, TaskFailed, UnmetDependen
 from doit.reporter import ConsoleReporter
 
 from voltforge import console
-from voltforge.checkout import Settings
+from voltforge.checkout import Checkout, Settings
 from voltforge.errors import VoltforgeError, remedy
 from voltforge.pipeline import Pipeline
 from voltforge.stage import Stage
@@ -71,22 +71,53 @@ def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
         raise InvalidDodoFile(str(error)) from error
 
 
+def reporter(pipeline: Pipeline) -> type[Reporter]:
+    """The reporter for one pipeline, which learns from doit what the run is about to need."""
+
+    class Knowing(Reporter):
+        def initialize(self, tasks: Mapping[str, Any], selected_tasks: Sequence[str]) -> None:
+            pipeline.needed.update(needed(tasks, selected_tasks))
+
+    return Knowing
+
+
+def needed(tasks: Mapping[str, Any], selected: Sequence[str]) -> set[str]:
+    """The names of doit's tasks that are selected, and of all that must run before them."""
+    found: set[str] = set()
+    pending = list(selected)
+    while pending:
+        name = pending.pop()
+        if name not in found and name in tasks:
+            found.add(name)
+            pending += tasks[name].task_dep
+    return found
+
+
 def each(pipeline: Pipeline, kind: str) -> Iterator[dict[str, Any]]:
     """A task for every package that has a stage of that kind."""
     for recipe in pipeline.recipes.values():
         if stage := pipeline.package(recipe).stages().get(kind):
-            yield {**of(stage, pipeline.turn), "name": recipe.name, "doc": recipe.summary}
+            yield {**of(stage, pipeline), "name": recipe.name, "doc": recipe.summary}
 
 
-def of(stage: Stage, turn: Turn) -> dict[str, Any]:
+def of(stage: Stage, checkout: Checkout) -> dict[str, Any]:
     """The task of one stage: it runs unless the stage's own record says that there is nothing to do."""
+    history, turn = checkout.history, checkout.turn
+
+    def timed() -> None:
+        with console.stage(stage.name, history.usual(stage.name)), history.measured(stage.name):
+            stage.run()
 
     def nothing_to_do() -> bool:
+        if stage.current():
+            return True
         # The turn is taken here, in doit's own process, and not by its workers (doit -n).
-        return stage.current() or (turn.take() and stage.current())
+        waited = turn.take()
+        console.keep(checkout.scratch / "logs" / "run.log", turn.command)
+        return waited and stage.current()
 
     before = [one.name for one in stage.after()]
-    return {**action(stage.run), "uptodate": [nothing_to_do], "task_dep": before}
+    return {**action(timed), "uptodate": [nothing_to_do], "task_dep": before}
 
 
 def action(

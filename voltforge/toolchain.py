@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from packaging.version import Version
 
 from voltforge import console, elf, environment, files, material, tree
 from voltforge.errors import VoltforgeError, listed
-from voltforge.fetch import NotFetchedError, Store
+from voltforge.fetch import MOST, Artifact, NotFetchedError, Store
 from voltforge.material import Material
 from voltforge.process import ProgramFailed, run
 from voltforge.recipe import CudaRecipe, Provision
@@ -267,19 +268,24 @@ def _provided(
     key = files.digest([[archive.sha256 for archive in provision.archives], libraries, NVCC_PROFILE])[:12]
     home = folder / f"{origin}-{provision.version}-{key}"
     if not home.is_dir():
-        store.get(provision.archives[0].artifact)  # a host that cannot be reached is asked once, not for every archive
-        archives = store.get_all([archive.artifact for archive in provision.archives])
-        console.note(f"putting CUDA {provision.version} together from {', '.join(path.name for path in archives)}")
+        archives = [archive.artifact for archive in provision.archives]
+        # A host that cannot be reached is asked once, not for every archive: for the one that costs the others least.
+        store.get(min(archives, key=lambda archive: archive.size or MOST))
+        console.note(
+            f"putting CUDA {provision.version} together from {', '.join(archive.file for archive in archives)}"
+        )
         with files.replacing_folder(home) as beside:
             _assemble(archives, lock, store, beside)
     return _described(home, origin, f"lock {libraries}", home / "lib64" / "stubs", environ)
 
 
-def _assemble(archives: Iterable[Path], lock: Path, store: Store, home: Path) -> None:
+def _assemble(archives: Sequence[Artifact], lock: Path, store: Store, home: Path) -> None:
     parts = home / "parts"
-    for number, archive in enumerate(archives):
-        (parts / str(number)).mkdir(parents=True)
-        tree.unpack(archive, parts / str(number))
+    with contextlib.closing(store.arriving(archives)) as arriving:  # one is unpacked while others are on their way
+        for archive, path in arriving:
+            part = parts / str(archives.index(archive))
+            part.mkdir(parents=True)
+            tree.unpack(path, part)
     environment.unpack(lock, parts / "wheels", store.indexes, offline=store.offline)
     for path in sorted(parts.rglob("*")):
         place = _place(path.as_posix().removeprefix(parts.as_posix()))
@@ -287,6 +293,8 @@ def _assemble(archives: Iterable[Path], lock: Path, store: Store, home: Path) ->
             (home / place).parent.mkdir(parents=True, exist_ok=True)
             os.link(path.resolve(), home / place)
     files.remove(parts)
+    for folder in ("bin", "lib64"):  # which archives that are not a toolkit's may not have brought
+        (home / folder).mkdir(exist_ok=True)
     (home / "lib").symlink_to("lib64")
     elf.link_libraries(home / "lib64")
     (home / "bin/nvcc.profile").write_text(NVCC_PROFILE)
