@@ -25,6 +25,9 @@ from voltforge.build import BuildError, DiskError, Progress, Workshop, first_err
 from voltforge.checkout import Settings
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError
+from voltforge.gate import Gate, Status
+from voltforge.jobs import Memory
+from voltforge.needs import Needs
 from voltforge.package import Package
 from voltforge.pipeline import Pipeline
 from voltforge.process import Usage
@@ -52,11 +55,27 @@ def objects(pipeline: Pipeline) -> dict[str, int]:
 
 
 def test_its_progress_is_step_object_and_memory() -> None:
-    progress = Progress()
+    progress = Progress("saxpy")
     assert progress.see("-- Detecting CXX", Usage()) == Work("configuring", memory=0)
     line = "[3/41] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"
     assert progress.see(line, Usage(now=1_500_000_000)) == Work("cache_kernels.cu.o", 3, 41, memory=1_500_000_000)
     assert progress.see("", Usage(now=1)) == Work("cache_kernels.cu.o", 3, 41, memory=1)
+
+
+def test_its_progress_is_jobs_memory_and_time_left_where_its_compilers_ask_for_leave(tmp_path: Path) -> None:
+    (tmp_path / "saxpy.json").write_text('{"a.cu.o": [10, 500000000], "b.cu.o": [30, 500000000]}')
+    gate = Gate(tmp_path / "gate", 2, {"saxpy": Needs(tmp_path / "saxpy.json", 1)}, lambda: Memory(1, 12_000_000_000))
+    progress = Progress("saxpy", gate)
+    line = "[2/8] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"
+    gate.status = Status(running=1, waiting=3)  # a place is free: they wait for memory
+    beyond, mean = 8 - 2 - 1 - 3, 20
+    assert progress.see(line, Usage(now=5)) == Work(
+        "cache_kernels.cu.o", 2, 8, jobs=1, waiting=3, memory=5, limit=12_000_000_000, left=beyond * mean / 2
+    )
+    gate.status = Status(running=2, waiting=2)  # no place is free
+    assert (progress.see("", Usage()).jobs, progress.see("", Usage()).waiting) == (2, 0)
+    gate.memory = lambda: None
+    assert progress.see("", Usage()).limit is None
 
 
 def test_the_first_error_is_shown_and_not_the_ten_thousand_lines_after_it(tmp_path: Path) -> None:

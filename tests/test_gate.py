@@ -211,6 +211,25 @@ def test_the_peak_between_two_looks_counts(worlds, monkeypatch):
     assert world.needs.measured()["a.o"].memory > 300 * MIB
 
 
+def test_the_time_left_is_that_of_what_runs_and_waits_and_comes_shared_by_the_jobs(worlds, tmp_path):
+    (tmp_path / "history").mkdir()
+    (tmp_path / "history" / "vllm.json").write_text('{"a.o": [1000, 1000], "b.o": [400, 1000], "c.o": [400, 1000]}')
+    world = worlds(jobs=2)
+    assert world.gate.left("vllm", beyond=4) == 4 * 600 / 2
+    for name in ("a", "b", "c"):
+        world.ask(f"{name}.o")
+    world.comes_to(running=2, waiting=1)
+    assert 1000 - PATIENT < world.gate.left("vllm") <= 1000  # the longest alone
+    assert 2100 - PATIENT < world.gate.left("vllm", beyond=4) <= 2100
+
+
+def test_where_nothing_was_built_before_no_time_is_left_to_tell(worlds):
+    world = worlds()
+    world.ask("a.o")
+    world.comes_to(running=1, waiting=0)
+    assert world.gate.left("vllm") is None
+
+
 # --- what goes wrong ---
 
 

@@ -256,7 +256,7 @@ def _compiled(shop: Workshop, log: Path) -> Built:
             "--skip-dependency-check", *settings, "--outdir", places["dist"], places["tree"]]  # fmt: skip
     log.unlink(missing_ok=True)
     with console.live(recipe.name) as tell:
-        progress = Progress()
+        progress = Progress(recipe.name, shop.gate)
 
         def watch(line: str, usage: Usage) -> None:
             if wrong := options.contradicted(line, recipe.build.env):
@@ -307,7 +307,9 @@ def from_the_future(folder: Path) -> Path | None:
 class Progress:
     """What is known of a build that goes on, from the lines that it prints (ninja's ``[n/m]``) and what it uses."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, gate: Gate | None = None) -> None:
+        self.name = name
+        self.gate = gate
         self.work = Work("configuring")
 
     def see(self, line: str, usage: Usage) -> Work:
@@ -315,7 +317,15 @@ class Progress:
         if match := re.match(r"\[(\d+)/(\d+)\] (.*)", line):
             target = match[3].split()[-1].rsplit("/", 1)[-1]
             self.work = Work(target, int(match[1]), int(match[2]))
-        return replace(self.work, memory=usage.now)
+        if not self.gate:
+            return replace(self.work, memory=usage.now)
+        at, there = self.gate.status, self.gate.allowed
+        beyond = max(0, (self.work.total or 0) - (self.work.done or 0) - at.running - at.waiting)
+        left = self.gate.left(self.name, beyond) if self.work.total else None
+        # Who waits is told where a place is free: then it is for memory.
+        short = at.waiting if at.running < self.gate.jobs else 0
+        limit = there.limit if there else None
+        return replace(self.work, memory=usage.now, limit=limit, jobs=at.running, waiting=short, left=left)
 
 
 def first_error(log: Path) -> str:

@@ -104,6 +104,26 @@ class Gate:
         """How many commands a build may start at once, most of which will stand here and wait."""
         return self.jobs + WINDOW
 
+    @property
+    def allowed(self) -> Memory | None:
+        """What there is of memory for this run, if anything tells."""
+        there = self.memory()
+        if self.limit is None:
+            return there
+        return (there or Memory(self.limit, self.limit)).within(self.limit, self._used)
+
+    def left(self, package: str, beyond: int = 0) -> float | None:
+        """Seconds that a package's build will take from now on, with ``beyond`` more commands than have asked.
+
+        As long as the last time; ``None`` where there was none.
+        """
+        needs = self.needs[package]
+        if not needs.mean:
+            return None
+        now = time.monotonic()
+        rest = [max(0.0, job.need.seconds - (now - (job.began or now))) for job in [*self._running, *self._waiting]]
+        return max([(sum(rest) + beyond * needs.mean) / self.jobs, *rest])
+
     def open(self) -> None:
         """Begin to answer, unless another process of this run does; it goes on to the end of the process.
 
@@ -216,9 +236,7 @@ class Gate:
 
     def _room(self) -> int | None:
         """Bytes for another job: what there is, less what the running ones may still grow by."""
-        there = self.memory()
-        if self.limit is not None:
-            there = (there or Memory(self.limit, self.limit)).within(self.limit, self._used)
+        there = self.allowed
         return there.room - sum(job.growth for job in self._running) if there else None
 
     def _tell_of(self, job: Job, room: int) -> None:

@@ -49,6 +49,8 @@ class Needs:
         self._lock = Lock()
         self._learnt = _read(self.path)
         self._new = False
+        self.mean = sum(need.seconds for need in self._learnt.values()) / max(1, len(self._learnt))
+        """Seconds that an object took on average in earlier builds; 0 where there were none."""
 
     def of(self, name: str) -> Need:
         """What an object is expected to take."""
