@@ -21,7 +21,8 @@ from voltforge.board import GAP, PARTS, Board, Row, Work, clock, fitting, printa
 BUSY = Work("cache_kernels.cu.o", 12, 41, jobs=3, waiting=1, memory=5_200_000_000, limit=12_000_000_000, hits=17,
             misses=2, left=130)  # fmt: skip
 WIDTHS = (200, 80, 40, 20)
-ANY = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
+ANY = st.text(st.characters(), max_size=60)
+"""Half of a surrogate pair too, which is how Python reads a file name that is no text."""
 PROGRAM = f"""
 import threading, time
 from voltforge import console
@@ -138,13 +139,13 @@ def test_a_row_never_vanishes_between_two_prints_or_two_drawings():
 
 def test_a_cell_that_shrinks_does_not_make_the_row_jump():
     row = Row("vllm")
-    places = []
-    for memory in (990_000_000, 9_900_000_000, 1_000_000):
+    places = set()
+    for memory, said in ((990_000_000, "990.0 MB"), (9_900_000_000, "9.90 GB"), (1_000_000, "1.0 MB")):
         row.tell(Work("a.o", 1, 2, memory=memory, hits=3))
         paper = Paper(100)
         paper.console.print(row.drawn(100, row.start))
-        places.append(paper.terminal.rows[0].index("hits"))
-    assert places[1] == places[2]
+        places.add(paper.terminal.rows[0].index(said))
+    assert len(places) == 1
 
 
 def test_rows_are_told_and_taken_away_by_many_threads_and_none_stays():

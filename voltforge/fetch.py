@@ -148,6 +148,7 @@ class Store:
     at_once: int = AT_ONCE
     """How many files are fetched at the same time."""
     _asking: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
+    """From Python 3.12 on, cached_property has no lock of its own."""
 
     @classmethod
     def from_environment(cls, folder: Path, environ: Mapping[str, str] = os.environ) -> Store:
