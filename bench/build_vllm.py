@@ -38,7 +38,7 @@ class Result:
     kernels: dict[str, frozenset[str]]
 
 
-def measured(pipeline, name, patches, count, folder, asks):
+def measured(pipeline, name, patches, count, folder, asks, cache=None):
     recipe = pipeline.recipes["vllm"]
     package = pipeline.package(recipe)
     archive = pipeline.store.get(recipe.source.artifact)
@@ -54,8 +54,10 @@ def measured(pipeline, name, patches, count, folder, asks):
         jobs=count,
         work=folder / "work",
         gate=pipeline.gate if asks else None,
+        objects=cache,
     )
     built = build.compile(shop, log)
+    console.note(f"{built.usage}; {built.found}")
     finished = wheel.finish(built.wheel, folder / "out", runpath=recipe.finish.runpath, epoch=grown.epoch)
     wheel.unpack(finished, folder / "content")
     extensions = {path: folder / "content" / path for path in recipe.expect.extensions}

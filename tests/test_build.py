@@ -63,7 +63,7 @@ def test_its_progress_is_step_object_and_memory() -> None:
 
 
 def test_its_progress_is_jobs_memory_and_time_left_where_its_compilers_ask_for_leave(tmp_path: Path) -> None:
-    (tmp_path / "saxpy.json").write_text('{"a.cu.o": [10, 500000000], "b.cu.o": [30, 500000000]}')
+    (tmp_path / "saxpy.json").write_text('{"a.cu.o": [10, 500000000, 1], "b.cu.o": [30, 500000000, 1]}')
     gate = Gate(tmp_path / "gate", 2, {"saxpy": Needs(tmp_path / "saxpy.json", 1)}, lambda: Memory(1, 12_000_000_000))
     progress = Progress("saxpy", gate)
     line = "[2/8] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"

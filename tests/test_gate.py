@@ -213,7 +213,7 @@ def test_the_peak_between_two_looks_counts(worlds, monkeypatch):
 
 def test_the_time_left_is_that_of_what_runs_and_waits_and_comes_shared_by_the_jobs(worlds, tmp_path):
     (tmp_path / "history").mkdir()
-    (tmp_path / "history" / "vllm.json").write_text('{"a.o": [1000, 1000], "b.o": [400, 1000], "c.o": [400, 1000]}')
+    (tmp_path / "history" / "vllm.json").write_text('{"a.o": [1000, 9, 1], "b.o": [400, 9, 1], "c.o": [400, 9, 1]}')
     world = worlds(jobs=2)
     assert world.gate.left("vllm", beyond=4) == 4 * 600 / 2
     for name in ("a", "b", "c"):
@@ -252,7 +252,7 @@ def test_who_talks_nonsense_stops_nobody(worlds, said):
     world = worlds(jobs=2)
     world.gate.open()
     with socket.socket(socket.AF_UNIX) as stranger:
-        with gate._at(world.gate.folder) as address:
+        with gate.at(world.gate.folder, "socket") as address:
             stranger.connect(address)
         with contextlib.suppress(OSError):
             stranger.sendall(said)
@@ -268,7 +268,7 @@ def test_a_folder_may_have_a_long_name(tmp_path):
 def test_a_socket_that_a_killed_run_left_is_replaced(worlds):
     world = worlds()
     world.gate.folder.mkdir()
-    with gate._at(world.gate.folder) as address, socket.socket(socket.AF_UNIX) as old:
+    with gate.at(world.gate.folder, "socket") as address, socket.socket(socket.AF_UNIX) as old:
         old.bind(address)
     assert ends(world.ask("a.o")) == 0
 
@@ -334,7 +334,7 @@ def test_a_gate_that_closes_is_looked_for_again(worlds, monkeypatch):
     """As when the process that had it ends before another of the same run."""
     world = worlds()
     world.gate.folder.mkdir()
-    with gate._at(world.gate.folder) as address, socket.socket(socket.AF_UNIX) as door:
+    with gate.at(world.gate.folder, "socket") as address, socket.socket(socket.AF_UNIX) as door:
         door.bind(address)
         door.listen()
         child = subprocess.Popen(

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from voltforge import console, files, options, sandbox
+from voltforge import console, files, objects, options, sandbox
 from voltforge.board import Work
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError, remedy
 from voltforge.gate import Gate
+from voltforge.objects import Found, Objects
 from voltforge.process import Completed, ProgramFailed, Usage, run
 from voltforge.recipe import SourceRecipe
 from voltforge.sandbox import Sandbox
@@ -74,6 +75,8 @@ class Built:
     linked: Mapping[str, int]
     """CUDA objects linked into each expected extension."""
     usage: Usage
+    found: Found
+    """What came from the cache of objects."""
 
 
 def variables(recipe: SourceRecipe, tree: Tree, toolchain: Toolchain, places: Mapping[str, Path]) -> dict[str, str]:
@@ -133,6 +136,8 @@ class Workshop:
     """A killed or repeated build goes on here, with the objects of the last one."""
     gate: Gate | None = None
     """Where its compilers ask for leave; ``jobs`` then bounds those that run at once, not those that ask."""
+    objects: Objects | None = None
+    """Where objects are that were compiled before; with a gate only."""
 
     @staticmethod
     def can_ask(tree: Tree) -> bool:
@@ -141,9 +146,11 @@ class Workshop:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """The real folders, by the names of :data:`FOLDERS`, and ``gate`` if there is one."""
+        """The real folders, by the names of :data:`FOLDERS`, and ``gate`` and ``cache`` where there are such."""
         real = (self.work / "tree", self.environment.path, self.toolchain.home, self.work / "dist", self.work / "home")
-        named = dict(zip(FOLDERS, real, strict=True)) | ({"gate": self.gate.folder} if self.gate else {})
+        named = dict(zip(FOLDERS, real, strict=True))
+        named |= {"gate": self.gate.folder} if self.gate else {}
+        named |= {"cache": self.objects.folder} if self.objects else {}
         return {name: path.absolute() for name, path in named.items()}
 
     @functools.cached_property
@@ -161,7 +168,7 @@ class Workshop:
     @property
     def writable(self) -> dict[str, Path]:
         """The real folders that the build may write."""
-        return {name: self.folders[name] for name in ("tree", "dist", "home")}
+        return {name: path for name, path in self.folders.items() if name in ("tree", "dist", "home", "cache")}
 
     @property
     def readable(self) -> dict[str, Path]:
@@ -178,10 +185,10 @@ class Workshop:
         sandbox.recover(self.work)
         self._begin_afresh_if_need_be()
         folders = self.folders
-        for name in ("tree", "home"):
+        for name in folders.keys() & {"tree", "home", "cache"}:
             folders[name].mkdir(parents=True, exist_ok=True)
         sync(self.tree.path, folders["tree"])
-        for stale in [folders["dist"], *_packed(folders["tree"])]:
+        for stale in [folders["dist"], folders["home"] / objects.LOG, *_packed(folders["tree"])]:
             files.remove(stale)
         folders["dist"].mkdir()
         files.write_json(self.work / PLACE, str(self.places["tree"]))
@@ -222,17 +229,37 @@ class Workshop:
             ProgramFailed: it failed.
         """
         places, folders = self.places, self.folders
-        words = self.around.command(argv, writable=self.writable, readable=self.readable, cwd=places["tree"])
         handed = variables(self.recipe, self.tree, self.toolchain, places)
-        many = self.jobs
-        if self.gate:
-            self.gate.open()
-            many = self.gate.window
-            handed |= self.gate.variables(self.recipe.name, places["gate"], places["environment"] / "bin" / "python")
-        handed |= {"MAX_JOBS": str(many), "CMAKE_BUILD_PARALLEL_LEVEL": str(many)}
+        before, asked = self._asking(places)
+        handed |= asked
+        words = self.around.command(
+            [*before, *argv], writable=self.writable, readable=self.readable, cwd=places["tree"]
+        )
         start = places["tree"] if self.around.kind == "none" else folders["tree"]
         with self.around.shown(self.writable, self.readable):
             return run(words, cwd=start, env=handed, log=log, watch=watch)
+
+    def _asking(self, places: Mapping[str, Path]) -> tuple[list[str | Path], dict[str, str]]:
+        """What makes compilers ask for leave, and for objects that are there: a program before all, and variables."""
+        if not self.gate:
+            return [], {"MAX_JOBS": str(self.jobs), "CMAKE_BUILD_PARALLEL_LEVEL": str(self.jobs)}
+        self.gate.open()
+        before: list[str | Path] = []
+        python, many = places["environment"] / "bin" / "python", str(self.gate.window)
+        cache = self.objects
+        handed = self.gate.variables(self.recipe.name, places["gate"], python, [cache.program] if cache else [])
+        if cache:
+            address = ""
+            if cache.server and self.around.kind == "none":
+                address = cache.server.address
+            elif cache.server and self.around.hermetic:
+                cache.lead(self.gate.folder)
+                relay = places["gate"] / objects.RELAY.name
+                before = [python, "-I", "-S", relay, str(objects.PORT), places["gate"] / objects.SOCKET]
+                address = cache.server.seen("127.0.0.1", objects.PORT)
+            compilers = files.digest(dict(self.toolchain.identity))
+            handed |= cache.variables(compilers, places["cache"], places["home"], address)
+        return before, {**handed, "MAX_JOBS": many, "CMAKE_BUILD_PARALLEL_LEVEL": many}
 
 
 def compile(shop: Workshop, log: Path) -> Built:
@@ -275,7 +302,8 @@ def _compiled(shop: Workshop, log: Path) -> Built:
         raise BuildError(recipe.name, done.output[-500:], log, f"left {len(wheels)} wheels where one was expected")
     ninja = shop.environment.path / "bin" / "ninja"
     linked = {name: _linked(ninja, folders["tree"], name) for name in recipe.expect.extensions}
-    return Built(wheels[0], linked, done.usage)
+    kept = objects.found(folders["home"] / objects.LOG, shop.gate.needs.get(recipe.name) if shop.gate else None)
+    return Built(wheels[0], linked, done.usage, kept)
 
 
 def booted() -> str:

@@ -28,6 +28,8 @@ class Settings:
     """Compile jobs at once; empty for as many as cores and memory allow."""
     memory: str = ""
     """The most that all processes of a build may hold together, such as ``6GiB``; empty for what is free."""
+    ccache: str = ""
+    """A server that keeps objects for many machines; empty for those of this disk alone, ``off`` for none."""
     sandbox: str = "auto"
     """auto, require or off."""
     file: str = ""

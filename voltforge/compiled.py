@@ -12,6 +12,7 @@ from voltforge.checkout import Checkout
 from voltforge.environment import Environment
 from voltforge.gate import Gate
 from voltforge.material import Material
+from voltforge.objects import Objects
 from voltforge.package import Package, file_stands, folder_stands
 from voltforge.recipe import Source, SourceRecipe
 from voltforge.sandbox import Sandbox
@@ -23,11 +24,20 @@ from voltforge.verify import Expectation
 class Compiled(Package):
     """The stages of a recipe with a source."""
 
-    def __init__(self, checkout: Checkout, recipe: SourceRecipe, toolkit: Stage, gate: Callable[[], Gate]) -> None:
+    def __init__(
+        self,
+        checkout: Checkout,
+        recipe: SourceRecipe,
+        toolkit: Stage,
+        gate: Callable[[], Gate],
+        objects: Callable[[], Objects | None],
+    ) -> None:
         super().__init__(checkout, toolkit)
         self.recipe: SourceRecipe = recipe
         self.gate = gate
         """Gives what all packages of a run ask for leave to compile."""
+        self.objects = objects
+        """Gives where objects are that were compiled before."""
 
     @property
     def source(self) -> Source:
@@ -105,7 +115,7 @@ class Compiled(Package):
         return Workshop(
             self.recipe, grown, Environment(Path(self.stage("environment").results()["path"])), self.toolchain(),
             around, count, self.checkout.scratch / "work" / f"{self.recipe.name}-{decisive[:12]}",
-            self.gate() if asks else None,
+            self.gate() if asks else None, self.objects() if asks else None,
         )  # fmt: skip
 
     # What the stages do.
@@ -137,6 +147,8 @@ class Compiled(Package):
         finished = wheel.finish(built.wheel, folder, runpath=self.recipe.finish.runpath, epoch=shop.tree.epoch,
                                 complete=self.describe)  # fmt: skip
         console.note(f"{finished.name}, {files.size(finished.stat().st_size)}, {built.usage}")
+        if shop.objects:
+            console.note(str(built.found))
         return {
             "path": str(finished),
             "sha256": files.sha256(finished),
@@ -146,4 +158,5 @@ class Compiled(Package):
             "hermetic": around.hermetic,
             "jobs": shop.jobs,
             "usage": asdict(built.usage),
+            "objects": asdict(built.found) if shop.objects else None,
         }

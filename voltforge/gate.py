@@ -30,6 +30,8 @@ PATIENCE = 10.0
 """Seconds in which a gate opens."""
 NAME = 1 << 16
 """Bytes that a job may say of itself."""
+SOCKET = "socket"
+"""The name of the socket, which the launcher knows too."""
 LAUNCHER = Path(__file__).with_name("launch.py")
 """What stands before each compiler and asks for it."""
 PAGE = resource.getpagesize()
@@ -142,16 +144,21 @@ class Gate:
                 raise VoltforgeError(f"nobody opens the gate at {self.folder}", hint="can that folder hold a socket?")
             time.sleep(0.02)
 
-    def variables(self, package: str, folder: Path, python: Path) -> dict[str, str]:
-        """What makes CMake ask at the gate for every compiler and linker, given where a build sees all this."""
-        launcher = f"{python};-I;-S;{folder / LAUNCHER.name}"
-        kinds = "COMPILER", "LINKER"
-        launchers = {f"CMAKE_{language}_{kind}_LAUNCHER" for language in ("C", "CXX", "CUDA") for kind in kinds}
-        return {
-            "VOLTFORGE_GATE": str(folder),
-            "VOLTFORGE_PACKAGE": package,
-            **dict.fromkeys(sorted(launchers), launcher),
-        }
+    def variables(
+        self, package: str, folder: Path, python: Path, compilers: Sequence[str | Path] = ()
+    ) -> dict[str, str]:
+        """What makes CMake ask at the gate for every compiler and linker, given where a build sees all this.
+
+        ``compilers`` is what stands between: a cache. Of CMAKE_ARGS, setup.py of vLLM takes it last of all, and so
+        instead of a ccache that it finds by itself; the others reach projects that do not read that.
+        """
+        asks = [str(python), "-I", "-S", str(folder / LAUNCHER.name)]
+        launchers = {}
+        for language in ("C", "CXX", "CUDA"):
+            launchers[f"CMAKE_{language}_COMPILER_LAUNCHER"] = ";".join([*asks, *map(str, compilers)])
+            launchers[f"CMAKE_{language}_LINKER_LAUNCHER"] = ";".join(asks)
+        named = " ".join(f"-D{name}={value}" for name, value in launchers.items())
+        return {"VOLTFORGE_GATE": str(folder), "VOLTFORGE_PACKAGE": package, "CMAKE_ARGS": named, **launchers}
 
     def keep(self) -> None:
         """Write down what was learnt of all packages."""
@@ -159,7 +166,7 @@ class Gate:
             needs.keep()
 
     def _answers(self) -> bool:
-        with _at(self.folder) as address, socket.socket(socket.AF_UNIX) as probe:
+        with at(self.folder, SOCKET) as address, socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(address)
             except OSError:
@@ -170,8 +177,8 @@ class Gate:
         """Answer here, as soon as no other process of this run does."""
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            with _at(self.folder) as address, socket.socket(socket.AF_UNIX) as door:
-                files.remove(self.folder / "socket")
+            with at(self.folder, SOCKET) as address, socket.socket(socket.AF_UNIX) as door:
+                files.remove(self.folder / SOCKET)
                 door.bind(address)
                 door.listen(1024)
                 self._serve(door)
@@ -285,11 +292,11 @@ def following(waiting: Sequence[Job], running: Sequence[Job], jobs: int, room: i
 
 
 @contextlib.contextmanager
-def _at(folder: Path) -> Iterator[str]:
-    """The address of a folder's socket, by way of its descriptor: an address holds 108 bytes (unix(7))."""
+def at(folder: Path, name: str) -> Iterator[str]:
+    """The address of a socket in a folder, by way of the folder's descriptor: an address holds 108 bytes (unix(7))."""
     place = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     try:
-        yield f"/proc/self/fd/{place}/socket"
+        yield f"/proc/self/fd/{place}/{name}"
     finally:
         os.close(place)
 

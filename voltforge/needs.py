@@ -21,6 +21,8 @@ BRIEF = 0.5
 """Seconds below which nothing is learnt of an object's memory: it was not seen often enough, or failed."""
 ABSURD = 1e15
 """Seconds or bytes that nothing takes."""
+AT_ONCE = 0.25
+"""The part of its time that an object has to take to have been compiled, and not found in a cache."""
 PROBES = ("cmTC_", "CMakeTmp", "CMakeScratch")
 """In the names of what CMake compiles to see what a compiler can do."""
 
@@ -47,7 +49,9 @@ class Needs:
 
     def __post_init__(self) -> None:
         self._lock = Lock()
-        self._learnt = _read(self.path)
+        rows = _read(self.path)
+        self._learnt = {name: Need(seconds, memory) for name, (seconds, memory, _) in rows.items()}
+        self._last = {name: last for name, (_, _, last) in rows.items()}
         self._new = False
         self.mean = sum(need.seconds for need in self._learnt.values()) / max(1, len(self._learnt))
         """Seconds that an object took on average in earlier builds; 0 where there were none."""
@@ -63,31 +67,45 @@ class Needs:
         """What was measured of each object when it was last compiled here."""
         return dict(self._learnt)
 
+    def last(self) -> dict[str, float]:
+        """The seconds that each took in the last build, compiled or found in a cache."""
+        return dict(self._last)
+
     def learn(self, name: str, need: Need) -> None:
-        """Remember what an object took, but for what CMake compiles to see whether it can."""
+        """Remember what an object took; of what came from a cache, that it did.
+
+        What CMake compiles to see whether it can is passed over.
+        """
         if any(probe in name for probe in PROBES):
             return
         seen = need.seconds >= BRIEF and need.memory > 0
         with self._lock:
-            self._learnt[name] = need if seen else Need(need.seconds, self.otherwise)
+            self._last[name] = need.seconds
             self._new = True
+            known = self._learnt.get(name)
+            if known is None or need.seconds >= known.seconds * AT_ONCE:
+                self._learnt[name] = need if seen else Need(need.seconds, self.otherwise)
 
     def keep(self) -> None:
         """Write down what was learnt. A disk that does not take it stops nothing."""
         with self._lock:
             if not self._new:
                 return
-            rows = {name: [round(need.seconds, 3), need.memory] for name, need in sorted(self._learnt.items())}
+            rows = {
+                name: [round(need.seconds, 3), need.memory, round(self._last.get(name, need.seconds), 3)]
+                for name, need in sorted(self._learnt.items())
+            }
             self._new = False
         with contextlib.suppress(OSError):
             files.write_json(self.path, rows)
 
 
-def _read(path: Path) -> dict[str, Need]:
+def _read(path: Path) -> dict[str, tuple[float, int, float]]:
+    """Seconds, bytes and the seconds of the last build by name; a row that makes no sense is none."""
     rows = files.read_json(path)
     found = {}
     for name, row in rows.items() if isinstance(rows, dict) else ():
-        numbers = isinstance(row, list) and all(isinstance(one, (int, float)) and 0 < one < ABSURD for one in row)
-        if numbers and len(row) == 2:
-            found[name] = Need(float(row[0]), max(1, int(row[1])))
+        numbers = isinstance(row, list) and all(isinstance(one, (int, float)) and 0 <= one < ABSURD for one in row)
+        if numbers and len(row) == 3:
+            found[name] = float(row[0]), max(1, int(row[1])), float(row[2])
     return found

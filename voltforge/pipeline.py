@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from voltforge import console, files, jobs, material, toolchain, verify, wheel
+from voltforge import console, files, jobs, material, objects, toolchain, verify, wheel
 from voltforge.checkout import Checkout, Settings
 from voltforge.compiled import Compiled
 from voltforge.errors import VoltforgeError
 from voltforge.fetch import Artifact
 from voltforge.gate import Gate
 from voltforge.needs import Need, Needs
+from voltforge.objects import Objects
 from voltforge.package import Package
 from voltforge.recipe import CudaRecipe, SourceRecipe, Thin, ThinRecipe, byte_count, load, load_all, load_cuda
 from voltforge.stage import Stage, Values
@@ -49,7 +50,7 @@ class Pipeline(Checkout):
         """The stages of one recipe."""
         if isinstance(recipe, ThinRecipe):
             return Thinned(self, recipe, self.toolchain)
-        return Compiled(self, recipe, self.toolchain, lambda: self.gate)
+        return Compiled(self, recipe, self.toolchain, lambda: self.gate, lambda: self.objects)
 
     def stages(self) -> dict[str, Stage]:
         """Every stage by its name, in the order that the data takes."""
@@ -66,7 +67,7 @@ class Pipeline(Checkout):
         """
         needs = {
             name: Needs(
-                self.wheelhouse.path / "history" / f"{name}.json",
+                self.scratch / "history" / f"{name}.json",
                 recipe.build.memory_per_job,
                 {pattern: Need(heavy.seconds, heavy.memory) for pattern, heavy in recipe.build.heavy.items()},
             )
@@ -75,6 +76,15 @@ class Pipeline(Checkout):
         }
         count = jobs.asked(self.settings.jobs) or jobs.cores()
         return Gate(self.scratch / "gate", count, needs, limit=_limit(self.settings.memory))
+
+    @cached_property
+    def objects(self) -> Objects | None:
+        """Where objects that were compiled before are, if they are kept.
+
+        Raises:
+            VoltforgeError: ``ccache=`` is no server of objects.
+        """
+        return objects.chosen(self.settings.ccache, self.scratch / "cache" / "ccache")
 
     def awaited(self) -> list[Artifact]:
         """The sources that this run needs and does not have yet."""

@@ -213,8 +213,7 @@ def show(root: Path, scratch: Path, known: Mapping[str, Needs]) -> None:
     if not logs:
         raise VoltforgeError(f"no build has left a log under {scratch / 'work'}", hint="./doit wheels builds first")
     for package, path in logs.items():
-        measured = known[package].measured() if package in known else {}
-        build = last_build(path).without_waiting({name: need.seconds for name, need in measured.items()})
+        build = last_build(path).without_waiting(known[package].last() if package in known else {})
         console.step(f"profile {package}, from {path.relative_to(root)}")
         if build.missing:
             console.warn(f"no one run of ninja made all: {build.missing} outputs were made in others, and are not here")

@@ -38,7 +38,7 @@ ZONES = ("NPT-5:45", "CST+6")
 SEEDS = ("4242", "2424")
 USERS = ("1234", "1235")
 """Of each of these the second build gets the first one that the first build did not have."""
-OWN = ("jobs", "file", "url", "gc")
+OWN = ("jobs", "ccache", "file", "url", "gc")
 """Settings that are not handed on to the second build."""
 WITHHELD = ("VOLTFORGE_CACHE", "VOLTFORGE_KEY", "VOLTFORGE_TRUSTED", "FORCE_COLOR")
 """Variables that are not: a second build must be a build, nobody signs what came of it, and its log is read by people.
@@ -197,7 +197,7 @@ def _build(pipeline: Pipeline, second: Second, name: str, task: str) -> None:
     log = pipeline.scratch / "logs" / f"reproduce-{name}.log"
     chosen = {one.name: getattr(pipeline.settings, one.name) for one in fields(Settings) if one.name not in OWN}
     words = [f"{key}={value}" for key, value in chosen.items() if value != getattr(Settings, key)]
-    words += [f"jobs={second.jobs}"] if second.jobs else []
+    words += ["ccache=off", *([f"jobs={second.jobs}"] if second.jobs else [])]
     try:
         second.run([sys.executable, "-m", "doit", *words, task], log, name)
     except ProgramFailed as error:

@@ -1,0 +1,346 @@
+"""Objects from a cache: real ccache, real compilers, a real redis-server and a real nginx, and servers that fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.checkouts import edited, small_checkout
+from voltforge import files, objects, relay
+from voltforge.checkout import Settings
+from voltforge.errors import VoltforgeError
+from voltforge.needs import Need, Needs
+from voltforge.objects import Found, Objects, Server
+from voltforge.pipeline import Pipeline
+
+SOURCES = 3
+"""Those of the small package: two for the GPU, one in C."""
+
+needs_ccache = pytest.mark.skipif(not shutil.which("ccache"), reason="there is no ccache (apt-get install ccache)")
+
+
+def built(pipeline: Pipeline) -> dict:
+    package = pipeline.package(pipeline.recipes["saxpy"])
+    for kind in ("fetch", "tree", "environment", "build"):
+        package.stage(kind).run()
+    return dict(package.stage("build").results())
+
+
+def again(pipeline: Pipeline) -> Pipeline:
+    """The same checkout with nothing that was compiled but what the cache has."""
+    for name in ("work", "wheels", "stages/build-saxpy.json"):
+        files.remove(pipeline.scratch / name)
+    return Pipeline.load(pipeline.root, pipeline.settings)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until_it_listens(port: int) -> None:
+    for _ in range(500):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"nothing listens at {port}")
+
+
+@contextlib.contextmanager
+def redis(folder: Path, *words: str) -> Iterator[int]:
+    """A real redis-server; gives its port."""
+    if not (program := shutil.which("redis-server")):
+        pytest.skip("there is no redis-server (apt-get install redis-server)")
+    port = free_port()
+    child = subprocess.Popen(
+        [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder), *words],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        until_it_listens(port)
+        yield port
+    finally:
+        child.kill()
+        child.wait()
+
+
+@contextlib.contextmanager
+def webdav(folder: Path) -> Iterator[int]:
+    """A real nginx that takes files by PUT; gives its port."""
+    if not (program := shutil.which("nginx")):
+        pytest.skip("there is no nginx (apt-get install nginx)")
+    port = free_port()
+    files.write(
+        folder / "nginx.conf",
+        f"""
+        {"user root;" if os.geteuid() == 0 else ""} daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1; events {{}}
+        http {{ access_log off; client_body_temp_path {folder}/body; client_max_body_size 0;
+          proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
+          uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+          server {{ listen 127.0.0.1:{port}; root {folder}/www;
+            location / {{ dav_methods PUT DELETE; create_full_put_path on; }} }} }}""",
+    )
+    (folder / "www").mkdir()
+    child = subprocess.Popen([program, "-c", folder / "nginx.conf", "-e", folder / "error.log"])
+    try:
+        until_it_listens(port)
+        yield port
+    finally:
+        child.terminate()
+        child.wait()
+
+
+@contextlib.contextmanager
+def odd(behave: Callable[[socket.socket], object]) -> Iterator[int]:
+    """A server that does with each connection what it likes; gives its port."""
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        door.listen(64)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = door.accept()
+                    threading.Thread(target=behave, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield door.getsockname()[1]
+
+
+# --- real builds ---
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, toolchain: object) -> str:
+    """The sha256 of the small package's wheel without any cache."""
+    return built(small_checkout(tmp_path_factory.mktemp("plain") / "checkout", Settings(ccache="off")))["sha256"]
+
+
+@needs_ccache
+@pytest.mark.slow
+def test_a_clean_tree_is_built_of_the_cache_with_the_same_bytes_and_no_compiler(saxpy, plain, capsys):
+    first = built(saxpy)
+    assert first["sha256"] == plain
+    assert first["objects"]["hits"] == 0
+    assert first["objects"]["misses"] == SOURCES
+    capsys.readouterr()
+    second = built(again(saxpy))
+    assert second["sha256"] == plain
+    assert second["objects"]["misses"] == 0
+    assert second["objects"]["hits"] == first["objects"]["misses"]
+    assert second["objects"]["saved"] > 0
+    assert f"objects from the cache: {second['objects']['hits']} of {second['objects']['hits']}, " in (
+        capsys.readouterr().out
+    )
+
+
+@needs_ccache
+@pytest.mark.slow
+def test_a_source_that_changed_is_compiled_and_the_others_are_not(saxpy):
+    built(saxpy)
+    changed = built(again(edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] = a * x[i]")))["objects"]
+    assert (changed["hits"], changed["misses"]) == (SOURCES - 1, 1)
+
+
+@needs_ccache
+@pytest.mark.slow
+@pytest.mark.parametrize("serve", [redis, webdav], ids=["redis", "WebDAV"])
+def test_a_second_checkout_compiles_nothing_that_the_first_gave_to_a_server(tmp_path, toolchain, plain, serve):
+    (tmp_path / "server").mkdir()
+    with serve(tmp_path / "server") as port:
+        scheme = "redis" if serve is redis else "http"
+        address = f"{scheme}://127.0.0.1:{port}{'' if serve is redis else '/objects'}"
+        one, other = (small_checkout(tmp_path / name, Settings(ccache=address)) for name in ("one", "other"))
+        assert built(one)["objects"]["shared"] == 0
+        found = built(other)
+    assert found["sha256"] == plain
+    assert found["objects"]["misses"] == 0
+    assert found["objects"]["hits"] == found["objects"]["shared"] > 0
+
+
+def silent(connection: socket.socket) -> None:
+    time.sleep(60)
+    connection.close()
+
+
+def garbage(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while connection.recv(4096):
+            connection.sendall(os.urandom(400))
+
+
+@needs_ccache
+@pytest.mark.slow
+@pytest.mark.parametrize("behave", [silent, garbage, socket.socket.close], ids=["slow", "garbage", "hangs up"])
+def test_a_server_that_fails_changes_nothing_of_the_wheel(tmp_path, toolchain, plain, behave, capsys, monkeypatch):
+    monkeypatch.setattr(objects, "PATIENCE", 1.0)
+    with odd(behave) as port:
+        pipeline = small_checkout(tmp_path / "checkout", Settings(ccache=f"redis://127.0.0.1:{port}"))
+        result = built(pipeline)
+    assert result["sha256"] == plain
+    assert result["objects"]["shared"] == 0
+    told = f"! redis://127.0.0.1:{port} did not answer 3 times in a row: it is not asked any more in this run\n"
+    assert (told in capsys.readouterr().out) == (behave is not garbage)
+
+
+@needs_ccache
+@pytest.mark.slow
+def test_a_server_that_is_full_or_holds_broken_objects_changes_nothing_of_the_wheel(tmp_path, toolchain, plain):
+    with redis(tmp_path, "--maxmemory", "1mb", "--maxmemory-policy", "noeviction") as port:
+        full = built(small_checkout(tmp_path / "full", Settings(ccache=f"redis://127.0.0.1:{port}")))
+    assert (full["sha256"], full["objects"]["shared"]) == (plain, 0)
+    with redis(tmp_path) as port:
+        cli = ["redis-cli", "-p", str(port)]
+        settings = Settings(ccache=f"redis://127.0.0.1:{port}")
+        built(small_checkout(tmp_path / "one", settings))
+        keys = subprocess.run([*cli, "keys", "*"], capture_output=True, text=True, check=True).stdout.split()
+        assert keys
+        for key in keys:
+            subprocess.run([*cli, "setrange", key, "60", "broken"], check=True, stdout=subprocess.DEVNULL)
+        assert built(small_checkout(tmp_path / "other", settings))["sha256"] == plain
+
+
+def test_a_server_that_is_down_is_told_and_the_objects_are_those_of_this_disk(tmp_path, capsys):
+    port = free_port()
+    made = Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse(f"redis://:secret@127.0.0.1:{port}"))
+    assert not made.reachable()
+    assert capsys.readouterr().out == (
+        f"! redis://***@127.0.0.1:{port} cannot be reached (Connection refused): objects are those of this disk\n"
+    )
+
+
+# --- what is chosen ---
+
+
+def test_without_ccache_everything_is_compiled_and_a_server_that_is_named_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert objects.chosen("", tmp_path) is None
+    assert not capsys.readouterr().out
+    assert objects.chosen("redis://127.0.0.1:1", tmp_path) is None
+    assert "there is no ccache here: ./doit doctor says what gets it" in capsys.readouterr().out
+
+
+def test_off_is_off(tmp_path):
+    assert objects.chosen("off", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["s3://bucket", "redis://", "localhost:6379", "on", "redis://a:port", "http://a/ b", "redis://a|read-only", "http://[::1"],
+)  # fmt: skip
+def test_an_address_that_ccache_cannot_be_given_is_a_sentence(address, tmp_path):
+    with pytest.raises(VoltforgeError, match="is no server of objects") as caught:
+        objects.chosen(address, tmp_path)
+    assert "ccache=redis://host:6379" in caught.value.hint
+
+
+@given(st.text())
+def test_any_address_is_a_server_or_a_sentence(address):
+    with contextlib.suppress(VoltforgeError):
+        assert Server.parse(address).port > 0
+
+
+def test_a_server_keeps_user_and_folder_where_a_build_sees_it_elsewhere():
+    one = Server.parse("redis://me:secret@cache.example")
+    assert (one.host, one.port) == ("cache.example", 6379)
+    assert one.seen("127.0.0.1", 4226) == "redis://me:secret@127.0.0.1:4226"
+    assert Server.parse("http://a:8080/x/y").seen("127.0.0.1", 4226) == "http://127.0.0.1:4226/x/y"
+    assert "secret" not in str(one)
+
+
+# --- what is counted ---
+
+STATS = """\
+# /build/tree/csrc/a.cu
+cache_miss
+direct_cache_miss
+# /build/tree/csrc/b.cu
+direct_cache_hit
+local_storage_hit
+# /build/tree/build/CMakeFiles/CMakeScratch/TryCompile-3lI4wA/main.cu
+cache_miss
+# /build/tree/csrc/c.cpp
+preprocessed_cache_hit
+remote_storage_hit
+"""
+
+
+def test_hits_misses_and_seconds_are_read_from_ccaches_own_log(tmp_path):
+    (tmp_path / "log").write_text(STATS)
+    needs = Needs(tmp_path / "needs.json", 1)
+    for name, seconds in (("CMakeFiles/_C.dir/csrc/b.cu.o", 30), ("CMakeFiles/_C.dir/csrc/a.cu.o", 50)):
+        needs.learn(name, Need(seconds, 10**9))
+    found = objects.found(tmp_path / "log", needs)
+    assert found == Found(hits=2, misses=1, shared=1, saved=30.0)
+    assert str(found) == "objects from the cache: 2 of 3, 1 of them from the server, 30 s of compiling saved"
+
+
+@given(st.text())
+def test_a_log_that_makes_no_sense_counts_nothing_wrong(tmp_path_factory, text):
+    log = tmp_path_factory.mktemp("log") / "log"
+    log.write_text(text, errors="replace")
+    assert objects.found(log, None).saved == 0
+
+
+def test_a_build_without_a_log_found_nothing(tmp_path):
+    assert objects.found(tmp_path / "none", None) == Found()
+
+
+@pytest.mark.parametrize("words", [["/usr/bin/ccache", "nvcc", "-c"], ["nvcc", "-c"]])
+def test_a_command_is_told_apart_from_what_stands_before_it(words):
+    assert objects.without(["python", "-I", "-S", "/build/gate/launch.py", *words]) == ["nvcc", "-c"]
+    assert objects.without(["nvcc", "-c"]) == ["nvcc", "-c"]
+
+
+# --- the relay ---
+
+
+def test_what_is_asked_and_answered_is_carried_both_ways():
+    ask, one = socket.socketpair()
+    other, answer = socket.socketpair()
+    carried: list[bool] = []
+    thread = threading.Thread(target=lambda: carried.append(relay.join(one, other)))
+    thread.start()
+    ask.sendall(b"question")
+    assert answer.recv(100) == b"question"
+    answer.sendall(b"answer")
+    assert ask.recv(100) == b"answer"
+    ask.close()
+    thread.join(30)
+    assert carried == [True]
+    assert answer.recv(100) == b""
+
+
+def test_a_question_without_an_answer_is_noticed_when_it_is_given_up():
+    ask, one = socket.socketpair()
+    other, answer = socket.socketpair()
+    carried: list[bool] = []
+    thread = threading.Thread(target=lambda: carried.append(relay.join(one, other)))
+    thread.start()
+    ask.sendall(b"question")
+    assert answer.recv(100) == b"question"
+    ask.close()
+    thread.join(30)
+    assert carried == [False]
+
+
+def test_settings_have_the_cache_of_this_disk_unless_told_otherwise(saxpy):
+    if not shutil.which("ccache"):
+        assert saxpy.objects is None
+        return
+    assert saxpy.objects
+    assert saxpy.objects.folder == saxpy.scratch / "cache" / "ccache"
+    assert replace(saxpy, settings=Settings(ccache="off")).objects is None

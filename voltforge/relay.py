@@ -1,0 +1,69 @@
+"""Carries connections to one address and nowhere else: ``relay.py PORT SOCKET COMMAND …``, for want of a network.
+
+In a sandbox it hands what comes to 127.0.0.1:PORT to a socket that the sandbox shows, and becomes the command beside
+that. It stands alone, for it runs in the build's own Python; the other end of the socket is :mod:`voltforge.objects`.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BLOCK = 1 << 16
+
+
+def join(one: socket.socket, other: socket.socket) -> bool:
+    """Carry both ways between two connections until either ends; gives whether ``other`` answered what it was asked."""
+    asked = threading.Event()
+
+    def carry(source: socket.socket, sink: socket.socket, note: "Callable[[], None]") -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(BLOCK):
+                note()
+                sink.sendall(data)
+        for end in (one, other):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    there = threading.Thread(target=carry, args=(one, other, asked.set), daemon=True)
+    there.start()
+    carry(other, one, asked.clear)
+    there.join()
+    one.close()
+    other.close()
+    return not asked.is_set()
+
+
+def serve(door: socket.socket, path: str) -> None:
+    """Join each that comes in at a door to the socket at ``path``."""
+    while True:
+        one, _ = door.accept()
+        other = socket.socket(socket.AF_UNIX)
+        try:
+            other.connect(path)
+        except OSError:
+            one.close()
+            other.close()
+            continue
+        threading.Thread(target=join, args=(one, other), daemon=True).start()
+
+
+def main(words: list[str]) -> None:
+    """Serve in a child, and become the command."""
+    port, path, *command = words
+    with socket.socket() as door:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind(("127.0.0.1", int(port)))
+        door.listen(128)
+        if not os.fork():
+            serve(door, path)
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
