@@ -1,7 +1,7 @@
 """vLLM built of objects that were compiled before: from this disk, and from a redis-server on loopback.
 
-Each build begins with a clean tree. The first, with an empty cache, gives the server what it compiles; the second has the
-cache of the disk, the third an empty one and the server. Wheels are compared byte for byte.
+Each build begins with a clean tree. The first, with an empty cache, gives the server what it compiles; the second has
+the cache of the disk, the third an empty one and the server. Wheels are compared byte for byte.
 """
 
 import argparse

@@ -78,6 +78,16 @@ def test_its_progress_is_jobs_memory_and_time_left_where_its_compilers_ask_for_l
     assert progress.see("", Usage()).limit is None
 
 
+def test_its_progress_is_hits_of_the_cache_too(tmp_path: Path) -> None:
+    gate = Gate(tmp_path / "gate", 2, {"saxpy": Needs(tmp_path / "saxpy.json", 1)})
+    progress = Progress("saxpy", gate, tmp_path / "log")
+    assert progress.see("", Usage()).hits is None
+    (tmp_path / "log").write_text("# a.cu\ndirect_cache_hit\n# b.cu\ncache_miss\n")
+    assert progress.see("[1/2] Building CUDA object a.cu.o", Usage()).hits is None  # it is looked for twice a second
+    seen = progress.see("", Usage())
+    assert (seen.hits, seen.misses) == (1, 1)
+
+
 def test_the_first_error_is_shown_and_not_the_ten_thousand_lines_after_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     lines = ["[1/2] Building CUDA object a.cu.o", "a.h(3): warning #177-D: declared but never referenced"]

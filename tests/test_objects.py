@@ -83,16 +83,18 @@ def webdav(folder: Path) -> Iterator[int]:
     if not (program := shutil.which("nginx")):
         pytest.skip("there is no nginx (apt-get install nginx)")
     port = free_port()
-    files.write(
-        folder / "nginx.conf",
-        f"""
-        {"user root;" if os.geteuid() == 0 else ""} daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1; events {{}}
-        http {{ access_log off; client_body_temp_path {folder}/body; client_max_body_size 0;
-          proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
-          uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
-          server {{ listen 127.0.0.1:{port}; root {folder}/www;
-            location / {{ dav_methods PUT DELETE; create_full_put_path on; }} }} }}""",
-    )
+    user = "user root;" if os.geteuid() == 0 else ""  # the folder is root's own, then
+    text = f"""
+        {user} daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1; events {{}}
+        http {{
+          access_log off; client_body_temp_path {folder}/body; client_max_body_size 0; proxy_temp_path {folder}/p;
+          fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+          server {{
+            listen 127.0.0.1:{port}; root {folder}/www;
+            location / {{ dav_methods PUT DELETE; create_full_put_path on; }}
+          }}
+        }}"""
+    files.write(folder / "nginx.conf", text)
     (folder / "www").mkdir()
     child = subprocess.Popen([program, "-c", folder / "nginx.conf", "-e", folder / "error.log"])
     try:

@@ -283,7 +283,7 @@ def _compiled(shop: Workshop, log: Path) -> Built:
             "--skip-dependency-check", *settings, "--outdir", places["dist"], places["tree"]]  # fmt: skip
     log.unlink(missing_ok=True)
     with console.live(recipe.name) as tell:
-        progress = Progress(recipe.name, shop.gate)
+        progress = Progress(recipe.name, shop.gate, folders["home"] / objects.LOG if shop.objects else None)
 
         def watch(line: str, usage: Usage) -> None:
             if wrong := options.contradicted(line, recipe.build.env):
@@ -335,9 +335,12 @@ def from_the_future(folder: Path) -> Path | None:
 class Progress:
     """What is known of a build that goes on, from the lines that it prints (ninja's ``[n/m]``) and what it uses."""
 
-    def __init__(self, name: str, gate: Gate | None = None) -> None:
+    def __init__(self, name: str, gate: Gate | None = None, log: Path | None = None) -> None:
         self.name = name
         self.gate = gate
+        self.log = log
+        """What ccache says that it does, if it is asked."""
+        self.found = Found()
         self.work = Work("configuring")
 
     def see(self, line: str, usage: Usage) -> Work:
@@ -353,7 +356,10 @@ class Progress:
         # Who waits is told where a place is free: then it is for memory.
         short = at.waiting if at.running < self.gate.jobs else 0
         limit = there.limit if there else None
-        return replace(self.work, memory=usage.now, limit=limit, jobs=at.running, waiting=short, left=left)
+        if self.log and not line:
+            self.found = objects.found(self.log, None)
+        told = replace(self.work, memory=usage.now, limit=limit, jobs=at.running, waiting=short, left=left)
+        return replace(told, hits=self.found.hits, misses=self.found.misses) if self.found.hits else told
 
 
 def first_error(log: Path) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from voltforge import console, distro, engine, index, jobs, sandbox, signing, toolchain
+from voltforge import console, distro, engine, index, jobs, objects, sandbox, signing, toolchain
 from voltforge.errors import VoltforgeError
 from voltforge.files import size
 from voltforge.pipeline import Pipeline
@@ -45,7 +45,8 @@ class Check:
 def examine(pipeline: Pipeline) -> list[Check]:
     """Every check, in the order of the report; none of them changes anything."""
     looks: tuple[Callable[[Pipeline], Iterator[Check]], ...] = (
-        _python, _programs, _disk, _memory, _namespaces, _driver, _index, _upstream, _compiler, _engine, _key, _cache,
+        _python, _programs, _objects, _disk, _memory, _namespaces, _driver, _index, _upstream, _compiler, _engine, _key,
+        _cache,
     )  # fmt: skip
     return [check for look in looks for check in look(pipeline)]
 
@@ -96,6 +97,13 @@ def _programs(_: Pipeline) -> Iterator[Check]:
             detail,
             "" if path else distro.install_command([packages.get(program, program)]),
         )
+
+
+def _objects(pipeline: Pipeline) -> Iterator[Check]:
+    found = objects.chosen("", pipeline.scratch / "cache" / "ccache")
+    detail = f"{found.program}: what was compiled once is not compiled again" if found else "not in /usr or /opt"
+    hint = "" if found else distro.install_command(["ccache"]) + ", for a second build in seconds"
+    yield Check("ccache", "ok" if found else "note", detail, hint)
 
 
 def _disk(pipeline: Pipeline) -> Iterator[Check]:
