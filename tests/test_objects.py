@@ -21,6 +21,7 @@ from tests.checkouts import edited, small_checkout
 from voltforge import files, objects, relay
 from voltforge.checkout import Settings
 from voltforge.errors import VoltforgeError
+from voltforge.gate import at
 from voltforge.needs import Need, Needs
 from voltforge.objects import Found, Objects, Server
 from voltforge.pipeline import Pipeline
@@ -213,6 +214,18 @@ def test_a_server_that_is_full_or_holds_broken_objects_changes_nothing_of_the_wh
         for key in keys:
             subprocess.run([*cli, "setrange", key, "60", "broken"], check=True, stdout=subprocess.DEVNULL)
         assert built(small_checkout(tmp_path / "other", settings))["sha256"] == plain
+
+
+def test_a_compiler_may_take_longer_than_a_server_has_to_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(objects, "PATIENCE", 0.3)
+    with redis(tmp_path) as port, socket.socket(socket.AF_UNIX) as asks:
+        Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse(f"redis://127.0.0.1:{port}")).lead(tmp_path)
+        with at(tmp_path, objects.SOCKET) as address:
+            asks.connect(address)
+        for _ in range(2):
+            asks.sendall(b"PING\r\n")
+            assert asks.recv(100) == b"+PONG\r\n"
+            time.sleep(1)
 
 
 def test_a_server_that_is_down_is_told_and_the_objects_are_those_of_this_disk(tmp_path, capsys):

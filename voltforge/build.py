@@ -185,7 +185,7 @@ class Workshop:
         sandbox.recover(self.work)
         self._begin_afresh_if_need_be()
         folders = self.folders
-        for name in folders.keys() & {"tree", "home", "cache"}:
+        for name in ("tree", "home"):
             folders[name].mkdir(parents=True, exist_ok=True)
         sync(self.tree.path, folders["tree"])
         for stale in [folders["dist"], folders["home"] / objects.LOG, *_packed(folders["tree"])]:
@@ -249,6 +249,7 @@ class Workshop:
         cache = self.objects
         handed = self.gate.variables(self.recipe.name, places["gate"], python, [cache.program] if cache else [])
         if cache:
+            cache.folder.mkdir(parents=True, exist_ok=True)
             address = ""
             if cache.server and self.around.kind == "none":
                 address = cache.server.address

@@ -119,6 +119,7 @@ class Objects:
             "CCACHE_DIR": str(cache),
             "CCACHE_MAXSIZE": LIMIT,
             "CCACHE_COMPILERCHECK": f"string:{compilers}",
+            "CCACHE_DEPEND": "1",  # headers are those that the compiler names: no preprocessor for what is not there
             "CCACHE_STATSLOG": str(home / LOG),
             **({"CCACHE_REMOTE_STORAGE": f"{server}|operation-timeout={int(PATIENCE * 1000)}"} if server else {}),
         }
@@ -167,6 +168,7 @@ class Objects:
             one.close()
             fine = False
         else:
+            other.settimeout(None)  # between two questions ccache compiles
             fine = relay.join(one, other)
         self._strikes = 0 if fine else self._strikes + 1
         if self._strikes == STRIKES:
