@@ -72,8 +72,6 @@ class Status:
     waiting: int = 0
     memory: int = 0
     """Bytes that all jobs hold."""
-    expected: int = 0
-    """Bytes that all jobs are expected to come to hold."""
 
 
 @dataclass
@@ -202,9 +200,8 @@ class Gate:
                     self.keep()
                     keep = time.monotonic() + KEEP
                 self._admit()
-                running, waiting = len(self._running), len(self._waiting)
                 held = sum(job.now for job in self._running)
-                self.status = Status(running, waiting, held, held + sum(job.growth for job in self._running))
+                self.status = Status(len(self._running), len(self._waiting), held)
 
     def _hear(self, job: Job, selector: selectors.BaseSelector) -> None:
         """Take in what a job says: its name; or that it has ended, by saying no more. Who talks nonsense is let go."""
@@ -262,15 +259,15 @@ class Gate:
             job.now = 0
         self._used = 0
         for pid, bytes_held in held.items():
-            seen, at = set(), pid
+            above, seen = pid, set()
             owner: Job | None = None
-            while at and at not in seen:
-                seen.add(at)
-                owner = owner or owners.get(at)
-                if at == US:
+            while above and above not in seen:
+                seen.add(above)
+                owner = owner or owners.get(above)
+                if above == US:
                     self._used += bytes_held
                     break
-                at = parents.get(at, 0)
+                above = parents.get(above, 0)
             if owner:
                 owner.now += bytes_held
                 owner.peak = max(owner.peak, _most(pid))
