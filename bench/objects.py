@@ -59,7 +59,7 @@ def main():
             at = Path(scratch, f"build-{len(rows)}")
             result = build_vllm.measured(pipeline, f"objects-{len(rows)}", series, pipeline.gate.jobs, at, True, cache)
             wheels |= {files.sha256(path) for path in (at / "out").glob("*.whl")}
-            found = objects.found(at / "work" / "home" / objects.LOG, None)
+            found = objects.found(cache.log("vllm"), None)
             rows.append({"cache": name, "wall": result.wall, "cpu": result.cpu, "peak": result.peak,
                          "all": time.monotonic() - begin, **asdict(found)})  # fmt: skip
             files.write_json(words.json, json.loads(json.dumps(rows)))

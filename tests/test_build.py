@@ -383,6 +383,19 @@ def test_what_a_build_left_is_on_the_disk_and_outlives_a_reboot(
     assert prepared(shop) == ["a.c", "a.o"]
 
 
+def test_objects_whose_compilers_did_not_ask_are_not_gone_on_with(
+    shop: Workshop, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Some build systems configure once: all that they still compile would start at the same time."""
+    prepared(shop)
+    asking = replace(shop, gate=Gate(tmp_path / "gate", 1, {}))
+    (shop.folders["tree"] / "a.o").write_text("object")
+    assert "a.o" not in prepared(asking)
+    assert "begins afresh, for its compilers do not ask for leave as they would now" in capsys.readouterr().out
+    (asking.folders["tree"] / "a.o").write_text("object")
+    assert "a.o" in prepared(asking)
+
+
 def test_a_clock_may_be_coarse_and_a_link_may_lead_anywhere(tmp_path: Path) -> None:
     (tmp_path / "now").touch()
     os.utime(tmp_path / "now", (time.time() + 1,) * 2)

@@ -298,6 +298,25 @@ def test_two_processes_of_a_run_have_one_gate(worlds, tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_what_a_compiler_leaves_running_keeps_no_place(worlds):
+    world = worlds(jobs=1)
+    daemon = "import os, sys, time\nif not os.fork():\n    time.sleep(5)\n"
+    assert world.ask("a.o", daemon).wait(PATIENT) == 0
+    assert ends(world.ask("b.o")) == 0
+
+
+def test_a_gate_that_breaks_lets_nobody_wait_for_ever(worlds, monkeypatch):
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    world = worlds(jobs=1)
+    world.ask("a.o")
+    world.comes_to(running=1, waiting=0)
+    waiting = world.ask("b.o")
+    world.comes_to(running=1, waiting=1)
+    monkeypatch.setattr(gate, "_processes", lambda: 1 / 0)
+    assert waiting.wait(PATIENT) == 1
+    assert "nobody lets b.o be compiled" in waiting.stdout.read()
+
+
 # --- the launcher ---
 
 
@@ -314,6 +333,14 @@ def test_the_command_runs_as_if_nothing_stood_before_it(worlds):
     bare, done = subprocess.run(words, capture_output=True, text=True), launched(*words, folder=world.gate.folder)
     assert (done.returncode, done.stdout) == (bare.returncode, bare.stdout)
     assert done.stdout.startswith("a  b * -o a.o\nSigIgn:")
+
+
+def test_a_cache_stands_before_what_compiles_and_not_before_what_links(worlds, monkeypatch):
+    world = worlds()
+    world.gate.open()
+    monkeypatch.setenv("VOLTFORGE_CCACHE", "echo")
+    assert launched("true", "-c", "a.c", "-o", "a.o", folder=world.gate.folder).stdout == "true -c a.c -o a.o\n"
+    assert launched("true", "a.o", "-o", "a.so", folder=world.gate.folder).stdout == ""
 
 
 def test_a_command_that_is_not_there_is_a_sentence(worlds):

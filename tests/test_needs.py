@@ -54,9 +54,27 @@ def test_the_last_measurement_counts(known):
     assert known.measured() == {"a.cu.o": Need(20, 2 * GIB)}
 
 
-def test_no_compiler_is_expected_to_hold_nearly_nothing(known):
+def test_no_compiler_is_expected_to_hold_nearly_nothing(tmp_path):
+    known = Needs(tmp_path / "vllm.json", 1000)
     known.learn("a.cu.o", Need(10, 1000))
     assert known.of("a.cu.o").memory == needs.LEAST
+
+
+def test_a_compile_that_failed_halves_what_is_expected_at_most(known):
+    known.learn("new.cu.o", Need(8, 1000))
+    assert known.measured()["new.cu.o"].memory == GIB // 2
+    known.learn("a.cu.o", Need(10, 4 * GIB))
+    known.learn("a.cu.o", Need(8, 1000))
+    assert known.measured()["a.cu.o"].memory == 2 * GIB
+
+
+def test_what_another_process_learnt_meanwhile_stays(known):
+    other = Needs(known.path, GIB)
+    other.learn("b.cu.o", Need(7, 2 * GIB))
+    other.keep()
+    known.learn("a.cu.o", Need(10, 3 * GIB))
+    known.keep()
+    assert Needs(known.path, GIB).measured() == {"a.cu.o": Need(10, 3 * GIB), "b.cu.o": Need(7, 2 * GIB)}
 
 
 @pytest.mark.parametrize("need", [Need(0.1, 1000), Need(10, 0)], ids=["it ended at once", "it was not seen"])

@@ -248,6 +248,28 @@ def test_without_ccache_everything_is_compiled_and_a_server_that_is_named_is_tol
     assert "there is no ccache here: ./doit doctor says what gets it" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_written_is_told_and_everything_is_compiled(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert objects.chosen("", tmp_path / "file" / "cache") is None
+    assert f"! {tmp_path}/file/cache cannot be written (" in capsys.readouterr().out
+
+
+def test_a_name_that_is_none_of_a_host_is_told(tmp_path, capsys):
+    assert not Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse("redis://cache..lan")).reachable()
+    assert "cannot be reached" in capsys.readouterr().out
+
+
+def test_a_ccache_that_knows_no_server_is_told(tmp_path, monkeypatch, capsys):
+    files.write(tmp_path / "ccache", "#!/bin/sh\necho ccache version 4.5.1\n")
+    (tmp_path / "ccache").chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda _: str(tmp_path / "ccache"))
+    monkeypatch.setattr(objects, "SYSTEM", (str(tmp_path),))
+    made = objects.chosen("redis://127.0.0.1:1", tmp_path / "cache")
+    assert made
+    assert made.server is None
+    assert capsys.readouterr().out == "! redis://127.0.0.1:1 is not asked: ccache 4.5 is older than 4.7\n"
+
+
 def test_off_is_off(tmp_path):
     assert objects.chosen("off", tmp_path) is None
 
@@ -314,10 +336,50 @@ def test_a_build_without_a_log_found_nothing(tmp_path):
     assert objects.found(tmp_path / "none", None) == Found()
 
 
-@pytest.mark.parametrize("words", [["/usr/bin/ccache", "nvcc", "-c"], ["nvcc", "-c"]])
-def test_a_command_is_told_apart_from_what_stands_before_it(words):
-    assert objects.without(["python", "-I", "-S", "/build/gate/launch.py", *words]) == ["nvcc", "-c"]
-    assert objects.without(["nvcc", "-c"]) == ["nvcc", "-c"]
+# --- what ccache cannot see ---
+
+
+@needs_ccache
+def test_a_header_that_was_not_there_before_is_noticed(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.cpp").write_text('#if __has_include("b.h")\n#include "b.h"\n#else\nint a = 1;\n#endif\n')
+    cache = Objects(Path(shutil.which("ccache")), tmp_path / "cache")
+
+    def compiled() -> bytes:
+        told = cache.variables("a", objects.names([tmp_path / "src"]), cache.folder, "")
+        words = [cache.program, "g++", "-MD", "-MF", "a.d", "-c", "a.cpp", "-o", "a.o"]
+        subprocess.run(words, cwd=tmp_path / "src", env={**os.environ, **told}, check=True)
+        return (tmp_path / "src" / "a.o").read_bytes()
+
+    before = compiled()
+    assert compiled() == before
+    (tmp_path / "src" / "b.h").write_text("int a = 2;\n")
+    assert compiled() != before
+    assert objects.found(cache.log("a"), None) == Found(hits=1, misses=2)
+
+
+def test_names_of_headers_and_what_makes_headers_count_and_sources_do_not(tmp_path):
+    for name in ("one", "other"):
+        files.write(tmp_path / name / "a.h", "1")
+        files.write(tmp_path / name / "CMakeLists.txt", "1")
+    before = objects.names([tmp_path / "one"])
+    assert objects.names([tmp_path / "other"]) == before, "where it lies does not count"
+    for path, content, counts in (
+        ("a.h", "2", False), ("b.cu", "1", False), ("c/b.cuh", "1", True), ("CMakeLists.txt", "2", True),
+        ("version.h.in", "1", True), ("vector", "1", True),
+    ):  # fmt: skip
+        last = objects.names([tmp_path / "one"])
+        files.write(tmp_path / "one" / path, content)
+        assert (objects.names([tmp_path / "one"]) != last) == counts, path
+
+
+@needs_ccache
+@pytest.mark.slow
+def test_a_new_header_compiles_all_again(saxpy):
+    built(saxpy)
+    first = edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] = a * x[i]")
+    (first.root / "saxpy" / "csrc" / "new.h").write_text("")
+    assert built(again(edited(first, "csrc/scale.cu", "a * x[i]", "x[i] * a")))["objects"]["hits"] == 0
 
 
 # --- the relay ---

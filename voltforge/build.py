@@ -32,6 +32,8 @@ FOLDERS = ("tree", "environment", "toolchain", "dist", "home")
 """What a build is shown, by name; the sandbox decides where."""
 PLACE = "place.json"
 """The note in a work folder that says where the build saw its tree."""
+ASKING = "asking.json"
+"""The note in a work folder that says whether the compilers of its build ask at a gate."""
 UNSYNCED = "unsynced.json"
 """The note in a work folder that says in which boot of the machine a build began to write what is not synced yet."""
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -168,17 +170,25 @@ class Workshop:
     @property
     def writable(self) -> dict[str, Path]:
         """The real folders that the build may write."""
-        return {name: path for name, path in self.folders.items() if name in ("tree", "dist", "home", "cache")}
+        return {
+            name: path for name, path in self.folders.items() if name in ("tree", "dist", "home", *self._shown("cache"))
+        }
 
     @property
     def readable(self) -> dict[str, Path]:
         """The real folders that it may read."""
-        return {name: path for name, path in self.folders.items() if name in ("environment", "toolchain", "gate")}
+        shown = "environment", "toolchain", *self._shown("gate")
+        return {name: path for name, path in self.folders.items() if name in shown}
+
+    def _shown(self, name: str) -> tuple[str, ...]:
+        """What is no part of the build stays where it is if no sandbox shows it elsewhere: others may use it."""
+        return () if self.sandbox.kind == "none" else (name,)
 
     @property
     def places(self) -> dict[str, Path]:
         """Where the build sees them."""
-        return {name: self.around.place(name, path) for name, path in self.folders.items()}
+        shown = {**self.readable, **self.writable}
+        return {name: self.around.place(name, path) if name in shown else path for name, path in self.folders.items()}
 
     def prepare(self) -> None:
         """Bring the sources in, and take out what the last build packed."""
@@ -188,10 +198,16 @@ class Workshop:
         for name in ("tree", "home"):
             folders[name].mkdir(parents=True, exist_ok=True)
         sync(self.tree.path, folders["tree"])
-        for stale in [folders["dist"], folders["home"] / objects.LOG, *_packed(folders["tree"])]:
+        for stale in [folders["dist"], *self.logs, *_packed(folders["tree"])]:
             files.remove(stale)
         folders["dist"].mkdir()
         files.write_json(self.work / PLACE, str(self.places["tree"]))
+        files.write_json(self.work / ASKING, bool(self.gate))
+
+    @property
+    def logs(self) -> list[Path]:
+        """Where ccache says what it does, if it is asked."""
+        return [self.objects.log(self.recipe.name)] if self.objects else []
 
     def _begin_afresh_if_need_be(self) -> None:
         """Empty the work folder where ninja or CMake would be wrong about what is in it."""
@@ -205,6 +221,8 @@ class Workshop:
             why = f"{late.relative_to(self.work)} is of a later time than now: the clock was set back"
         elif built != place:
             why = f"CMake's notes are of a build in {built}"
+        elif (self.work / PLACE).exists() and (files.read_json(self.work / ASKING) or False) != bool(self.gate):
+            why = "its compilers do not ask for leave as they would now"  # some build systems configure once only
         else:
             return
         console.note(f"begins afresh, for {why}")
@@ -244,23 +262,30 @@ class Workshop:
         if not self.gate:
             return [], {"MAX_JOBS": str(self.jobs), "CMAKE_BUILD_PARALLEL_LEVEL": str(self.jobs)}
         self.gate.open()
-        before: list[str | Path] = []
         python, many = places["environment"] / "bin" / "python", str(self.gate.window)
-        cache = self.objects
-        handed = self.gate.variables(self.recipe.name, places["gate"], python, [cache.program] if cache else [])
-        if cache:
-            cache.folder.mkdir(parents=True, exist_ok=True)
-            address = ""
-            if cache.server and self.around.kind == "none":
-                address = cache.server.address
-            elif cache.server and self.around.hermetic:
-                cache.lead(self.gate.folder)
-                relay = places["gate"] / objects.RELAY.name
-                before = [python, "-I", "-S", relay, str(objects.PORT), places["gate"] / objects.SOCKET]
-                address = cache.server.seen("127.0.0.1", objects.PORT)
-            compilers = files.digest(dict(self.toolchain.identity))
-            handed |= cache.variables(compilers, places["cache"], places["home"], address)
-        return before, {**handed, "MAX_JOBS": many, "CMAKE_BUILD_PARALLEL_LEVEL": many}
+        handed = self.gate.variables(self.recipe.name, places["gate"], python)
+        handed |= {"MAX_JOBS": many, "CMAKE_BUILD_PARALLEL_LEVEL": many}
+        if not self.objects:
+            return [], handed
+        before: list[str | Path] = []
+        server, address = self.objects.server, ""
+        if server and self.around.kind == "none":
+            address = server.address
+        elif server and self.around.hermetic:
+            self.objects.lead(self.gate.folder)
+            relay = places["gate"] / objects.RELAY.name
+            before = [python, "-I", "-S", relay, str(objects.PORT), places["gate"] / objects.SOCKET]
+            address = server.seen("127.0.0.1", objects.PORT)
+        elif server:
+            console.warn(f"{server} is not asked: without bubblewrap nothing leads there but sandbox=off")
+        cached = self.objects.variables(self.recipe.name, self.surroundings(), places["cache"], address)
+        return before, {**handed, **cached}
+
+    def surroundings(self) -> str:
+        """The digest of what an object depends on besides its command and the headers that it reads."""
+        headers = self.tree.path, self.environment.site_packages, *objects.SYSTEM_HEADERS
+        identity = dict(self.toolchain.identity), files.sha256(self.recipe.beside(self.recipe.build.lock))
+        return files.digest([*identity, objects.names(headers)])
 
 
 def compile(shop: Workshop, log: Path) -> Built:
@@ -284,7 +309,7 @@ def _compiled(shop: Workshop, log: Path) -> Built:
             "--skip-dependency-check", *settings, "--outdir", places["dist"], places["tree"]]  # fmt: skip
     log.unlink(missing_ok=True)
     with console.live(recipe.name) as tell:
-        progress = Progress(recipe.name, shop.gate, folders["home"] / objects.LOG if shop.objects else None)
+        progress = Progress(recipe.name, shop.gate, next(iter(shop.logs), None))
 
         def watch(line: str, usage: Usage) -> None:
             if wrong := options.contradicted(line, recipe.build.env):
@@ -303,7 +328,9 @@ def _compiled(shop: Workshop, log: Path) -> Built:
         raise BuildError(recipe.name, done.output[-500:], log, f"left {len(wheels)} wheels where one was expected")
     ninja = shop.environment.path / "bin" / "ninja"
     linked = {name: _linked(ninja, folders["tree"], name) for name in recipe.expect.extensions}
-    kept = objects.found(folders["home"] / objects.LOG, shop.gate.needs.get(recipe.name) if shop.gate else None)
+    kept = Found()
+    for path in shop.logs:
+        kept = objects.found(path, shop.gate.needs.get(recipe.name) if shop.gate else None)
     return Built(wheels[0], linked, done.usage, kept)
 
 
@@ -346,7 +373,7 @@ class Progress:
 
     def see(self, line: str, usage: Usage) -> Work:
         """Take a line in and give all that is known now."""
-        if match := re.match(r"\[(\d+)/(\d+)\] (.*)", line):
+        if match := re.match(r"\[(\d+)/(\d+)\] (.*\S)", line):
             target = match[3].split()[-1].rsplit("/", 1)[-1]
             self.work = Work(target, int(match[1]), int(match[2]))
         if not self.gate:

@@ -12,6 +12,7 @@ from voltforge import signing
 from voltforge.cache import Cache
 from voltforge.fetch import Artifact, Store
 from voltforge.history import History
+from voltforge.index import redacted
 from voltforge.recipe import CHOICES
 from voltforge.signing import Signer, Trust
 from voltforge.turn import Turn
@@ -75,7 +76,7 @@ class Checkout:
     @cached_property
     def turn(self) -> Turn:
         """The right to change this checkout, which one run has at a time."""
-        return Turn(self.scratch / ".turn", " ".join(["doit", *sys.argv[1:]]))
+        return Turn(self.scratch / ".turn", " ".join(["doit", *map(redacted, sys.argv[1:])]))
 
     @property
     def cache(self) -> Cache | None:

@@ -127,6 +127,8 @@ _AREAS = (
     _Area("thin", rf"\.thin-{_RANDOM}/", "of a run that was cut short", LEFT_OVER, outside_turns=True),
 )
 """The first one that fits a name counts."""
+_STAYS = ("cache", "gate", "history")
+"""Folders of build/ in which nothing is too much: ccache keeps its own within bounds."""
 _FOLDERS = tuple(dict.fromkeys(area.folder for area in _AREAS))
 _OUTSIDE = frozenset(area.folder for area in _AREAS if area.outside_turns)
 
@@ -414,7 +416,7 @@ def _found(pipeline: Pipeline, runtime: Runtime) -> Iterator[_Found]:
 
 def _in_scratch(pipeline: Pipeline, stays: frozenset[Path]) -> Iterator[_Found]:
     for path, shape in _entries(pipeline.scratch):
-        if shape in {f"{name}/" for name in (*_FOLDERS, "downloads")} or _OF_BUILD.fullmatch(shape):
+        if shape in {f"{name}/" for name in (*_FOLDERS, "downloads", *_STAYS)} or _OF_BUILD.fullmatch(shape):
             continue
         if re.fullmatch(rf"tmp{_RANDOM}/", shape):
             yield _Found(path, LEFT_OVER, "of a benchmark that was cut short", outside_turns=True)

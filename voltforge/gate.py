@@ -97,6 +97,8 @@ class Gate:
     _used: int = 0
     _told: set[str] = field(default_factory=set)
     _thread: threading.Thread | None = None
+    _error: OSError | None = None
+    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     _opening: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -138,23 +140,22 @@ class Gate:
                 self._thread.start()
         deadline = time.monotonic() + PATIENCE
         while not self._answers():
-            if time.monotonic() > deadline:
-                raise VoltforgeError(f"nobody opens the gate at {self.folder}", hint="can that folder hold a socket?")
+            if self._error or time.monotonic() > deadline:
+                why = f" ({self._error})" if self._error else ""
+                raise VoltforgeError(
+                    f"nobody opens the gate at {self.folder}{why}", hint="can that folder hold a socket?"
+                )
             time.sleep(0.02)
 
-    def variables(
-        self, package: str, folder: Path, python: Path, compilers: Sequence[str | Path] = ()
-    ) -> dict[str, str]:
+    def variables(self, package: str, folder: Path, python: Path) -> dict[str, str]:
         """What makes CMake ask at the gate for every compiler and linker, given where a build sees all this.
 
-        ``compilers`` is what stands between: a cache. Of CMAKE_ARGS, setup.py of vLLM takes it last of all, and so
-        instead of a ccache that it finds by itself; the others reach projects that do not read that.
+        Of CMAKE_ARGS, setup.py of vLLM takes it last of all, and so instead of a ccache that it finds by itself; the
+        others reach projects that do not read that.
         """
-        asks = [str(python), "-I", "-S", str(folder / LAUNCHER.name)]
-        launchers = {}
-        for language in ("C", "CXX", "CUDA"):
-            launchers[f"CMAKE_{language}_COMPILER_LAUNCHER"] = ";".join([*asks, *map(str, compilers)])
-            launchers[f"CMAKE_{language}_LINKER_LAUNCHER"] = ";".join(asks)
+        asks = f"{python};-I;-S;{folder / LAUNCHER.name}"
+        kinds = "COMPILER", "LINKER"
+        launchers = {f"CMAKE_{lang}_{kind}_LAUNCHER": asks for lang in ("C", "CXX", "CUDA") for kind in kinds}
         named = " ".join(f"-D{name}={value}" for name, value in launchers.items())
         return {"VOLTFORGE_GATE": str(folder), "VOLTFORGE_PACKAGE": package, "CMAKE_ARGS": named, **launchers}
 
@@ -172,18 +173,24 @@ class Gate:
             return True
 
     def _lead(self) -> None:
-        """Answer here, as soon as no other process of this run does."""
-        with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with at(self.folder, SOCKET) as address, socket.socket(socket.AF_UNIX) as door:
-                files.remove(self.folder / SOCKET)
-                door.bind(address)
-                door.listen(1024)
-                self._serve(door)
+        """Answer here, as soon as no other process of this run does. However that ends, nobody is left to wait."""
+        try:
+            with (self.folder / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                with at(self.folder, SOCKET) as address, socket.socket(socket.AF_UNIX) as door:
+                    files.remove(self.folder / SOCKET)
+                    door.bind(address)
+                    door.listen(1024)
+                    self._serve(door)
+        except OSError as error:
+            self._error = error
+        finally:
+            for job in [*self._waiting, *self._running]:
+                job.connection.close()
 
     def _serve(self, door: socket.socket) -> None:
         look, keep = time.monotonic(), time.monotonic() + KEEP
-        with selectors.DefaultSelector() as selector:
+        with self._selector as selector:
             selector.register(door, selectors.EVENT_READ)
             while True:
                 idle = not (self._running or self._waiting)
@@ -192,7 +199,7 @@ class Gate:
                         connection, _ = door.accept()
                         selector.register(connection, selectors.EVENT_READ, Job(connection, _peer(connection)))
                     else:
-                        self._hear(key.data, selector)
+                        self._hear(key.data)
                 if time.monotonic() >= look:
                     self._look()
                     look = time.monotonic() + TICK
@@ -203,7 +210,7 @@ class Gate:
                 held = sum(job.now for job in self._running)
                 self.status = Status(len(self._running), len(self._waiting), held)
 
-    def _hear(self, job: Job, selector: selectors.BaseSelector) -> None:
+    def _hear(self, job: Job) -> None:
         """Take in what a job says: its name; or that it has ended, by saying no more. Who talks nonsense is let go."""
         try:
             said = job.connection.recv(NAME)
@@ -217,7 +224,11 @@ class Gate:
                 job.need = self.needs[job.package].of(job.name)
                 self._waiting.append(job)
                 return
-        selector.unregister(job.connection)
+        self._end(job)
+
+    def _end(self, job: Job) -> None:
+        """Take a job out, and learn from it."""
+        self._selector.unregister(job.connection)
         job.connection.close()
         if job in self._waiting:
             self._waiting.remove(job)
@@ -247,7 +258,10 @@ class Gate:
         if "alone" not in self._told:
             self._told.add("alone")
             wants, has = files.size(job.need.memory), files.size(max(room, 0))
-            console.note(f"{Path(job.name).name} is expected to take {wants}, where {has} can be had: it runs alone")
+            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone stops no build
+                console.note(
+                    f"{Path(job.name).name} is expected to take {wants}, where {has} can be had: it runs alone"
+                )
 
     def _look(self) -> None:
         """See what each job holds, with all its children, and this process with all that it started."""
@@ -271,8 +285,10 @@ class Gate:
             if owner:
                 owner.now += bytes_held
                 owner.peak = max(owner.peak, _most(pid))
-        for job in self._running:
+        for job in [*self._running]:
             job.peak = max(job.peak, job.now)
+            if job.pid and job.pid not in held:  # what it left running keeps its end of the connection, and no place
+                self._end(job)
 
 
 def following(waiting: Sequence[Job], running: Sequence[Job], jobs: int, room: int | None) -> Job | None:

@@ -109,7 +109,7 @@ def count(text: str, memory_per_job: int) -> tuple[int, str]:
 def _groups(mount: Path, own: Path) -> Iterator[Path]:
     """The folders of the memory groups that this process is in, each before the one around it."""
     try:
-        lines = own.read_text().splitlines()
+        lines = own.read_text(errors="replace").splitlines()
     except OSError:
         lines = []
     for line in lines or ["0::/"]:

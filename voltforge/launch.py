@@ -50,6 +50,8 @@ def main(words: list[str]) -> int:
     except (OSError, KeyError) as error:
         print(f"error: nobody lets {name} be compiled, {error}: the run of ./doit that built this is gone")
         return 1
+    if "-c" in words and os.environ.get("VOLTFORGE_CCACHE"):
+        words = [os.environ["VOLTFORGE_CCACHE"], *words]
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and so would what it becomes
         signal.signal(number, signal.SIG_DFL)
     try:

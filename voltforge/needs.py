@@ -53,6 +53,7 @@ class Needs:
         self._learnt = {name: Need(seconds, memory) for name, (seconds, memory, _) in rows.items()}
         self._last = {name: last for name, (_, _, last) in rows.items()}
         self._new = False
+        self._fresh: set[str] = set()
         self.mean = sum(need.seconds for need in self._learnt.values()) / max(1, len(self._learnt))
         """Seconds that an object took on average in earlier builds; 0 where there were none."""
 
@@ -74,27 +75,30 @@ class Needs:
     def learn(self, name: str, need: Need) -> None:
         """Remember what an object took; of what came from a cache, that it did.
 
-        What CMake compiles to see whether it can is passed over.
+        Memory falls by half at most, for a compile that failed looks like one that needs little. What CMake compiles
+        to see whether it can is passed over.
         """
         if any(probe in name for probe in PROBES):
             return
         seen = need.seconds >= BRIEF and need.memory > 0
         with self._lock:
             self._last[name] = need.seconds
+            self._fresh.add(name)
             self._new = True
             known = self._learnt.get(name)
             if known is None or need.seconds >= known.seconds * AT_ONCE:
-                self._learnt[name] = need if seen else Need(need.seconds, self.otherwise)
+                least = (known.memory if known else self.otherwise) // 2
+                self._learnt[name] = Need(need.seconds, max(need.memory, least) if seen else self.otherwise)
 
     def keep(self) -> None:
         """Write down what was learnt. A disk that does not take it stops nothing."""
         with self._lock:
             if not self._new:
                 return
-            rows = {
-                name: [round(need.seconds, 3), need.memory, round(self._last.get(name, need.seconds), 3)]
-                for name, need in sorted(self._learnt.items())
-            }
+            rows = {name: [*row] for name, row in _read(self.path).items()}  # another process may have learnt as well
+            for name in self._fresh:
+                need = self._learnt[name]
+                rows[name] = [round(need.seconds, 3), need.memory, round(self._last[name], 3)]
             self._new = False
         with contextlib.suppress(OSError):
             files.write_json(self.path, rows)

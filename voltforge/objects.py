@@ -6,39 +6,46 @@ options that make them reproducible, and stores what the compiler made as it mad
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
+import tempfile
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from voltforge import console, files, relay
 from voltforge.errors import VoltforgeError
-from voltforge.gate import LAUNCHER, at
+from voltforge.gate import at
 from voltforge.index import redacted
 from voltforge.needs import Needs
+from voltforge.process import run
 from voltforge.sandbox import SYSTEM
 
 OFF = "off"
 SCHEMES = {"redis": 6379, "http": 80}
 """What ccache 4.7 speaks without a network library of its own, and the port where none is named; WebDAV is http."""
 RELAY = Path(relay.__file__)
-SOCKET = "objects"
-"""The socket in the gate's folder that leads to the server."""
+SOCKET = f"objects-{os.getpid()}"
+"""The socket in the gate's folder that leads to the server, one for each process of a run."""
 PORT = 4226
 """Where a sandbox without a network has the server."""
 PATIENCE = 5.0
 """Seconds in which a server has to answer."""
 STRIKES = 3
 """So many times in a row that a server does not answer, and it is not asked any more."""
+HEADERS = (".h", ".hpp", ".hh", ".hxx", ".cuh", ".inc", ".inl", ".ipp", ".def", ".tcc")
+"""How the names of what sources include end; those of C++'s own headers have no dot."""
+GENERATORS = ("CMakeLists.txt", ".cmake", ".in")
+SYSTEM_HEADERS = (Path("/usr/include"), Path("/usr/local/include"))
 LIMIT = "10G"
 """The most that the local cache holds; ccache throws out what was used least recently."""
-LOG = "ccache.stats"
-"""What ccache did with each source, in the build's home."""
+OLDEST = (4, 7)
+"""The first ccache that calls a server CCACHE_REMOTE_STORAGE."""
 _HITS = re.compile(r"(direct|preprocessed)_cache_hit")
 
 
@@ -109,18 +116,25 @@ class Objects:
     _strikes: int = 0
     _doors: set[Path] = field(default_factory=set)
 
-    def variables(self, compilers: str, cache: Path, home: Path, server: str) -> dict[str, str]:
-        """What ccache is told, given where a build sees its folders.
+    def log(self, package: str, cache: Path | None = None) -> Path:
+        """Where ccache says what it did with each source of a package, in the cache's folder as it is seen."""
+        return (cache or self.folder) / f"{package}.stats"
 
-        ``compilers`` stands for the toolchain: ccache itself would look at nvcc alone, and not at what nvcc calls.
+    def variables(self, package: str, surroundings: str, cache: Path, server: str) -> dict[str, str]:
+        """What the launcher and ccache are told, given where a build sees the cache.
+
+        ``surroundings`` stands for all that decides about an object besides its command and the headers that were
+        read: the toolchain, of which ccache would look at nvcc alone; and headers that were *not* there. One that comes
+        to lie before another, or that a ``__has_include`` asks for, ccache would not notice.
         """
         return {
+            "VOLTFORGE_CCACHE": str(self.program),
             "CCACHE_CONFIGPATH": "/dev/null",
             "CCACHE_DIR": str(cache),
             "CCACHE_MAXSIZE": LIMIT,
-            "CCACHE_COMPILERCHECK": f"string:{compilers}",
+            "CCACHE_COMPILERCHECK": f"string:{surroundings}",
             "CCACHE_DEPEND": "1",  # headers are those that the compiler names: no preprocessor for what is not there
-            "CCACHE_STATSLOG": str(home / LOG),
+            "CCACHE_STATSLOG": str(self.log(package, cache)),
             **({"CCACHE_REMOTE_STORAGE": f"{server}|operation-timeout={int(PATIENCE * 1000)}"} if server else {}),
         }
 
@@ -143,8 +157,9 @@ class Objects:
             return False
         try:
             self._connected().close()
-        except OSError as error:
-            console.warn(f"{self.server} cannot be reached ({error.strerror or error}): objects are those of this disk")
+        except (OSError, UnicodeError) as error:  # a name that is none of a host
+            why = getattr(error, "strerror", None) or error
+            console.warn(f"{self.server} cannot be reached ({why}): objects are those of this disk")
             return False
         return True
 
@@ -164,7 +179,7 @@ class Objects:
             return
         try:
             other = self._connected()
-        except OSError:
+        except (OSError, UnicodeError):
             one.close()
             fine = False
         else:
@@ -189,8 +204,37 @@ def chosen(setting: str, folder: Path) -> Objects | None:
         if server:
             console.warn(f"{server} is not asked, for there is no ccache here: ./doit doctor says what gets it")
         return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        console.warn(f"{folder} cannot be written ({error.strerror}): everything is compiled")
+        return None
     made = Objects(Path(program), folder, server)
-    return made if not server or made.reachable() else Objects(Path(program), folder)
+    if server and (version := _version(made.program)) < OLDEST:
+        console.warn(f"{server} is not asked: ccache {'.'.join(map(str, version))} is older than 4.7")
+        server = None
+    return made if server and made.reachable() else Objects(made.program, folder)
+
+
+def names(folders: Iterable[Path]) -> str:
+    """The digest of the names of all headers in some folders, and of what decides which others are made.
+
+    Of CMake's files the content counts: they generate headers.
+    """
+    found: list[str] = []
+    for number, folder in enumerate(folders):
+        for parent, _, entries in os.walk(folder):
+            place = f"{number}:{os.path.relpath(parent, folder)}"
+            found += [f"{place}/{one}" for one in entries if one.endswith(HEADERS) or "." not in one]
+            found += [f"{place}/{files.sha256(Path(parent, one))}" for one in entries if one.endswith(GENERATORS)]
+    return files.digest(sorted(found))
+
+
+def _version(program: Path) -> tuple[int, ...]:
+    said = re.search(r"([0-9]+)\.([0-9]+)", run([program, "--version"], ok=range(256)).output)
+    return tuple(int(part) for part in said.groups()) if said else (0,)
 
 
 def found(log: Path, needs: Needs | None) -> Found:
@@ -216,9 +260,3 @@ def found(log: Path, needs: Needs | None) -> Found:
         else:
             counts[line] += 1
     return Found(counts["hits"], counts["cache_miss"], counts["remote_storage_hit"], round(saved, 1))
-
-
-def without(words: Sequence[str]) -> list[str]:
-    """A command without what stands before the compiler: the launcher, and ccache."""
-    start = next((place + 1 for place, word in enumerate(words) if Path(word).name == LAUNCHER.name), 0)
-    return [*words[start + (len(words) > start and Path(words[start]).name == "ccache") :]]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-from voltforge import build, console, files, objects, sandbox
+from voltforge import build, console, files, gate, sandbox
 from voltforge.build import Workshop
 from voltforge.compiled import Compiled
 from voltforge.errors import VoltforgeError
@@ -96,13 +96,15 @@ class Bench:
 def commands(compdb: str, tree: Path) -> dict[str, list[str]]:
     """How ninja compiles each source below ``tree``, from the JSON that ``ninja -t compdb`` prints.
 
-    Without what asks for leave and for objects that are there: it is one command at a time, with a file of its own.
+    Without what asks for leave: it is one command at a time.
     """
     found = {}
     for one in json.loads(compdb):
         source = Path(one["file"])
         if source.is_relative_to(tree):
-            found[str(source.relative_to(tree))] = objects.without(shlex.split(one["command"]))
+            words = shlex.split(one["command"])
+            asks = next((place for place, word in enumerate(words) if Path(word).name == gate.LAUNCHER.name), -1)
+            found[str(source.relative_to(tree))] = words[asks + 1 :]
     return found
 
 
