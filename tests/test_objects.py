@@ -358,6 +358,21 @@ def test_a_header_that_was_not_there_before_is_noticed(tmp_path):
     assert objects.found(cache.log("a"), None) == Found(hits=1, misses=2)
 
 
+@needs_ccache
+def test_another_link_to_a_header_is_no_reason_to_compile_again(tmp_path):
+    """Folders that no sandbox shows are copied by links, and uv's environments are links."""
+    (tmp_path / "a.h").write_text("int a = 1;\n")
+    (tmp_path / "a.cpp").write_text('#include "a.h"\n')
+    cache = Objects(Path(shutil.which("ccache")), tmp_path / "cache")
+    os.utime(tmp_path / "a.h", (10**9, 10**9))
+    for number in range(2):
+        os.link(tmp_path / "a.h", tmp_path / f"link-{number}")
+        words = [cache.program, "g++", "-MD", "-MF", "a.d", "-c", "a.cpp", "-o", "a.o"]
+        told = cache.variables("a", "", cache.folder, "")
+        subprocess.run(words, cwd=tmp_path, env={**os.environ, **told}, check=True)
+    assert objects.found(cache.log("a"), None) == Found(hits=1, misses=1)
+
+
 def test_names_of_headers_and_what_makes_headers_count_and_sources_do_not(tmp_path):
     for name in ("one", "other"):
         files.write(tmp_path / name / "a.h", "1")

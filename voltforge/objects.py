@@ -134,6 +134,7 @@ class Objects:
             "CCACHE_MAXSIZE": LIMIT,
             "CCACHE_COMPILERCHECK": f"string:{surroundings}",
             "CCACHE_DEPEND": "1",  # headers are those that the compiler names: no preprocessor for what is not there
+            "CCACHE_SLOPPINESS": "include_file_ctime",  # another link to a header changes that, and nothing in it
             "CCACHE_STATSLOG": str(self.log(package, cache)),
             **({"CCACHE_REMOTE_STORAGE": f"{server}|operation-timeout={int(PATIENCE * 1000)}"} if server else {}),
         }
