@@ -228,7 +228,7 @@ def test_what_a_recipe_needs_or_may_need_is_not_spoken_of(made, name):
         ("build/downloads/a-mirror/", ""),
         ("build/thin/torch-2.9.0+sm70.thin-cp311-cp311-manylinux_2_28_x86_64.whl", ""),
         ("build/notes.txt", ""),
-        ("build/cache/", ""),
+        ("build/caches/", ""),
         (f"{WORK}/an-experiment/", ""),
         ("build/toolchains/cuda-12.6/bin/nvcc", "build/toolchains/cuda-12.6"),
         ("build/image/notes", ""),
