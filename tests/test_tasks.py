@@ -169,7 +169,7 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_a_variable_that_is_misspelt_is_refused_with_the_ones_there_are(checkout):
     said = complaint(checkout.doit("jbos=3", "tree:thing"))
-    assert "jbos: no such variable; there are cuda=, jobs=, memory=, sandbox=, file=" in said
+    assert "jbos: no such variable; there are cuda=, jobs=, memory=, ccache=, sandbox=, file=" in said
     assert not (checkout.root / "build" / "trees").exists()
 
 
