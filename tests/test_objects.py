@@ -435,6 +435,14 @@ def test_a_question_without_an_answer_is_noticed_when_it_is_given_up(carried):
     assert gone() is False
 
 
+def test_a_server_that_hangs_up_before_it_is_asked_is_noticed():
+    ask, one = socket.socketpair()
+    other, answer = socket.socketpair()
+    answer.close()
+    with ask:
+        assert relay.join(one, other) is False
+
+
 def test_settings_have_the_cache_of_this_disk_unless_told_otherwise(saxpy):
     if not shutil.which("ccache"):
         assert saxpy.objects is None

@@ -114,6 +114,7 @@ class Objects:
     """What is on this disk."""
     server: Server | None = None
     _strikes: int = 0
+    _counting: threading.Lock = field(default_factory=threading.Lock)
     _doors: set[Path] = field(default_factory=set)
 
     def log(self, package: str, cache: Path | None = None) -> Path:
@@ -186,8 +187,10 @@ class Objects:
         else:
             other.settimeout(None)  # between two questions ccache compiles
             fine = relay.join(one, other)
-        self._strikes = 0 if fine else self._strikes + 1
-        if self._strikes == STRIKES:
+        with self._counting:
+            self._strikes = 0 if fine else self._strikes + 1
+            out = self._strikes == STRIKES
+        if out:
             console.warn(f"{self.server} did not answer {STRIKES} times in a row: it is not asked any more in this run")
 
 

@@ -10,33 +10,32 @@ import socket
 import sys
 import threading
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 BLOCK = 1 << 16
 
 
 def join(one: socket.socket, other: socket.socket) -> bool:
-    """Carry both ways between two connections until either ends; gives whether ``other`` answered what it was asked."""
-    asked = threading.Event()
+    """Carry both ways between two connections until either ends; gives whether the last that was said is an answer.
 
-    def carry(source: socket.socket, sink: socket.socket, note: "Callable[[], None]") -> None:
+    It is not where ``other`` hangs up before it was asked anything.
+    """
+    last: list[socket.socket] = []
+
+    def carry(source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(BLOCK):
-                note()
+                last[:] = [source]
                 sink.sendall(data)
         for end in (one, other):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
-    there = threading.Thread(target=carry, args=(one, other, asked.set), daemon=True)
+    there = threading.Thread(target=carry, args=(one, other), daemon=True)
     there.start()
-    carry(other, one, asked.clear)
+    carry(other, one)
     there.join()
     one.close()
     other.close()
-    return not asked.is_set()
+    return last == [other]
 
 
 def serve(door: socket.socket, path: str) -> None:
