@@ -76,6 +76,13 @@ def task_push():
     return tasks.action(chores.push, PIPELINE, turn=PIPELINE.turn)
 
 
+def task_farm():
+    """show the hosts that build together at a redis server: ccache=redis://HOST"""
+    helping = "help whoever builds at that server, until Ctrl-C: each object is compiled by one host, for all"
+    yield {**tasks.action(chores.farm, PIPELINE), "basename": "farm"}
+    yield {**tasks.action(chores.help_farm, PIPELINE), "basename": "farm:help", "doc": helping}
+
+
 def task_gc():
     """list what no recipe needs any more, and its size; gc=delete removes it"""
     return tasks.action(chores.collect_garbage, PIPELINE, RUNTIME, turn=PIPELINE.turn)

@@ -31,19 +31,21 @@ PATIENT = 60
 class World:
     """A gate and the commands that ask at it."""
 
-    def __init__(self, folder: Path, jobs: int = 2, free: int = 10**12, **stated: Need) -> None:
-        self.free = free
+    def __init__(self, folder: Path, jobs: int = 2, free: int = 10**12, build: str = "", **stated: Need) -> None:
+        self.free, self.build = free, build
         needs = Needs(folder / "history" / "vllm.json", 100 * MIB, {f"{name}.o": need for name, need in stated.items()})
         self.gate = Gate(folder / "gate", jobs, {"vllm": needs}, lambda: Memory(self.free, 0))
         self.needs = needs
         self.begun: list[subprocess.Popen[str]] = []
 
-    def ask(self, name: str, code: str = "input()") -> subprocess.Popen:
-        """A command for an object, which by default runs until it is told to end."""
+    def ask(self, name: str, code: str = "input()", *, compiles: bool = False) -> subprocess.Popen:
+        """A command for an object, which by default runs until it is told to end; one that compiles is given ``-c``."""
         self.gate.open()
         python = [sys.executable, "-I", "-S"]
-        command = [*python, self.gate.folder / LAUNCHER.name, *python, "-c", code, "-o", name]
-        environ = {**os.environ, "VOLTFORGE_GATE": str(self.gate.folder), "VOLTFORGE_PACKAGE": "vllm"}
+        runs = [*python, "-c"] if compiles else [sys.executable, "-ISc"]
+        command = [*python, self.gate.folder / LAUNCHER.name, *runs, code, "-o", name]
+        told = {"GATE": str(self.gate.folder), "PACKAGE": "vllm", "BUILD": self.build}
+        environ = {**os.environ, **{f"VOLTFORGE_{name}": value for name, value in told.items()}}
         child = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.begun.append(child)
         return child

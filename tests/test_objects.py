@@ -292,6 +292,9 @@ def test_any_address_is_a_server_or_a_sentence(address):
 
 
 def test_a_server_keeps_user_and_folder_where_a_build_sees_it_elsewhere():
+    assert {Server.parse(f"redis://{user}secret@cache").address for user in ("", ":", "default:")} == {
+        "redis://default:secret@cache"  # as ccache and redis both understand it
+    }
     one = Server.parse("redis://me:secret@cache.example")
     assert (one.host, one.port) == ("cache.example", 6379)
     assert one.seen("127.0.0.1", 4226) == "redis://me:secret@127.0.0.1:4226"

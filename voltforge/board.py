@@ -50,6 +50,8 @@ class Work:
     """Jobs at work."""
     waiting: int | None = None
     """Jobs that wait for memory, or for their turn."""
+    elsewhere: int | None = None
+    """Jobs that other hosts do."""
     memory: int | None = None
     """Bytes in use."""
     limit: int | None = None
@@ -68,9 +70,10 @@ class Work:
 
     @property
     def load(self) -> str:
-        """``3 jobs, 2 waiting``."""
+        """``3 jobs, 2 waiting, 5 elsewhere``."""
         named = [] if self.jobs is None else [f"{self.jobs} job{'' if self.jobs == 1 else 's'}"]
-        return ", ".join([*named, *([f"{self.waiting} waiting"] if self.waiting else [])])
+        others = {"waiting": self.waiting, "elsewhere": self.elsewhere}
+        return ", ".join([*named, *(f"{count} {where}" for where, count in others.items() if count)])
 
     @property
     def room(self) -> str:

@@ -8,15 +8,16 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from voltforge import console, files, objects, options, sandbox
+from voltforge import console, farm, files, objects, options, sandbox
 from voltforge.board import Work
 from voltforge.environment import Environment
 from voltforge.errors import VoltforgeError, remedy
+from voltforge.farm import Farm
 from voltforge.gate import Gate
-from voltforge.objects import Found, Objects
+from voltforge.objects import Found, Objects, Server
 from voltforge.process import Completed, ProgramFailed, Usage, run
 from voltforge.recipe import SourceRecipe
 from voltforge.sandbox import Sandbox
@@ -79,6 +80,8 @@ class Built:
     usage: Usage
     found: Found
     """What came from the cache of objects."""
+    hosts: Mapping[str, int] = field(default_factory=dict)
+    """How many objects each host of a farm compiled."""
 
 
 def variables(recipe: SourceRecipe, tree: Tree, toolchain: Toolchain, places: Mapping[str, Path]) -> dict[str, str]:
@@ -254,38 +257,62 @@ class Workshop:
             [*before, *argv], writable=self.writable, readable=self.readable, cwd=places["tree"]
         )
         start = places["tree"] if self.around.kind == "none" else folders["tree"]
-        with self.around.shown(self.writable, self.readable):
+        part = self.farm.taking_part(self.recipe.name, self.made_with) if self.farm else contextlib.nullcontext()
+        with self.around.shown(self.writable, self.readable), part:
             return run(words, cwd=start, env=handed, log=log, watch=watch)
 
     def _asking(self, places: Mapping[str, Path]) -> tuple[list[str | Path], dict[str, str]]:
         """What makes compilers ask for leave, and for objects that are there: a program before all, and variables."""
         if not self.gate:
             return [], {"MAX_JOBS": str(self.jobs), "CMAKE_BUILD_PARALLEL_LEVEL": str(self.jobs)}
-        self.gate.open()
+        self.gate.open(self.farm)
         python, many = places["environment"] / "bin" / "python", str(self.gate.window)
         handed = self.gate.variables(self.recipe.name, places["gate"], python)
         handed |= {"MAX_JOBS": many, "CMAKE_BUILD_PARALLEL_LEVEL": many}
         if not self.objects:
             return [], handed
         before: list[str | Path] = []
-        server, address = self.objects.server, ""
-        if server and self.around.kind == "none":
-            address = server.address
-        elif server and self.around.hermetic:
+        server = self._server
+        address = server.address if server else ""
+        if server and self.around.hermetic:
             self.objects.lead(self.gate.folder)
             relay = places["gate"] / objects.RELAY.name
             before = [python, "-I", "-S", relay, str(objects.PORT), places["gate"] / objects.SOCKET]
             address = server.seen("127.0.0.1", objects.PORT)
-        elif server:
-            console.warn(f"{server} is not asked: without bubblewrap nothing leads there but sandbox=off")
-        cached = self.objects.variables(self.recipe.name, self.surroundings(), places["cache"], address)
+        cached = self.objects.variables(self.recipe.name, files.digest(self.made_with), places["cache"], address)
+        if self.farm:
+            handed["VOLTFORGE_BUILD"] = self.build
         return before, {**handed, **cached}
 
-    def surroundings(self) -> str:
-        """The digest of what an object depends on besides its command and the headers that it reads."""
+    @functools.cached_property
+    def _server(self) -> Server | None:
+        """The server of objects, if the build can be led there."""
+        server = self.objects.server if self.objects else None
+        if server and not self.around.hermetic and self.around.kind != "none":
+            console.warn(f"{server} is not asked: without bubblewrap nothing leads there but sandbox=off")
+            return None
+        return server
+
+    @property
+    def farm(self) -> Farm | None:
+        """The hosts that build with this one, if there may be any."""
+        return self.objects.farm if self.objects and self._server else None
+
+    @property
+    def build(self) -> str:
+        """What they call this build: hosts with the same name for it have objects for each other."""
+        return farm.named(self.recipe.name, self.made_with)
+
+    @functools.cached_property
+    def made_with(self) -> dict[str, str]:
+        """What an object depends on besides its command and the headers that it reads: digests, by what they are of."""
         headers = self.tree.path, self.environment.site_packages, *objects.SYSTEM_HEADERS
-        identity = dict(self.toolchain.identity), files.sha256(self.recipe.beside(self.recipe.build.lock))
-        return files.digest([*identity, objects.names(headers)])
+        return {
+            "its CUDA toolkit or g++": files.digest(dict(self.toolchain.identity)),
+            "its locked environment": files.sha256(self.recipe.beside(self.recipe.build.lock)),
+            "the names of its headers": objects.names(headers),
+            "the folder that it is built in": str(self.places["tree"]),
+        }
 
 
 def compile(shop: Workshop, log: Path) -> Built:
@@ -331,7 +358,8 @@ def _compiled(shop: Workshop, log: Path) -> Built:
     kept = Found()
     for path in shop.logs:
         kept = objects.found(path, shop.gate.needs.get(recipe.name) if shop.gate else None)
-    return Built(wheels[0], linked, done.usage, kept)
+    hosts = shop.farm.shares(shop.build) if shop.farm else {}
+    return Built(wheels[0], linked, done.usage, kept, hosts)
 
 
 def booted() -> str:
@@ -386,7 +414,9 @@ class Progress:
         limit = there.limit if there else None
         if self.log and not line:
             self.found = objects.found(self.log, None)
-        told = replace(self.work, memory=usage.now, limit=limit, jobs=at.running, waiting=short, left=left)
+        told = replace(
+            self.work, memory=usage.now, limit=limit, jobs=at.running, waiting=short, elsewhere=at.elsewhere, left=left
+        )
         return replace(told, hits=self.found.hits, misses=self.found.misses) if self.found.hits else told
 
 

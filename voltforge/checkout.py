@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -47,6 +47,11 @@ class Settings:
     """``delete`` for removing what ``gc`` lists."""
     arch: str = "7.0"
     """Architectures that ``thin`` keeps, as in TORCH_CUDA_ARCH_LIST: ``7.0``, or ``9.0;9.0a``."""
+
+    def words(self, *without: str) -> list[str]:
+        """What was chosen, as a command line has it, but for some of it."""
+        chosen = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in without}
+        return [f"{name}={value}" for name, value in chosen.items() if value != getattr(Settings, name)]
 
     @property
     def choices(self) -> dict[str, str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
-from voltforge import console, environment, garbage, signing, thin, verify, wheel
+from voltforge import console, environment, garbage, objects, signing, thin, verify, wheel
 from voltforge.errors import VoltforgeError
+from voltforge.farm import RENEW, Farm
 from voltforge.files import size
 from voltforge.pipeline import Pipeline
 from voltforge.runtime import Runtime
@@ -190,6 +192,55 @@ def profile(pipeline: Pipeline) -> None:
     from voltforge import profile  # which every ./doit would pay for otherwise
 
     profile.show(pipeline.root, pipeline.scratch, pipeline.gate.needs)
+
+
+def farm(pipeline: Pipeline) -> None:
+    """Print who builds what at the server that ``ccache=`` names.
+
+    Raises:
+        VoltforgeError: it names none, or that does not answer.
+    """
+    meeting = _meeting(pipeline)
+    hosts = meeting.hosts()
+    if not hosts:
+        console.note(f"nobody builds anything at {meeting}")
+        return
+    rows = [(one.name, one.package, str(meeting.shares(one.build)[one.name]), one.build) for one in hosts]
+    console.table("", ("host", "builds", "objects compiled", "those with the same here share them"), rows)
+
+
+def help_farm(pipeline: Pipeline) -> None:
+    """Build along whatever another host builds, until Ctrl-C.
+
+    Raises:
+        VoltforgeError: ``ccache=`` names no server of a farm, or that does not answer.
+    """
+    meeting, helped = _meeting(pipeline), set[tuple[str, str]]()
+    console.step(f"help whoever builds at {meeting}, until Ctrl-C")
+    while True:
+        there = {(one.name, one.build): one.package for one in meeting.hosts() if one.name != meeting.name}
+        helped &= set(there)
+        if wanted := sorted(there[one] for one in set(there) - helped if there[one] in pipeline.recipes):
+            helped |= {one for one in there if there[one] == wanted[0]}
+            words = [sys.executable, "-m", "doit", *pipeline.settings.words(), f"build:{wanted[0]}"]
+            if subprocess.call(words, cwd=pipeline.root):
+                console.warn(f"build:{wanted[0]} did not end well here: the others go on without it")
+        time.sleep(RENEW)
+
+
+def _meeting(pipeline: Pipeline) -> Farm:
+    """Where the hosts of a farm meet.
+
+    Raises:
+        VoltforgeError: ``ccache=`` names no such server, or that does not answer.
+    """
+    server = objects.named(pipeline.settings.ccache)
+    if not server or not server.address.startswith("redis:"):
+        raise VoltforgeError("ccache= names no redis server, where the hosts of a farm meet",
+                             hint="./doit ccache=redis://HOST farm; docs/scale.md says how to begin")  # fmt: skip
+    meeting = Farm(server.address)
+    meeting.reached()
+    return meeting
 
 
 def _python(root: Path, *words: str) -> None:

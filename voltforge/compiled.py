@@ -149,6 +149,8 @@ class Compiled(Package):
         console.note(f"{finished.name}, {files.size(finished.stat().st_size)}, {built.usage}")
         if shop.objects:
             console.note(str(built.found))
+        if len(built.hosts) > 1:
+            console.note(f"compiled by {', '.join(f'{name}: {count}' for name, count in sorted(built.hosts.items()))}")
         return {
             "path": str(finished),
             "sha256": files.sha256(finished),
@@ -159,4 +161,5 @@ class Compiled(Package):
             "jobs": shop.jobs,
             "usage": asdict(built.usage),
             "objects": asdict(built.found) if shop.objects else None,
+            "hosts": dict(built.hosts),
         }

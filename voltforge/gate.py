@@ -17,6 +17,7 @@ from pathlib import Path
 
 from voltforge import console, files
 from voltforge.errors import VoltforgeError
+from voltforge.farm import Farm, Object
 from voltforge.jobs import Memory, memory
 from voltforge.needs import Need, Needs
 
@@ -50,6 +51,8 @@ class Job:
     connection: socket.socket
     pid: int
     package: str = ""
+    build: str = ""
+    """What a farm knows its build by; empty where it is none of other hosts' business."""
     name: str = ""
     need: Need = NOTHING
     began: float | None = None
@@ -57,6 +60,13 @@ class Job:
     now: int = 0
     """Bytes that it and its children held when they were looked at last."""
     peak: int = 0
+    elsewhere: str = ""
+    """The host of a farm that does it."""
+
+    @property
+    def known(self) -> Object:
+        """What a farm knows it by."""
+        return self.build, self.name
 
     @property
     def growth(self) -> int:
@@ -70,6 +80,8 @@ class Status:
 
     running: int = 0
     waiting: int = 0
+    """Those that other hosts do are not among them."""
+    elsewhere: int = 0
     memory: int = 0
     """Bytes that all jobs hold."""
 
@@ -92,6 +104,8 @@ class Gate:
     limit: int | None = None
     """Bytes that all processes of this run together may hold."""
     status: Status = Status()
+    farm: Farm | None = None
+    """The other hosts, if there are any: of what they compile nothing is let through here until it is done there."""
     _waiting: list[Job] = field(default_factory=list)
     _running: list[Job] = field(default_factory=list)
     _used: int = 0
@@ -123,16 +137,18 @@ class Gate:
         if not needs.mean:
             return None
         now = time.monotonic()
-        rest = [max(0.0, job.need.seconds - (now - (job.began or now))) for job in [*self._running, *self._waiting]]
+        here = [*self._running, *self._here()]
+        rest = [max(0.0, job.need.seconds - (now - (job.began or now))) for job in here]
         return max([(sum(rest) + beyond * needs.mean) / self.jobs, *rest])
 
-    def open(self) -> None:
+    def open(self, farm: Farm | None = None) -> None:
         """Begin to answer, unless another process of this run does; it goes on to the end of the process.
 
         Raises:
             VoltforgeError: nobody answers at this folder.
         """
         with self._opening:
+            self.farm = self.farm or farm
             if self._thread is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 files.write(self.folder / LAUNCHER.name, LAUNCHER.read_bytes())
@@ -202,13 +218,15 @@ class Gate:
                         self._hear(key.data)
                 if time.monotonic() >= look:
                     self._look()
+                    self._ask_around()
                     look = time.monotonic() + TICK
                 if time.monotonic() >= keep:
                     self.keep()
                     keep = time.monotonic() + KEEP
                 self._admit()
                 held = sum(job.now for job in self._running)
-                self.status = Status(len(self._running), len(self._waiting), held)
+                elsewhere = sum(bool(job.elsewhere) for job in self._waiting)
+                self.status = Status(len(self._running), len(self._waiting) - elsewhere, elsewhere, held)
 
     def _hear(self, job: Job) -> None:
         """Take in what a job says: its name; or that it has ended, by saying no more. Who talks nonsense is let go."""
@@ -219,7 +237,8 @@ class Gate:
         if said and job.name:
             return
         if said:
-            job.package, _, job.name = said.decode(errors="replace").rstrip("\n").partition("\t")
+            words = said.decode(errors="replace").rstrip("\n").split("\t", 2)
+            job.package, job.build, job.name = words if len(words) == 3 else ("", "", "")
             if job.package in self.needs and job.name:
                 job.need = self.needs[job.package].of(job.name)
                 self._waiting.append(job)
@@ -235,10 +254,24 @@ class Gate:
         if job in self._running:
             self._running.remove(job)
             if job.began is not None:
-                self.needs[job.package].learn(job.name, Need(time.monotonic() - job.began, job.peak))
+                seconds = time.monotonic() - job.began
+                self.needs[job.package].learn(job.name, Need(seconds, job.peak))
+                if self.farm and job.build:
+                    self.farm.done(job.known, seconds)
+
+    def _ask_around(self) -> None:
+        """Learn what other hosts do, and let them know what is done here."""
+        if self.farm:
+            shared = [job for job in self._waiting if job.build]
+            for job, host in zip(shared, self.farm.holders([job.known for job in shared]), strict=True):
+                job.elsewhere = host
+            self.farm.renew(job.known for job in self._running if job.build)
 
     def _admit(self) -> None:
-        while job := following(self._waiting, self._running, self.jobs, room := self._room()):
+        while job := following(self._here(), self._running, self.jobs, room := self._room()):
+            if self.farm and job.build and (host := self.farm.claim(job.known)):
+                job.elsewhere = host
+                continue
             if room is not None and job.need.memory > room:
                 self._tell_of(job, room)
             self._waiting.remove(job)
@@ -248,6 +281,10 @@ class Gate:
                 continue  # it is gone; its end is heard next
             job.began = time.monotonic()
             self._running.append(job)
+
+    def _here(self) -> list[Job]:
+        """Those that wait and that nobody else does."""
+        return [job for job in self._waiting if not job.elsewhere]
 
     def _room(self) -> int | None:
         """Bytes for another job: what there is, less what the running ones may still grow by."""

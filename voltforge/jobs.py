@@ -71,10 +71,8 @@ def memory(mount: Path = MOUNT, own: Path = OWN) -> Memory | None:
     return found
 
 
-def asked(text: str) -> int | None:
-    """The number of jobs that a person asks for; ``None`` for as many as the machine holds.
-
-    A number that is none of jobs, such as 0 or 10,000, is told, and the machine decides.
+def number(text: str) -> int | None:
+    """The number that ``text`` is, sensible or not; ``None`` where it is empty.
 
     Raises:
         VoltforgeError: it is no number.
@@ -83,8 +81,19 @@ def asked(text: str) -> int | None:
         return None
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise VoltforgeError(f"jobs={text} is no number of jobs", hint=f"jobs=N with N from 1 to {MOST}")
-    if 1 <= int(text) <= MOST:
-        return int(text)
+    return int(text)
+
+
+def asked(text: str) -> int | None:
+    """The number of jobs that a person asks for; ``None`` for as many as the machine holds.
+
+    A number that is none of jobs, such as 0 or 10,000, is told, and the machine decides.
+
+    Raises:
+        VoltforgeError: it is no number.
+    """
+    if (count := number(text)) is None or 1 <= count <= MOST:
+        return count
     console.warn(f"jobs={text} is not from 1 to {MOST}: this machine decides how many jobs run at once")
     return None
 
@@ -95,8 +104,8 @@ def count(text: str, memory_per_job: int) -> tuple[int, str]:
     Raises:
         VoltforgeError: ``text``, which :func:`asked` takes, is no number.
     """
-    if number := asked(text):
-        return number, "as asked"
+    if sure := asked(text):
+        return sure, "as asked"
     there = memory()
     if there is None:
         return cores(), "by cores, for nothing here tells how much memory there is"

@@ -13,8 +13,10 @@ TRIES = 50
 """How often the gate is looked for, 0.2 seconds apart."""
 
 
-def asked(folder: str, package: str, name: str) -> int:
-    """Wait until the gate at ``folder``/socket lets through; gives the descriptor that says when the work has ended.
+def asked(folder: str, *said: str) -> int:
+    """Wait until the gate at ``folder``/socket lets through what ``said`` names: package, build, object.
+
+    Gives the descriptor that says when the work has ended.
 
     The gate sees that by its end being closed, with the last process that has it. By way of the folder's descriptor,
     for the address of a socket holds 108 bytes (unix(7)).
@@ -28,7 +30,7 @@ def asked(folder: str, package: str, name: str) -> int:
             gate = socket.socket(socket.AF_UNIX)
             try:
                 gate.connect(f"/proc/self/fd/{place}/socket")
-                gate.sendall(f"{package}\t{name}\n".encode(errors="surrogateescape"))
+                gate.sendall(("\t".join(said) + "\n").encode(errors="surrogateescape"))
                 if gate.recv(1):
                     os.set_inheritable(gate.fileno(), True)
                     return gate.detach()
@@ -45,13 +47,15 @@ def asked(folder: str, package: str, name: str) -> int:
 def main(words: list[str]) -> int:
     """Become the command that ``words`` are."""
     name = words[words.index("-o") + 1] if "-o" in words[:-1] else words[-1]
+    compiles, environ = "-c" in words, os.environ
     try:
-        asked(os.environ["VOLTFORGE_GATE"], os.environ["VOLTFORGE_PACKAGE"], name)
+        build = environ.get("VOLTFORGE_BUILD", "") if compiles else ""
+        asked(environ["VOLTFORGE_GATE"], environ["VOLTFORGE_PACKAGE"], build, name)
     except (OSError, KeyError) as error:
         print(f"error: nobody lets {name} be compiled, {error}: the run of ./doit that built this is gone")
         return 1
-    if "-c" in words and os.environ.get("VOLTFORGE_CCACHE"):
-        words = [os.environ["VOLTFORGE_CCACHE"], *words]
+    if compiles and environ.get("VOLTFORGE_CCACHE"):
+        words = [environ["VOLTFORGE_CCACHE"], *words]
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and so would what it becomes
         signal.signal(number, signal.SIG_DFL)
     try:

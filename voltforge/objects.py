@@ -15,11 +15,13 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from voltforge import console, files, relay
 from voltforge.errors import VoltforgeError
+from voltforge.farm import Farm
 from voltforge.gate import at
 from voltforge.index import redacted
 from voltforge.needs import Needs
@@ -71,7 +73,7 @@ class Server:
     """Where many machines keep objects."""
 
     address: str
-    """As it was named: ``redis://host``, ``http://host/folder``."""
+    """As it was named, or as all understand it: ``redis://host``, ``http://host/folder``."""
     host: str
     port: int
 
@@ -92,6 +94,10 @@ class Server:
                 f"ccache={redacted(address)} is no server of objects",
                 hint="ccache=redis://host:6379, ccache=http://host/folder (WebDAV), or ccache=off",
             )
+        user, _, place = parts.netloc.rpartition("@")
+        if parts.scheme == "redis" and user and not (":" in user and user.split(":")[0]):
+            # A password alone has a colon before it for redis, and none for ccache; redis 6 has a user for it.
+            address = parts._replace(netloc=f"default:{user.removeprefix(':')}@{place}").geturl()
         return cls(address, parts.hostname, port or SCHEMES[parts.scheme])
 
     def seen(self, host: str, port: int) -> str:
@@ -137,8 +143,20 @@ class Objects:
             "CCACHE_DEPEND": "1",  # headers are those that the compiler names: no preprocessor for what is not there
             "CCACHE_SLOPPINESS": "include_file_ctime",  # another link to a header changes that, and nothing in it
             "CCACHE_STATSLOG": str(self.log(package, cache)),
-            **({"CCACHE_REMOTE_STORAGE": f"{server}|operation-timeout={int(PATIENCE * 1000)}"} if server else {}),
+            **(
+                {
+                    "CCACHE_REMOTE_STORAGE": f"{server}|operation-timeout={int(PATIENCE * 1000)}",
+                    "CCACHE_RESHARE": "1",  # what this disk has and the server lost, other hosts wait for
+                }
+                if server
+                else {}
+            ),
         }
+
+    @cached_property
+    def farm(self) -> Farm | None:
+        """The hosts that share the server; WebDAV has no words for claims."""
+        return Farm(self.server.address) if self.server and self.server.address.startswith("redis:") else None
 
     def lead(self, folder: Path) -> None:
         """Let what comes to the socket in ``folder`` reach the server, from now to the end of the process."""
@@ -194,6 +212,15 @@ class Objects:
             console.warn(f"{self.server} did not answer {STRIKES} times in a row: it is not asked any more in this run")
 
 
+def named(setting: str) -> Server | None:
+    """The server that ``ccache=`` names, if it names one.
+
+    Raises:
+        VoltforgeError: it is no address of a server.
+    """
+    return Server.parse(setting) if setting not in ("", OFF) else None
+
+
 def chosen(setting: str, folder: Path) -> Objects | None:
     """The cache that ``ccache=`` asks for: on this disk where it is empty; none if it is off or there is no ccache.
 
@@ -202,7 +229,7 @@ def chosen(setting: str, folder: Path) -> Objects | None:
     """
     if setting == OFF:
         return None
-    server = Server.parse(setting) if setting else None
+    server = named(setting)
     program = shutil.which("ccache")
     if not program or not any(Path(program).is_relative_to(place) for place in SYSTEM):
         if server:

@@ -46,6 +46,16 @@ class Pipeline(Checkout):
         recipes = load_all(root / "recipes", settings.choices)
         return cls(root, settings, recipes, cuda=load_cuda(root / "recipes" / "cuda.toml"))
 
+    def check(self) -> None:
+        """Nothing, if what the person chose can be used: it is told before anything is fetched.
+
+        Raises:
+            VoltforgeError: a setting makes no sense.
+        """
+        jobs.number(self.settings.jobs)
+        _limit(self.settings.memory)
+        objects.named(self.settings.ccache)
+
     def package(self, recipe: SourceRecipe | ThinRecipe) -> Package:
         """The stages of one recipe."""
         if isinstance(recipe, ThinRecipe):

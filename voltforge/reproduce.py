@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from uv import find_uv_bin
 
 import voltforge
 from voltforge import console, engine, environment, files, sandbox
-from voltforge.checkout import Checkout, Settings
+from voltforge.checkout import Checkout
 from voltforge.compare import WORDS, Comparison, compare, report
 from voltforge.errors import VoltforgeError
 from voltforge.index import Indexes
@@ -195,9 +195,7 @@ def _copy(checkout: Path, root: Path) -> None:
 def _build(pipeline: Pipeline, second: Second, name: str, task: str) -> None:
     console.step(f"build {name} again, in {second.root.relative_to(pipeline.root)}")
     log = pipeline.scratch / "logs" / f"reproduce-{name}.log"
-    chosen = {one.name: getattr(pipeline.settings, one.name) for one in fields(Settings) if one.name not in OWN}
-    words = [f"{key}={value}" for key, value in chosen.items() if value != getattr(Settings, key)]
-    words += ["ccache=off", *([f"jobs={second.jobs}"] if second.jobs else [])]
+    words = [*pipeline.settings.words(*OWN), "ccache=off", *([f"jobs={second.jobs}"] if second.jobs else [])]
     try:
         second.run([sys.executable, "-m", "doit", *words, task], log, name)
     except ProgramFailed as error:

@@ -57,7 +57,7 @@ def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
     """The pipeline of a checkout with the command line's ``name=value``.
 
     Raises:
-        InvalidDodoFile: a recipe cannot be used, or a variable is not one of :class:`Settings`.
+        InvalidDodoFile: a recipe cannot be used, a variable is none of :class:`Settings`, or makes no sense.
     """
     sys.excepthook = _excepthook
     known = [field.name for field in fields(Settings)]
@@ -66,7 +66,9 @@ def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
         there_are = ", ".join(f"{name}=" for name in known)
         raise InvalidDodoFile(f"{', '.join(unknown)}: no such variable; there are {there_are}")
     try:
-        return Pipeline.load(root, Settings(**{name: variable(name, getattr(Settings, name)) for name in known}))
+        pipeline = Pipeline.load(root, Settings(**{name: variable(name, getattr(Settings, name)) for name in known}))
+        pipeline.check()
+        return pipeline
     except VoltforgeError as error:
         raise InvalidDodoFile(str(error)) from error
 
