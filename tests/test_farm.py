@@ -17,7 +17,7 @@ import pytest
 from tests.checkouts import ROOT, small_checkout
 from tests.test_gate import World, ends, until
 from tests.test_objects import SOURCES, built, needs_ccache, redis
-from voltforge import chores, farm
+from voltforge import chores, farm, gate
 from voltforge.checkout import Settings
 from voltforge.errors import VoltforgeError
 from voltforge.farm import Farm
@@ -122,7 +122,17 @@ def test_hosts_that_say_nonsense_are_passed_over(hosts):
         ["", "[]", "{", '{"name": 1}', '{"name":"x","package":"y","build":"z","made_with":3}']
     ):
         alpha._redis.set(f"voltforge:host:{number}", row)
+        alpha._redis.sadd(farm.HOSTS, f"voltforge:host:{number}")
     assert alpha.hosts() == []
+
+
+def test_a_host_that_died_is_forgotten(hosts, monkeypatch):
+    alpha, beta = hosts
+    monkeypatch.setattr(farm, "LEASE", 0.3)
+    with alpha.taking_part("vllm", WITH):
+        until(lambda: bool(beta.hosts()))
+        until(lambda: not beta.hosts())  # it says no more for seconds, as one that died
+        assert alpha._redis.smembers(farm.HOSTS) == set()
 
 
 # --- who is there ---
@@ -188,6 +198,15 @@ def test_what_is_linked_every_host_links_itself(gates):
     beta.ask("_C.abi3.so")
     alpha.comes_to(running=1, waiting=0)
     beta.comes_to(running=1, waiting=0)
+
+
+def test_with_other_hosts_more_stand_and_wait_as_memory_allows(gates, tmp_path):
+    alpha, _ = gates
+    alone = World(tmp_path / "alone", 1).gate
+    assert alone.window == 1 + gate.WINDOW
+    for free, waiting in ((10**12, gate.WIDEST), (8 * 500 * gate.WAITER, 500), (8 * gate.WAITER, gate.WINDOW)):
+        alpha.free = free
+        assert alpha.gate.window == 1 + waiting
 
 
 # --- builds ---

@@ -321,7 +321,7 @@ def test_how_long_a_stage_took_is_remembered_and_a_record_of_it_that_is_spoilt_s
 
 
 def test_on_a_terminal_a_download_is_a_row_and_ctrl_c_leaves_nothing_of_it(checkout, server):
-    server.faults["/thing-1.0.tar.gz"] = [Fault(cut=100, stall=True)]
+    server.faults["/thing-1.0.tar.gz"] = [Fault(cut=100, stall=True)] * 20  # each time that it is tried again
     interrupted, row, last = False, re.compile(r"thing-1\.0\.tar\.gz +\d"), None
     for last in seen(["./doit", "tree:thing"], 80, checkout.root, checkout.env, INTERRUPTED):
         if not interrupted and any(map(row.match, last.rows)):

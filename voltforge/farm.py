@@ -47,6 +47,8 @@ MARK = "+"
 """What a claim begins with once its object is done."""
 PREFIX = "voltforge"
 """What all keys on the server begin with; ccache's own are hexadecimal."""
+HOSTS = f"{PREFIX}:hosts"
+"""The key under which are those of all hosts."""
 
 Object = tuple[str, str]
 """One object: the name of the build that it belongs to, and its path."""
@@ -136,10 +138,14 @@ class Farm:
         key, ended = f"{PREFIX}:host:{self.name}/{os.getpid()}/{package}", threading.Event()
         row = json.dumps({"name": me.name, "package": package, "build": me.build, "made_with": dict(made_with)})
 
+        def say(redis: Redis) -> None:
+            redis.sadd(HOSTS, key)
+            redis.set(key, row, px=int(LEASE * 1000))
+
         def live() -> None:
             told: set[str] = set()
             while True:
-                self._try(lambda redis: redis.set(key, row, px=int(LEASE * 1000)))
+                self._try(say)
                 for other in self.hosts():
                     if (differs := me.stranger(other)) and other.name not in told:
                         told.add(other.name)
@@ -163,8 +169,11 @@ class Farm:
         """Those that build now, by name; what makes no sense is passed over."""
 
         def look(redis: Redis) -> list[Any]:
-            keys = list(redis.scan_iter(f"{PREFIX}:host:*", count=1000))
-            return list(redis.mget(keys)) if keys else []
+            keys = list(redis.smembers(HOSTS))
+            rows = list(redis.mget(keys)) if keys else []
+            if gone := [key for key, row in zip(keys, rows, strict=True) if row is None]:
+                redis.srem(HOSTS, *gone)
+            return rows
 
         return sorted(filter(None, map(_host, self._try(look) or [])), key=lambda host: (host.name, host.package))
 

@@ -27,6 +27,10 @@ KEEP = 20.0
 """Seconds between two times that what was learnt is written down."""
 WINDOW = 48
 """Commands that may stand and wait beside those that run: of so many the longest is let through first."""
+WIDEST = 1000
+"""The most that may where other hosts take of them too: what stands here is all that they can choose from."""
+WAITER = 4_200_000
+"""Bytes that one which waits holds (measured: Python 3.11)."""
 PATIENCE = 10.0
 """Seconds in which a gate opens."""
 NAME = 1 << 16
@@ -117,8 +121,12 @@ class Gate:
 
     @property
     def window(self) -> int:
-        """How many commands a build may start at once, most of which will stand here and wait."""
-        return self.jobs + WINDOW
+        """How many commands a build may start at once, most of which will stand here and wait.
+
+        With other hosts as many more as an eighth of the memory there is can hold.
+        """
+        there = self.allowed if self.farm else None
+        return self.jobs + (min(WIDEST, max(WINDOW, there.room // 8 // WAITER)) if there else WINDOW)
 
     @property
     def allowed(self) -> Memory | None:

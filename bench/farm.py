@@ -1,0 +1,192 @@
+"""vLLM compiled by three hosts, one of which is killed in the middle: network namespaces of this machine, as root.
+
+alpha keeps the objects (redis, with a password) and is joined to beta and gamma by a link each, and to nothing else. It
+builds; the others help (``./doit farm:help``). gamma is killed once it has compiled a few objects. All three are this
+checkout, with the environment and the toolkit that its own build has: ``./doit wheels:vllm`` comes first, and its wheel
+is what the others are compared with. What all of them said is in build/bench/farm.txt.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from voltforge import console, farm, files  # noqa: E402
+from voltforge.checkout import Settings  # noqa: E402
+from voltforge.pipeline import Pipeline  # noqa: E402
+
+PORT = 6379
+HOSTS = {"alpha": "127.0.0.1", "beta": "10.77.1.1", "gamma": "10.77.2.1"}
+"""By name, where each finds the server."""
+STAGES = ("toolchain", "fetch-vllm", "tree-vllm", "environment-vllm")
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True)
+
+
+@contextlib.contextmanager
+def network():
+    """The three namespaces, and the links from the first to the others."""
+    spaces = {name: f"vf-{os.getpid()}-{name}" for name in HOSTS}
+    made = []
+    try:
+        for space in spaces.values():
+            ip("netns", "add", space)
+            made.append(space)
+            ip("-n", space, "link", "set", "lo", "up")
+        for number, name in enumerate(("beta", "gamma"), 1):
+            near, far = f"vf{os.getpid() % 10**6}a{number}", f"vf{os.getpid() % 10**6}b{number}"
+            ip(
+                "link",
+                "add",
+                near,
+                "netns",
+                spaces["alpha"],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                far,
+                "netns",
+                spaces[name],
+            )
+            for space, link, address in ((spaces["alpha"], near, 1), (spaces[name], far, 2)):
+                ip("-n", space, "address", "add", f"10.77.{number}.{address}/30", "dev", link)
+                ip("-n", space, "link", "set", link, "up")
+        yield spaces
+    finally:
+        for space in made:
+            ip("netns", "delete", space)
+
+
+def checkout(pipeline, root):
+    """This checkout once more, at ``root``, with its stages up to the environment."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    (root / "build" / "stages").mkdir(parents=True)
+    for name in ("toolchains", "downloads"):
+        (root / "build" / name).symlink_to(pipeline.scratch / name)
+    for stage in STAGES:
+        shutil.copy(pipeline.record(stage), root / "build" / "stages")
+    return root
+
+
+class Host:
+    """One of the three at work; what it says goes to the terminal and to the transcript, with its name before it."""
+
+    def __init__(self, name, space, root, words, transcript):
+        self.name, self.space = name, space
+        enter = ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name]
+        environ = {**os.environ, "NO_COLOR": "1", "PYTHONPATH": str(root)}
+        self.child = subprocess.Popen([*enter, *words], cwd=root, env=environ, start_new_session=True, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        self.reader = threading.Thread(target=self.read, args=(transcript,), daemon=True)
+        self.reader.start()
+
+    def read(self, transcript):
+        for line in self.child.stdout:
+            transcript(f"{self.name:5} | {line.rstrip()}")
+
+    def end(self, number=signal.SIGKILL):
+        """End it with all that it started: the processes of its namespace."""
+        pids = subprocess.run(["ip", "netns", "pids", self.space], capture_output=True, text=True, check=True).stdout
+        for pid in map(int, pids.split()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        self.child.wait()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", default="1", help="compile jobs of each host (default: %(default)s)")
+    parser.add_argument("--kill-after", type=int, default=3, metavar="N", help="objects that gamma may compile")
+    parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench" / "farm.json", help="where figures go")
+    words = parser.parse_args()
+    pipeline, password = Pipeline.load(ROOT, Settings()), secrets.token_hex(8)
+    stage = pipeline.package(pipeline.recipes["vllm"]).stage("build")
+    if not stage.current():
+        sys.exit("x this checkout has no wheel of vLLM to compare with\n  try: ./doit wheels:vllm")
+    alone = stage.results()
+    words.json.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=pipeline.scratch, prefix="farm-") as scratch,
+        network() as spaces,
+        words.json.with_suffix(".txt").open("w") as log,
+    ):
+        begin = time.monotonic()
+
+        def transcript(line):
+            stamped = f"{time.monotonic() - begin:6.1f} {line.replace(password, '***')}"
+            print(stamped, flush=True)
+            print(stamped, file=log, flush=True)
+
+        roots = {name: checkout(pipeline, Path(scratch, name)) for name in HOSTS}
+        redis = ["redis-server", "--port", str(PORT), "--requirepass", password, "--save", "", "--dir", scratch]
+        server = subprocess.Popen(["ip", "netns", "exec", spaces["alpha"], *redis], stdout=subprocess.DEVNULL)
+        hosts = {}
+        try:
+            time.sleep(1)
+            for name, task in (("beta", "farm:help"), ("gamma", "farm:help"), ("alpha", "build:vllm")):
+                address = f"redis://:{password}@{HOSTS[name]}:{PORT}"
+                doit = [sys.executable, "-m", "doit", f"ccache={address}", f"jobs={words.jobs}", task]
+                hosts[name] = Host(name, spaces[name], roots[name], doit, transcript)
+            figures = {"jobs": int(words.jobs), "alone": alone["usage"]}
+            looks = ["ip", "netns", "exec", spaces["alpha"], "redis-cli", "--no-auth-warning", "-a", password]
+            while hosts["alpha"].child.poll() is None:
+                time.sleep(0.5)
+                if "killed" not in figures and compiled(looks).count("gamma") >= words.kill_after:
+                    figures["killed"] = round(time.monotonic() - begin)
+                    transcript("gamma | (killed)")
+                    hosts["gamma"].end()
+            figures["wall"] = round(time.monotonic() - begin)
+            told = time.monotonic() + 300
+            built = {name: roots[name] / "build" / "stages" / "build-vllm.json" for name in ("alpha", "beta")}
+            while not all(path.exists() for path in built.values()) and time.monotonic() < told:
+                time.sleep(0.5)
+            names = compiled(looks)
+            held = subprocess.run([*looks, "info", "memory"], capture_output=True, text=True, check=True).stdout
+            figures["redis"] = int(held.split("used_memory:")[1].split()[0])
+            figures["compiled"] = {name: names.count(name) for name in HOSTS}
+            figures["wheels"] = {name: files.read_json(path)["results"]["sha256"] for name, path in built.items()}
+        finally:
+            for host in hosts.values():
+                host.end()
+            server.kill()
+            server.wait()
+    figures["same"] = set(figures["wheels"].values()) == {alone["sha256"]}
+    files.write_json(words.json, json.loads(json.dumps(figures)))
+    console.table("vLLM by three hosts, gamma killed in the middle", ("host", "objects compiled", "wheel"), [
+        (name, str(count), figures["wheels"].get(name, "(killed)")[:16]) for name, count in figures["compiled"].items()
+    ])  # fmt: skip
+    console.note(f"{files.size(figures['redis'])} in redis; killed after {figures.get('killed')} s")
+    console.note(f"{figures['wall']} s; one host alone: sha256 {alone['sha256'][:16]}, "
+                 f"{'the same' if figures['same'] else 'NOT the same'}")  # fmt: skip
+    sys.exit(not (figures["same"] and "killed" in figures))
+
+
+def compiled(looks):
+    """The hosts that compiled the objects there are, one for each object."""
+
+    def ask(*words):
+        return subprocess.run([*looks, *words], capture_output=True, text=True, check=True).stdout.split()
+
+    return [name for key in ask("keys", f"{farm.PREFIX}:*:") for name in ask("hvals", key)]
+
+
+if __name__ == "__main__":
+    main()
