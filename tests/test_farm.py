@@ -192,10 +192,13 @@ def test_the_longest_is_compiled_by_one_host_and_the_next_by_the_other(gates):
     until(lambda: beta.gate.status.elsewhere == 0)
 
 
-def test_what_is_linked_every_host_links_itself(gates):
+@pytest.mark.parametrize(
+    ("name", "compiles"), [("_C.abi3.so", False), ("CMakeFiles/cmTC_01234.dir/testCCompiler.c.o", True)]
+)
+def test_what_is_linked_and_what_cmake_tries_every_host_does_itself(gates, name, compiles):
     alpha, beta = gates
-    alpha.ask("_C.abi3.so")
-    beta.ask("_C.abi3.so")
+    alpha.ask(name, compiles=compiles)
+    beta.ask(name, compiles=compiles)
     alpha.comes_to(running=1, waiting=0)
     beta.comes_to(running=1, waiting=0)
 

@@ -19,7 +19,7 @@ from voltforge import console, files
 from voltforge.errors import VoltforgeError
 from voltforge.farm import Farm, Object
 from voltforge.jobs import Memory, memory
-from voltforge.needs import Need, Needs
+from voltforge.needs import PROBES, Need, Needs
 
 TICK = 0.25
 """Seconds between two looks at what the jobs hold."""
@@ -247,6 +247,8 @@ class Gate:
         if said:
             words = said.decode(errors="replace").rstrip("\n").split("\t", 2)
             job.package, job.build, job.name = words if len(words) == 3 else ("", "", "")
+            if any(probe in job.name for probe in PROBES):
+                job.build = ""
             if job.package in self.needs and job.name:
                 job.need = self.needs[job.package].of(job.name)
                 self._waiting.append(job)

@@ -1,0 +1,119 @@
+"""What the longest objects of vLLM's last build spend their time on, and what compiling one in parallel gives.
+
+By phase (nvcc --time), by where the lines come from that the compiler reads, and with --split-compile, which has nvcc
+optimise one object in several threads. Each as it was compiled, in the sandbox. Build first: ``./doit wheels:vllm``.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from voltforge import console, files, sandbox  # noqa: E402
+from voltforge.checkout import Settings  # noqa: E402
+from voltforge.pipeline import Pipeline  # noqa: E402
+from voltforge.process import run  # noqa: E402
+
+PHASES = {"gcc (compiling)": "g++", "gcc (preprocessing 1)": "preprocessing", "gcc (preprocessing 4)": "preprocessing",
+          "cudafe++": "cudafe++", "cicc": "cicc", "ptxas": "ptxas"}  # fmt: skip
+LINES = {"PyTorch": "/torch/include/", "CUDA": "/toolchain/", "C++": "/usr/", "vLLM": "/build/tree/"}
+"""Whose a header is, by what its path holds."""
+
+
+class Shop:
+    """The last build's folders, and its commands without what stood before them."""
+
+    def __init__(self, pipeline):
+        self.shop = pipeline.package(pipeline.recipes["vllm"]).workshop(sandbox.choose("auto"))
+        logs = sorted(self.shop.folders["tree"].glob("build/**/.ninja_log"))
+        if not logs:
+            sys.exit("x nothing was built here\n  try: ./doit wheels:vllm")
+        self.real = logs[0].parent
+        self.seen = self.shop.places["tree"] / self.real.relative_to(self.shop.folders["tree"])
+        ninja = self.shop.environment.path / "bin" / "ninja"
+        listed = json.loads(run([ninja, "-C", self.real, "--quiet", "-t", "compdb"]).output)
+        self.commands = {one["output"]: re.sub(r"^.*?launch\.py ", "", one["command"]) for one in listed}
+
+    def longest(self, count):
+        """The CUDA objects that took longest, by ninja's log."""
+        took = {}
+        for line in (self.real / ".ninja_log").read_text().splitlines()[1:]:
+            start, end, _, name, _ = line.split("\t")
+            took[name] = int(end) - int(start)
+        known = self.shop.gate.needs["vllm"].measured() if self.shop.gate else {}
+        seconds = {name: known[name].seconds if name in known else ms / 1000 for name, ms in took.items()}
+        return sorted((name for name in seconds if name.endswith(".cu.o")), key=lambda name: -seconds[name])[:count]
+
+    def run(self, command):
+        """Seconds and output of a command, where the build ran it."""
+        words = self.shop.around.command(
+            ["sh", "-c", command], writable=self.shop.writable, readable=self.shop.readable, cwd=self.seen
+        )
+        begin = time.monotonic()
+        done = run(words, cwd="/")
+        return time.monotonic() - begin, done.output
+
+    def compiled(self, name, *more):
+        """Seconds to compile an object, its digest and the table of phases."""
+        table, out = self.shop.folders["home"] / "time.csv", self.shop.folders["home"] / "object.o"
+        files.remove(table)
+        home = self.shop.places["home"]
+        command = re.sub(r" -o \S+", f" -o {home}/object.o", re.sub(r" -MD .*? -MF \S+", "", self.commands[name]))
+        seconds, _ = self.run(" ".join([command, *more, "--time", f"{home}/time.csv"]))
+        return seconds, files.sha256(out), phases(table)
+
+    def lines(self, name):
+        """How many lines of whose headers the device compiler reads."""
+        command = re.sub(r" -(x cu -)?c ", " -x cu -E ", re.sub(r" -o \S+", "", self.commands[name]))
+        command = re.sub(r" -MD .*? -MF \S+", "", command)
+        counts, whose = Counter(), "others"
+        for line in self.run(command)[1].splitlines():
+            if marked := re.match(r'# \d+ "([^"]+)"', line):
+                whose = next((who for who, part in LINES.items() if part in marked[1]), "others")
+            elif line.strip():
+                counts[whose] += 1
+        return counts
+
+
+def phases(table):
+    found = Counter()
+    with table.open() as rows:
+        for row in csv.reader(rows, skipinitialspace=True):
+            if len(row) > 5 and row[1].strip() in PHASES:
+                found[PHASES[row[1].strip()]] += float(row[5]) / 1000
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objects", type=int, default=4, help="how many of the longest (default: %(default)s)")
+    parser.add_argument("--threads", default="2", help="of --split-compile (default: %(default)s)")
+    parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench" / "costs.json", help="where figures go")
+    words = parser.parse_args()
+    shop, rows = Shop(Pipeline.load(ROOT, Settings())), []
+    for name in shop.longest(words.objects):
+        console.step(Path(name).name)
+        plain, digest, parts = shop.compiled(name)
+        split, other, _ = shop.compiled(name, "--split-compile", words.threads)
+        rows.append({"object": Path(name).name, "plain": plain, "split": split, "same": digest == other,
+                     "phases": parts, "lines": shop.lines(name)})  # fmt: skip
+        files.write_json(words.json, json.loads(json.dumps(rows)))
+    whole, read = sorted(set(PHASES.values())), [*LINES, "others"]
+    console.table("seconds, one at a time", ("object", *whole, "whole", f"{words.threads} threads", "bytes"), [
+        (row["object"], *(f"{row['phases'][phase]:.1f}" for phase in whole), f"{row['plain']:.1f}",
+         f"{row['split']:.1f}", "the same" if row["same"] else "others") for row in rows
+    ])  # fmt: skip
+    console.table("lines read", ("object", *read), [
+        (row["object"], *(f"{row['lines'][who]:,}" for who in read)) for row in rows
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
