@@ -21,7 +21,7 @@ from voltforge.checkout import Settings  # noqa: E402
 from voltforge.pipeline import Pipeline  # noqa: E402
 from voltforge.process import run  # noqa: E402
 
-PHASES = {"gcc (compiling)": "g++", "gcc (preprocessing 1)": "preprocessing", "gcc (preprocessing 4)": "preprocessing",
+PHASES = {"g++ (compiling)": "g++", "g++ (preprocessing 1)": "preprocessing", "g++ (preprocessing 4)": "preprocessing",
           "cudafe++": "cudafe++", "cicc": "cicc", "ptxas": "ptxas"}  # fmt: skip
 LINES = {"PyTorch": "/torch/include/", "CUDA": "/toolchain/", "C++": "/usr/", "vLLM": "/build/tree/"}
 """Whose a header is, by what its path holds."""
@@ -86,8 +86,8 @@ def phases(table):
     found = Counter()
     with table.open() as rows:
         for row in csv.reader(rows, skipinitialspace=True):
-            if len(row) > 5 and row[1].strip() in PHASES:
-                found[PHASES[row[1].strip()]] += float(row[5]) / 1000
+            if len(row) > 6 and row[1].strip() in PHASES:
+                found[PHASES[row[1].strip()]] += float(row[6]) / 1000
     return found
 
 

@@ -124,7 +124,7 @@ def main():
     alone = stage.results()
     words.json.parent.mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(dir=pipeline.scratch, prefix="farm-") as scratch,
+        tempfile.TemporaryDirectory(dir=pipeline.scratch) as scratch,
         network() as spaces,
         words.json.with_suffix(".txt").open("w") as log,
     ):

@@ -124,6 +124,12 @@ def aged(path: Path, seconds: int) -> None:
     os.utime(path, ns=(10**18 - seconds * 10**9,) * 2)
 
 
+def test_what_was_learnt_and_what_was_compiled_before_is_never_too_much(made):
+    made.put("build/history/vllm.json", "build/cache/ccache/0/object", "build/gate/launch.py")
+    assert made.listed() == {}
+    assert made.foreign() == []
+
+
 # --- by name ---
 
 
