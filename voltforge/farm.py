@@ -80,6 +80,7 @@ class Farm:
     name: str = field(default_factory=platform.node)
     """What this host is called."""
     _strikes: int = 0
+    _counting: threading.Lock = field(default_factory=threading.Lock)
     _renewed: float = 0.0
 
     def __str__(self) -> str:
@@ -214,8 +215,10 @@ class Farm:
         try:
             said = ask(self._redis)
         except (RedisError, OSError, ValueError) as error:
-            self._strikes += 1
-            if self._strikes == STRIKES:
+            with self._counting:  # the gate asks, and so does the build
+                self._strikes += 1
+                out = self._strikes == STRIKES
+            if out:
                 console.warn(f"{self} does not say what other hosts compile ({error}): all is compiled here")
             return None
         self._strikes = 0
