@@ -67,11 +67,12 @@ def test_its_progress_is_jobs_memory_and_time_left_where_its_compilers_ask_for_l
     gate = Gate(tmp_path / "gate", 2, {"saxpy": Needs(tmp_path / "saxpy.json", 1)}, lambda: Memory(1, 12_000_000_000))
     progress = Progress("saxpy", gate)
     line = "[2/8] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"
-    gate.status = Status(running=1, waiting=3)  # a place is free: they wait for memory
-    beyond, mean = 8 - 2 - 1 - 3, 20
+    gate.status = Status(running=1, waiting=2, elsewhere=1)  # a place is free: the two wait for memory
+    beyond, mean = 8 - 2 - 1 - 2 - 1, 20
     assert progress.see(line, Usage(now=5)) == Work(
-        "cache_kernels.cu.o", 2, 8, jobs=1, waiting=3, memory=5, limit=12_000_000_000, left=beyond * mean / 2
-    )
+        "cache_kernels.cu.o", 2, 8, jobs=1, waiting=2, elsewhere=1, memory=5, limit=12_000_000_000,
+        left=beyond * mean / 2,
+    )  # fmt: skip
     gate.status = Status(running=2, waiting=2)  # no place is free
     assert (progress.see("", Usage()).jobs, progress.see("", Usage()).waiting) == (2, 0)
     gate.memory = lambda: None

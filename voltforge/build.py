@@ -407,7 +407,7 @@ class Progress:
         if not self.gate:
             return replace(self.work, memory=usage.now)
         at, there = self.gate.status, self.gate.allowed
-        beyond = max(0, (self.work.total or 0) - (self.work.done or 0) - at.running - at.waiting)
+        beyond = max(0, (self.work.total or 0) - (self.work.done or 0) - at.running - at.waiting - at.elsewhere)
         left = self.gate.left(self.name, beyond) if self.work.total else None
         # Who waits is told where a place is free: then it is for memory.
         short = at.waiting if at.running < self.gate.jobs else 0
