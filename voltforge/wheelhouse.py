@@ -6,6 +6,7 @@ Beside each wheel are its METADATA, its SBOM as it is in the wheel, and its prov
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import json
 import shutil
@@ -50,7 +51,9 @@ class Wheelhouse:
             statement = _payload(self.beside(file, PROVENANCE).read_bytes())
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        return files.sha256_bytes(statement) == results["statement"] and not self.misfits(wheel.Wheel.read(file))
+        return files.sha256_bytes(statement) == results["statement"] and not self.misfits(
+            _known(file, results["sha256"])
+        )
 
     def beside(self, path: Path, ending: str) -> Path:
         """The file that goes with a wheel: its METADATA, its SBOM or its provenance."""
@@ -231,6 +234,12 @@ class Wheelhouse:
 def _pythons(tags: Iterable[Tag]) -> set[tuple[str, str]]:
     """The Pythons that wheels with these tags are for, by interpreter and ABI."""
     return {(tag.interpreter, tag.abi) for tag in tags}
+
+
+@functools.lru_cache(maxsize=8)
+def _known(path: Path, _: str) -> wheel.Wheel:
+    """A wheel whose bytes were just found to have that SHA-256: a run asks for it once for each of its stages."""
+    return wheel.Wheel.read(path)
 
 
 def _payload(envelope: bytes) -> bytes:
