@@ -235,10 +235,10 @@ def _meeting(pipeline: Pipeline) -> Farm:
         VoltforgeError: ``ccache=`` names no such server, or that does not answer.
     """
     server = objects.named(pipeline.settings.ccache)
-    if not server or not server.address.startswith("redis:"):
+    meeting = server.farm() if server else None
+    if not meeting:
         raise VoltforgeError("ccache= names no redis server, where the hosts of a farm meet",
                              hint="./doit ccache=redis://HOST farm; docs/scale.md says how to begin")  # fmt: skip
-    meeting = Farm(server.address)
     meeting.reached()
     return meeting
 

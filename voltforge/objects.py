@@ -106,6 +106,10 @@ class Server:
         user = parts.netloc.rpartition("@")[0]
         return parts._replace(netloc=f"{user + '@' if user else ''}{host}:{port}").geturl()
 
+    def farm(self) -> Farm | None:
+        """The hosts that meet at it; WebDAV has no words for claims."""
+        return Farm(self.address) if self.address.startswith("redis:") else None
+
     def __str__(self) -> str:
         return redacted(self.address)
 
@@ -155,8 +159,8 @@ class Objects:
 
     @cached_property
     def farm(self) -> Farm | None:
-        """The hosts that share the server; WebDAV has no words for claims."""
-        return Farm(self.server.address) if self.server and self.server.address.startswith("redis:") else None
+        """The hosts that share the server, one for all builds of a run."""
+        return self.server.farm() if self.server else None
 
     def lead(self, folder: Path) -> None:
         """Let what comes to the socket in ``folder`` reach the server, from now to the end of the process."""
