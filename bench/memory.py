@@ -1,4 +1,4 @@
-"""vLLM's build under real limits of memory: at many jobs ours, let through one by one, and stock sources as they are.
+"""vLLM's build under real limits of memory: ours, let through one by one, and stock sources as they are.
 
 A control group has the limit; what its processes hold is sampled, and the kernel's own count of killed processes read.
 """
@@ -42,7 +42,7 @@ def under(limit, which, jobs):
     console.step(f"{which} at {jobs} jobs in {limit} GiB")
     with limited(int(limit) << 30) as group:
         begin, most = time.monotonic(), 0
-        child = subprocess.Popen([sys.executable, __file__, "--build", which, "--jobs", jobs], preexec_fn=group.enter)
+        child = subprocess.Popen([sys.executable, __file__, "--build", which, jobs], preexec_fn=group.enter)
         while child.poll() is None:
             most = max(most, group.held)
             time.sleep(0.1)
@@ -53,20 +53,19 @@ def under(limit, which, jobs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limits", default="4,6,8,12", help="GiB, each a build of ours (default: %(default)s)")
-    parser.add_argument("--jobs", default="16", help="compile jobs at once (default: %(default)s)")
-    parser.add_argument("--stock", default="6", help="GiB for a build of stock sources, empty for none")
+    rounds = "GiB and compile jobs at once of each build of %s (default: %%(default)s)"
+    parser.add_argument("--ours", default="6:8,4:16,6:16,8:16,12:16", help=rounds % "ours")
+    parser.add_argument("--stock", default="6:8", help=rounds % "stock sources, empty for none")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench" / "memory.json", help="where figures go")
-    parser.add_argument("--build", help=argparse.SUPPRESS)
+    parser.add_argument("--build", nargs=2, help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.build:
-        sys.exit(build(words.build, words.jobs))
-    rounds = [(limit, "ours") for limit in words.limits.split(",") if limit]
-    rounds += [(words.stock, "stock")] if words.stock else []
+        sys.exit(build(*words.build))
     rows = []
-    for limit, which in rounds:
-        rows.append(under(limit, which, words.jobs))
-        files.write_json(words.json, json.loads(json.dumps(rows)))
+    for which in ("ours", "stock"):
+        for limit, jobs in (part.split(":") for part in getattr(words, which).split(",") if part):
+            rows.append(under(limit, which, jobs))
+            files.write_json(words.json, json.loads(json.dumps(rows)))
     columns = "sources", "jobs", "limit", "ended", "killed", "held at most", "wall"
     shown = [
         (row["sources"], str(row["jobs"]), files.size(row["limit"]), "badly" if row["status"] else "well",

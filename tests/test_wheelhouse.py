@@ -24,7 +24,7 @@ from tests import samples
 from tests.rights import ordinary_user
 from voltforge import files, provenance, signing
 from voltforge.signing import Signer, Trust
-from voltforge.wheel import WheelError
+from voltforge.wheel import WheelError, metadata_bytes
 from voltforge.wheelhouse import Wheelhouse, WheelhouseError
 
 LOCAL = "1.0+sm70.cu124"
@@ -275,8 +275,18 @@ def test_an_entry_says_what_a_wheel_is(tmp_path):
     assert Wheelhouse(tmp_path).entry(path) == {
         "file": path.name, "name": "thing", "version": LOCAL,
         "sha256": files.sha256(path), "size": path.stat().st_size, "sbom": document,
+        "metadata": files.sha256_bytes(metadata_bytes(path)), "requires_python": "",
     }  # fmt: skip
     assert Wheelhouse(tmp_path).entry(wheel(tmp_path / "made"))["sbom"] is None
+
+
+@pytest.mark.parametrize("lost", ["metadata", "requires_python", "sbom", "statement"])
+def test_a_receipt_that_lacks_what_is_asked_of_it_holds_nothing(tmp_path, lost):
+    one = Wheelhouse(tmp_path / "ours")
+    results = keep(one, described(tmp_path / "made"))
+    assert one.holds(results)
+    del results[lost]
+    assert not one.holds(results)
 
 
 def test_what_came_in_is_held_and_has_what_goes_with_it_beside_it(tmp_path):

@@ -11,16 +11,15 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import url2pathname
 
 import requests
 import urllib3
 from packaging.utils import canonicalize_name
-from pypi_simple import ACCEPT_ANY, PYPI_SIMPLE_ENDPOINT, DistributionPackage, ProjectPage, RepositoryPage
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import MaxRetryError, NameResolutionError, ProxyError
 from urllib3.response import BaseHTTPResponse
@@ -29,6 +28,9 @@ from urllib3.util import Retry
 from voltforge.errors import VoltforgeError, listed
 from voltforge.files import BLOCK, size
 from voltforge.process import ProgramFailed, run
+
+if TYPE_CHECKING:
+    from pypi_simple import DistributionPackage
 
 TIMEOUT = (10.0, 60.0)
 """Seconds to wait for a connection, and then for each next byte."""
@@ -166,7 +168,7 @@ class _Adapter(HTTPAdapter):
 class Indexes:
     """The package indexes of this machine. Their addresses may hold credentials: show them through ``redacted``."""
 
-    default: str | None = PYPI_SIMPLE_ENDPOINT
+    default: str | None = field(default_factory=lambda: _usual())
     """The index itself (a simple repository API, PEP 503 or 691); ``None`` where pip or uv may use none."""
     extra: tuple[str, ...] = ()
     """Further indexes, on the web or as file:// URLs."""
@@ -279,7 +281,7 @@ def configured(environ: Mapping[str, str] = os.environ, python: str | Path | Non
     if not certificate and pip.get("cert"):
         certificate, source = pip["cert"], "pip's setting `cert`"
     return Indexes(
-        default=None if without else _index(default or PYPI_SIMPLE_ENDPOINT, environ),
+        default=None if without else _index(default or _usual(), environ),
         extra=_unique(_index(value, environ) for value in " ".join(extra).split()),
         find_links=_unique(_absolute(value.strip()) for value in links if value.strip()),
         certificate=certificate,
@@ -388,8 +390,17 @@ def _with_credentials_of(place: str, url: str) -> str:
     return url
 
 
+def _usual() -> str:
+    """The index that pip and uv ask unless they are told otherwise."""
+    from pypi_simple import PYPI_SIMPLE_ENDPOINT
+
+    return PYPI_SIMPLE_ENDPOINT
+
+
 def _packages(place: str, project: str, session: requests.Session, flat: bool) -> list[DistributionPackage]:
     """The files that a place lists for ``project``; of any project where it is ``flat``."""
+    from pypi_simple import DistributionPackage, ProjectPage, RepositoryPage  # a third of a second, only where it asks
+
     path = local_path(place)
     if path is not None:
         if flat and path.is_dir():
@@ -426,6 +437,8 @@ def _page(address: str, session: requests.Session) -> requests.Response:
         requests.RequestException: nothing came, or less than was said.
         _PageError: more came than a page can have.
     """
+    from pypi_simple import ACCEPT_ANY
+
     content, deadline = bytearray(), time.monotonic() + PAGE_TIME
     with session.get(address, headers={"Accept": ACCEPT_ANY}, timeout=TIMEOUT, stream=True) as response:
         try:
@@ -452,6 +465,8 @@ def _last_name(url: str) -> str:
 
 
 def _on_disk(file: Path) -> DistributionPackage:
+    from pypi_simple import DistributionPackage
+
     return DistributionPackage(file.name, file.absolute().as_uri(), None, None, None, {}, None, None)
 
 

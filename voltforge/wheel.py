@@ -25,15 +25,8 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from auditwheel.error import AuditwheelError, NonPlatformWheelError  # type: ignore[import-untyped]
-from auditwheel.libc import Libc  # type: ignore[import-untyped]
-from auditwheel.wheel_abi import (  # type: ignore[import-untyped]
-    WheelAbIInfo,
-    analyze_wheel_abi,
-    get_wheel_elfdata,
-)
 from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.tags import Tag, parse_tag
@@ -43,6 +36,9 @@ from packaging.version import Version
 from voltforge import elf, files
 from voltforge.errors import VoltforgeError, listed
 from voltforge.tree import Limits, extract, name_problem, shown, zip_problems
+
+if TYPE_CHECKING:
+    from auditwheel.wheel_abi import WheelAbIInfo  # type: ignore[import-untyped]
 
 PROVIDED = (
     "libtorch.so", "libtorch_*.so", "libc10.so", "libc10_*.so", "libshm.so",
@@ -222,6 +218,10 @@ def platform_tag(path: Path, exclude: Sequence[str] = PROVIDED) -> PlatformTag:
     Raises:
         WheelError: auditwheel cannot analyse it.
     """
+    from auditwheel.error import AuditwheelError, NonPlatformWheelError  # slow to import, and few runs come here
+    from auditwheel.libc import Libc
+    from auditwheel.wheel_abi import analyze_wheel_abi, get_wheel_elfdata
+
     # CUDA exists for glibc alone; left to guess, auditwheel gives up on an extension that does not name its C library.
     # And it remembers a wheel by its path, where another may have been written since.
     get_wheel_elfdata.cache_clear()
