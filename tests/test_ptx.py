@@ -27,7 +27,7 @@ COMMAND = (
     "CMakeFiles/_moe_C.dir/csrc/moe/moe_wna16.cu.o"
 )
 """As ninja has it for vLLM 0.12.0, with some of its options left out."""
-SMALL = "csrc/pos_encoding_kernels.cu"
+SMALL = "csrc/permute_cols.cu"
 """The source that compiles in the shortest time."""
 
 
@@ -73,6 +73,15 @@ def test_a_command_for_another_card_or_of_another_kind_is_refused(old: str, new:
 
 def test_only_sources_of_the_tree_are_known() -> None:
     assert not ptx.commands(compdb(COMMAND), Path("/another/tree"))
+
+
+def test_a_source_that_is_compiled_with_others_has_the_command_of_the_file_that_includes_it(tmp_path: Path) -> None:
+    (tmp_path / "csrc/together").mkdir(parents=True)
+    (tmp_path / "csrc/alone.cu").write_text('#include "a.cuh"\n')
+    (tmp_path / "csrc/together/both.cu").write_text('#include <b.h>\n#include "../moe/a.cu"\n#include "c.cu"\n')
+    commands = {"csrc/alone.cu": ["nvcc", "alone"], "csrc/together/both.cu": ["nvcc", "both"]}
+    more = {"csrc/moe/a.cu": ["nvcc", "both"], "csrc/together/c.cu": ["nvcc", "both"]}
+    assert ptx.followed(commands, tmp_path) == {**commands, **more}
 
 
 def test_what_was_never_built_is_said_with_the_command_that_builds_it(tmp_path: Path) -> None:

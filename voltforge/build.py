@@ -273,7 +273,7 @@ class Workshop:
             return [], handed
         before: list[str | Path] = []
         server = self._server
-        address = server.address if server else ""
+        address = server.seen(server.host, server.port) if server else ""
         if server and self.around.hermetic:
             self.objects.lead(self.gate.folder)
             relay = places["gate"] / objects.RELAY.name

@@ -14,12 +14,12 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from voltforge import console, files, relay
+from voltforge import bucket, console, files, relay
 from voltforge.errors import VoltforgeError
 from voltforge.farm import Farm
 from voltforge.gate import at
@@ -29,8 +29,11 @@ from voltforge.process import run
 from voltforge.sandbox import SYSTEM
 
 OFF = "off"
-SCHEMES = {"redis": 6379, "http": 80}
-"""What ccache 4.7 speaks without a network library of its own, and the port where none is named; WebDAV is http."""
+SCHEMES = {"redis": 6379, "http": 80, bucket.SCHEME: 443}
+"""What ccache 4.7 speaks without a network library of its own, and the port where none is named; WebDAV is http.
+
+And a bucket of S3, which it is given as a WebDAV server.
+"""
 RELAY = Path(relay.__file__)
 SOCKET = f"objects-{os.getpid()}"
 """The socket in the gate's folder that leads to the server, one for each process of a run."""
@@ -76,6 +79,8 @@ class Server:
     """As it was named, or as all understand it: ``redis://host``, ``http://host/folder``."""
     host: str
     port: int
+    kept_in: str = ""
+    """The bucket that it has its files in, ``s3://bucket/folder``, where it is one that this process runs."""
 
     @classmethod
     def parse(cls, address: str) -> Server:
@@ -92,7 +97,7 @@ class Server:
         if parts.scheme not in SCHEMES or not parts.hostname or "|" in address or " " in address:
             raise VoltforgeError(
                 f"ccache={redacted(address)} is no server of objects",
-                hint="ccache=redis://host:6379, ccache=http://host/folder (WebDAV), or ccache=off",
+                hint="ccache=redis://host:6379, ccache=http://host/folder (WebDAV), ccache=s3://bucket/folder, or ccache=off",
             )
         user, _, place = parts.netloc.rpartition("@")
         if parts.scheme == "redis" and user and not (":" in user and user.split(":")[0]):
@@ -100,18 +105,29 @@ class Server:
             address = parts._replace(netloc=f"default:{user.removeprefix(':')}@{place}").geturl()
         return cls(address, parts.hostname, port or SCHEMES[parts.scheme])
 
+    def opened(self) -> Server:
+        """The same where ccache can ask it: for a bucket, a server of this process's own.
+
+        Raises:
+            VoltforgeError: the bucket cannot be reached.
+        """
+        if urlsplit(self.address).scheme != bucket.SCHEME:
+            return self
+        return replace(Server.parse(bucket.served(self.address)), kept_in=self.address)
+
     def seen(self, host: str, port: int) -> str:
-        """The address of the same server where a build sees it at another place."""
+        """What ccache is told where a build sees the server at another place."""
         parts = urlsplit(self.address)
         user = parts.netloc.rpartition("@")[0]
-        return parts._replace(netloc=f"{user + '@' if user else ''}{host}:{port}").geturl()
+        flat = "|layout=flat" if self.kept_in else ""  # a bucket has no folders to make first
+        return parts._replace(netloc=f"{user + '@' if user else ''}{host}:{port}").geturl() + flat
 
     def farm(self) -> Farm | None:
         """The hosts that meet at it; WebDAV has no words for claims."""
         return Farm(self.address) if self.address.startswith("redis:") else None
 
     def __str__(self) -> str:
-        return redacted(self.address)
+        return redacted(self.kept_in or self.address)
 
 
 @dataclass
@@ -249,8 +265,13 @@ def chosen(setting: str, folder: Path) -> Objects | None:
     made = Objects(Path(program), folder, server)
     if server and (version := _version(made.program)) < OLDEST:
         console.warn(f"{server} is not asked: ccache {'.'.join(map(str, version))} is older than 4.7")
-        server = None
-    return made if server and made.reachable() else Objects(made.program, folder)
+        return Objects(made.program, folder)
+    try:
+        made.server = server and server.opened()
+    except VoltforgeError as error:
+        console.warn(f"{error.what}: objects are those of this disk")
+        return Objects(made.program, folder)
+    return made if made.reachable() else Objects(made.program, folder)
 
 
 def names(folders: Iterable[Path]) -> str:

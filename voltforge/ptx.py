@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import tempfile
@@ -52,6 +53,7 @@ FOLLOWED = frozenset({"-gencode", "--generate-code", "-MT", "-MF", "-o"})
 """Options of nvcc that are not taken over, without and with a value of their own."""
 MAKING = 1
 """Goes up when the same build would give other images."""
+_SOURCE = re.compile(r'^#include "(.+\.cu)"', re.MULTILINE)
 _ENTRY = re.compile(r"^\s*(?:\.visible\s+|\.weak\s+)*\.entry\s+([\w$.]+)", re.MULTILINE)
 
 
@@ -65,7 +67,7 @@ class Bench:
 
     shop: Workshop
     commands: Mapping[str, Sequence[str]]
-    """The words that compile each source, by its path in the tree."""
+    """The words that compile each source, by its path in the tree: those of the file that includes it, if one does."""
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> Bench:
@@ -90,7 +92,7 @@ class Bench:
             raise ImageError(f"vllm was built in {seen}, which this sandbox cannot show", hint="the sandbox= it had")
         ninja = (shop.environment.path / "bin" / "ninja").resolve()
         asked = run([ninja, "-C", scripts[-1].parent, "-t", "compdb"]).output
-        return cls(shop, commands(asked[asked.index("[") :], shop.places["tree"]))
+        return cls(shop, followed(commands(asked[asked.index("[") :], shop.places["tree"]), tree))
 
 
 def commands(compdb: str, tree: Path) -> dict[str, list[str]]:
@@ -105,6 +107,15 @@ def commands(compdb: str, tree: Path) -> dict[str, list[str]]:
             words = shlex.split(one["command"])
             asks = next((place for place, word in enumerate(words) if Path(word).name == gate.LAUNCHER.name), -1)
             found[str(source.relative_to(tree))] = words[asks + 1 :]
+    return found
+
+
+def followed(commands: Mapping[str, Sequence[str]], tree: Path) -> dict[str, Sequence[str]]:
+    """The commands, and those of the sources that a compiled one includes whole."""
+    found = dict(commands)
+    for source, words in commands.items():
+        for name in _SOURCE.findall((tree / source).read_text(errors="replace")):
+            found.setdefault(os.path.normpath(Path(source).parent / name), words)
     return found
 
 
@@ -133,7 +144,7 @@ def rewritten(words: Sequence[str], out: Path) -> list[str]:
 
 
 def images(pipeline: Pipeline, sources: Sequence[str] = SOURCES) -> dict[str, Image]:
-    """Each source's kernels: compiled once more for their PTX, with the wheel's own cubin.
+    """Each source's kernels, beside those it is compiled with: once more for their PTX, with the wheel's own cubin.
 
     It takes minutes the first time; ``build/gpu/images/`` keeps them for as long as the build stands.
 
@@ -154,9 +165,13 @@ def images(pipeline: Pipeline, sources: Sequence[str] = SOURCES) -> dict[str, Im
         bench = Bench.of(pipeline)
         shipped = cubins(pipeline.wheelhouse.path / wheel["file"], package.toolchain())
         with files.replacing_folder(folder) as made:
+            known: dict[str, Image] = {}
             for source in sources:
-                one = compiled(bench, source, pipeline.scratch / "logs" / "gpu-images.log")
-                one = Image(one.ptx, the_wheels(one, shipped))
+                command = shlex.join(bench.commands.get(source, [source]))
+                if command not in known:
+                    one = compiled(bench, source, pipeline.scratch / "logs" / "gpu-images.log")
+                    known[command] = Image(one.ptx, the_wheels(one, shipped))
+                one = known[command]
                 files.write(made / _file(source, "ptx"), one.ptx)
                 files.write(made / _file(source, "cubin"), one.cubin)
     return {
