@@ -1,4 +1,4 @@
-"""Objects in a bucket of S3: real ccache and rclone, a server that speaks S3 on loopback, and buckets that are not there."""
+"""Objects in a bucket of S3: real ccache and rclone, moto's server on loopback, and buckets that are not there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -69,10 +68,11 @@ def test_a_bucket_keeps_what_is_put_and_nobody_else_on_the_machine_reads_it(endp
 
 @needs_rclone
 def test_its_server_ends_with_the_process_that_wanted_it_even_by_sigkill(endpoint):
-    program = "import time; from voltforge.bucket import served; print(served('s3://objects'), flush=True); time.sleep(60)"
-    child = subprocess.Popen(
-        [sys.executable, "-c", program], env={**told(endpoint), "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    program = (
+        "import time; from voltforge import bucket; print(bucket.served('s3://objects'), flush=True); time.sleep(60)"
     )
+    environ = {**told(endpoint), "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen([sys.executable, "-c", program], env=environ, stdout=subprocess.PIPE, text=True)
     url = child.stdout.readline().strip()
     assert requests.get(f"{url}/x", timeout=30).status_code == 404
     child.send_signal(signal.SIGKILL)
@@ -125,7 +125,7 @@ def test_rclone_is_told_what_awss_own_tools_read_and_its_own_variables_count_bef
 @needs_ccache
 @needs_rclone
 @pytest.mark.slow
-def test_a_second_checkout_compiles_nothing_that_the_first_gave_to_a_bucket(tmp_path: Path, toolchain, endpoint, monkeypatch):
+def test_a_second_checkout_compiles_nothing_that_the_first_gave_to_a_bucket(tmp_path, toolchain, endpoint, monkeypatch):
     for name, value in told(endpoint).items():
         monkeypatch.setenv(name, value)
     settings = Settings(ccache="s3://objects/vllm")

@@ -277,7 +277,7 @@ def test_off_is_off(tmp_path):
 
 @pytest.mark.parametrize(
     "address",
-    ["s3://bucket", "redis://", "localhost:6379", "on", "redis://a:port", "http://a/ b", "redis://a|read-only", "http://[::1"],
+    ["s3://", "ftp://a", "redis://", "localhost:6379", "on", "redis://a:port", "http://a/ b", "redis://a|read-only", "http://[::1"],
 )  # fmt: skip
 def test_an_address_that_ccache_cannot_be_given_is_a_sentence(address, tmp_path):
     with pytest.raises(VoltforgeError, match="is no server of objects") as caught:

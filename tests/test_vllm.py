@@ -71,6 +71,14 @@ def test_the_wheel_is_vllm_with_the_toolkit_in_its_version_and_one_for_all_pytho
     }
 
 
+def test_what_is_compiled_together_is_all_that_is_no_longer_compiled_alone(repository: Path) -> None:
+    """0018-compiled-together."""
+    patch = (repository / "patches/vllm/0018-compiled-together.patch").read_text()
+    included = re.findall(r'^\+#include "\.\./(.+\.cu)"$', patch, re.MULTILINE)
+    assert len(included) > 30
+    assert sorted(included) == sorted({*re.findall(r'^- +"csrc/(.+\.cu)"\)?$', patch, re.MULTILINE)})
+
+
 def test_every_check_passed_and_the_receipt_has_them(receipt: dict[str, dict[str, object]]) -> None:
     findings = receipt["results"]["findings"]
     assert isinstance(findings, list)

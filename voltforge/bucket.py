@@ -1,7 +1,7 @@
-"""A bucket of S3 as a server of objects: rclone serves it by WebDAV on this machine, for as long as this process lives.
+"""A bucket of S3 as a server of objects: rclone serves it by WebDAV on this machine, as long as this process lives.
 
-ccache speaks redis and HTTP; rclone speaks whatever a bucket is kept by. Credentials and endpoint come from the variables
-that AWS's own tools read.
+ccache speaks redis and HTTP; rclone speaks what buckets speak. Credentials and endpoint come from the variables that
+AWS's own tools read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from voltforge import distro
 from voltforge.errors import VoltforgeError

@@ -97,7 +97,7 @@ class Server:
         if parts.scheme not in SCHEMES or not parts.hostname or "|" in address or " " in address:
             raise VoltforgeError(
                 f"ccache={redacted(address)} is no server of objects",
-                hint="ccache=redis://host:6379, ccache=http://host/folder (WebDAV), ccache=s3://bucket/folder, or ccache=off",
+                hint="ccache=redis://host:6379, =http://host/folder (WebDAV), =s3://bucket/folder, or =off",
             )
         user, _, place = parts.netloc.rpartition("@")
         if parts.scheme == "redis" and user and not (":" in user and user.split(":")[0]):

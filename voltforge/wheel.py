@@ -218,9 +218,9 @@ def platform_tag(path: Path, exclude: Sequence[str] = PROVIDED) -> PlatformTag:
     Raises:
         WheelError: auditwheel cannot analyse it.
     """
-    from auditwheel.error import AuditwheelError, NonPlatformWheelError  # slow to import, and few runs come here
-    from auditwheel.libc import Libc
-    from auditwheel.wheel_abi import analyze_wheel_abi, get_wheel_elfdata
+    from auditwheel.error import AuditwheelError, NonPlatformWheelError  # type: ignore[import-untyped]
+    from auditwheel.libc import Libc  # type: ignore[import-untyped]
+    from auditwheel.wheel_abi import analyze_wheel_abi, get_wheel_elfdata  # all slow to import, and few runs come here
 
     # CUDA exists for glibc alone; left to guess, auditwheel gives up on an extension that does not name its C library.
     # And it remembers a wheel by its path, where another may have been written since.
