@@ -1,12 +1,14 @@
-"""What the longest objects of vLLM's last build spend their time on, and what compiling one in parallel gives.
+"""What the longest objects of vLLM's last build spend their time on, and what other ways to compile them give.
 
 By phase (nvcc --time), by where the lines come from that the compiler reads, and with --split-compile, which has nvcc
-optimise one object in several threads. Each as it was compiled, in the sandbox. Build first: ``./doit wheels:vllm``.
+optimise one object in several threads; with ``--together``, the sources of one object one by one. As it was compiled,
+in the sandbox. Build first: ``./doit wheels:vllm``.
 """
 
 import argparse
 import csv
 import json
+import os
 import re
 import sys
 import time
@@ -69,6 +71,19 @@ class Shop:
         seconds, _ = self.run(" ".join([command, *more, "--time", f"{home}/time.csv"]))
         return seconds, files.sha256(out), phases(table)
 
+    def alone(self, name):
+        """Seconds to compile each of the sources that an object's own includes whole, by their paths."""
+        whole = next(word for word in self.commands[name].split() if word.endswith(".cu"))
+        real = self.shop.folders["tree"] / Path(whole).relative_to(self.shop.places["tree"])
+        found = {}
+        for source in re.findall(r'^#include "(.+\.cu)"', real.read_text(), re.MULTILINE):
+            path = str(self.shop.places["tree"] / os.path.relpath(real.parent / source, self.shop.folders["tree"]))
+            self.commands["alone"] = self.commands[name].replace(whole, path)
+            if path.endswith("moe_permute_unpermute_op.cu"):  # which counts on PyTorch's own torch/all.h
+                self.commands["alone"] += " -include=torch/library.h"
+            found[source] = self.compiled("alone")[0]
+        return found
+
     def lines(self, name):
         """How many lines of whose headers the device compiler reads."""
         command = re.sub(r" -(x cu -)?c ", " -x cu -E ", re.sub(r" -o \S+", "", self.commands[name]))
@@ -96,8 +111,15 @@ def main():
     parser.add_argument("--objects", type=int, default=4, help="how many of the longest (default: %(default)s)")
     parser.add_argument("--threads", default="2", help="of --split-compile (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench" / "costs.json", help="where figures go")
+    parser.add_argument("--together", metavar="NAME", help="one of csrc/together, as entries: whole and in parts")
     words = parser.parse_args()
     shop, rows = Shop(Pipeline.load(ROOT, Settings())), []
+    if words.together:
+        name = next(one for one in shop.commands if one.endswith(f"/together/{words.together}.cu.o"))
+        whole, parts = shop.compiled(name)[0], shop.alone(name)
+        shown = [*parts.items(), ("one by one", sum(parts.values())), ("together", whole)]
+        console.table("seconds", ("source", ""), [(title, f"{seconds:.1f}") for title, seconds in shown])
+        return
     for name in shop.longest(words.objects):
         console.step(Path(name).name)
         plain, digest, parts = shop.compiled(name)
