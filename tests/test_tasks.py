@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests import samples
-from tests.checkouts import pack
+from tests.checkouts import ROOT, pack
 from tests.servers import Fault, Server, serving
 from tests.terminal import seen
 from voltforge import files
@@ -503,3 +503,14 @@ def test_offline_all_that_is_missing_is_told_in_one_run(checkout, server):
         assert absent in done.stdout
     assert done.stdout.count("\nx ") == 3, "what could not run because of these is not another problem"
     assert server.asked == []
+
+
+def test_the_graph_is_loaded_without_what_only_some_tasks_need():
+    look = (
+        "import sys\n"
+        "from voltforge import chores, doctor, gpu, kernels, reproduce, tasks\n"
+        "slow = {'pypi_simple', 'bs4', 'auditwheel', 'elftools', 'redis', 'cyclonedx', 'cryptography', 'matplotlib'}\n"
+        "print(sorted(slow & {name.split('.')[0] for name in sys.modules}))"
+    )
+    printed = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert printed.stdout == "[]\n"

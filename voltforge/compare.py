@@ -23,15 +23,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, Protocol
-
-from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import Section, SymbolTableSection
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 from voltforge import console, cubin, files
 from voltforge.cubin import FatbinError, Image
 from voltforge.elf import MAGIC, ElfError, opened
 from voltforge.process import ProgramFailed, run
+
+if TYPE_CHECKING:
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.sections import Section
 
 Tier = Literal["identical", "archive only", "same code and symbols", "different"]
 """From the most alike to the least.
@@ -439,6 +440,8 @@ class _Binary:
 
     def symbol(self, number: int, section: Section, offset: int) -> str:
         """The symbol that covers a byte of a section, the innermost if there are several; else nothing."""
+        from elftools.elf.sections import SymbolTableSection
+
         address = section["sh_addr"] + offset
         best: tuple[int, str] | None = None
         for table in (".symtab", ".dynsym"):
@@ -453,6 +456,8 @@ class _Binary:
 
     def dynamic(self) -> Counter[tuple[str, str]]:
         """The dynamic symbols: name, and kind and size in words."""
+        from elftools.elf.sections import SymbolTableSection
+
         table = self.elf.get_section_by_name(".dynsym")
         found: Counter[tuple[str, str]] = Counter()
         for symbol in table.iter_symbols() if isinstance(table, SymbolTableSection) else ():

@@ -17,16 +17,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
-
-from elftools.elf.dynamic import DynamicSection
-from elftools.elf.elffile import ELFFile
-from elftools.elf.gnuversions import GNUVerDefSection, GNUVerNeedSection, GNUVerSymSection
-from elftools.elf.sections import Section as PartOfElf
-from elftools.elf.sections import SymbolTableSection
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from voltforge.errors import VoltforgeError
 from voltforge.process import run
+
+if TYPE_CHECKING:  # 49 modules, for those who open a file alone
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.sections import Section as PartOfElf
 
 MAGIC = b"\x7fELF"
 
@@ -115,6 +113,8 @@ class Elf:
         Raises:
             ElfError: it is not a well-formed 64-bit little-endian ELF file.
         """
+        from elftools.elf.dynamic import DynamicSection
+
         with opened(path) as (file, _):
             found = {section.name: section for section in file.iter_sections()}
             tags: dict[str, list[str]] = {"needed": [], "soname": [], "runpath": [], "rpath": []}
@@ -178,6 +178,8 @@ def opened(path: Path) -> Iterator[tuple[ELFFile, mmap.mmap]]:
     Raises:
         ElfError: here or inside the block, if the file is not a well-formed 64-bit little-endian ELF file.
     """
+    from elftools.elf.elffile import ELFFile
+
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(path.open("rb"))
@@ -411,6 +413,8 @@ def _entries(values: Sequence[str]) -> tuple[str, ...]:
 
 def _versions(found: dict[str, Any]) -> tuple[dict[int, str], frozenset[tuple[str, str]]]:
     """What each version index means, and the versions asked of other libraries."""
+    from elftools.elf.gnuversions import GNUVerDefSection, GNUVerNeedSection
+
     meaning: dict[int, str] = {}
     needs: set[tuple[str, str]] = set()
     if isinstance(asked := found.get(".gnu.version_r"), GNUVerNeedSection):
@@ -429,6 +433,9 @@ def _symbols(found: dict[str, Any], versions: dict[int, str]) -> tuple[frozenset
 
     The table is decoded here, a struct an entry: pyelftools takes 20 us for each, libtorch_cpu.so alone has 79,000.
     """
+    from elftools.elf.gnuversions import GNUVerSymSection
+    from elftools.elf.sections import SymbolTableSection
+
     table = found.get(".dynsym")
     if not isinstance(table, SymbolTableSection):
         return frozenset(), frozenset()

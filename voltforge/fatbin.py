@@ -21,14 +21,15 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
-
-from elftools.elf.elffile import ELFFile
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from voltforge import cubin, files
 from voltforge.cubin import Container, FatbinError, Image
 from voltforge.elf import ElfError, opened, section_bytes
 from voltforge.errors import VoltforgeError
+
+if TYPE_CHECKING:
+    from elftools.elf.elffile import ELFFile
 
 _CODE, _WRAPPERS = ".nv_fatbin", ".nvFatBinSegment"
 _X86_64, _SHARED = "EM_X86_64", "ET_DYN"

@@ -14,9 +14,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
-
 from voltforge import build, console, files, gate, sandbox
 from voltforge.build import Workshop
 from voltforge.compiled import Compiled
@@ -263,6 +260,9 @@ def kernels(cubin: bytes) -> frozenset[str]:
     Raises:
         ImageError: it is none.
     """
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
     try:
         # Each kernel's code has a section of its own, and what it takes another (CUDA Binary Utilities, 2.3).
         names = [section.name for section in ELFFile(BytesIO(cubin)).iter_sections()]
