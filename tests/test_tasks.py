@@ -379,7 +379,7 @@ def test_in_ci_each_line_has_its_time_but_a_table_of_contents_has_none(checkout)
     assert not re.search(r"\d\d:\d\d:\d\d", checkout.doit("list").stdout)
 
 
-@pytest.mark.parametrize("setting", ["ccache=s3://bucket", "memory=lots", "jobs=many"])
+@pytest.mark.parametrize("setting", ["ccache=ftp://host", "memory=lots", "jobs=many"])
 def test_a_setting_that_makes_no_sense_is_told_before_anything_is_fetched(checkout, server, setting):
     done = checkout.doit("tree:thing", setting)
     assert done.returncode == MISUSED
