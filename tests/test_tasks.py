@@ -324,7 +324,7 @@ def test_on_a_terminal_a_download_is_a_row_and_ctrl_c_leaves_nothing_of_it(check
     server.faults["/thing-1.0.tar.gz"] = [Fault(cut=100, stall=True)] * 20  # each time that it is tried again
     pressed, row, last = 0.0, re.compile(r"thing-1\.0\.tar\.gz +\d"), None
     for last in seen(["./doit", "tree:thing"], 80, checkout.root, checkout.env, INTERRUPTED):
-        # Once in some fifty runs, on a busy machine, the first was not heeded; a person presses again.
+        # Once, on a busy machine, the first was not heeded, and why is not known; a person presses again.
         if time.monotonic() - pressed > 5 and any(map(row.match, last.rows)):
             assert last.screen.cursor.hidden
             last.child.send_signal(signal.SIGINT)
