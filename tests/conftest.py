@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,12 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", print_blob=True)
 settings.load_profile("repeatable")
 
+
+# What was started with a shell's & or with nohup has SIGINT or SIGHUP ignored, and so has all that it starts; what the
+# tests start they interrupt. A handler, unlike SIG_IGN, is not inherited: for pytest itself nothing changes.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 # The tests read what a person does at home who sends it to a file: without times, and as wide as that is.
 # xdist gives its workers the width of a terminal.

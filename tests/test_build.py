@@ -224,10 +224,7 @@ for kind in ("fetch", "tree", "environment", "build"):
 def test_ctrl_c_ends_every_compiler_and_the_next_run_resumes(saxpy: Pipeline, kind: str) -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT, str(saxpy.root), kind]
-    child = psutil.Popen(
-        command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where a shell's & started the tests
-    )  # fmt: skip
+    child = psutil.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     compilers: list[psutil.Process] = []
     while not compilers and time.monotonic() < deadline:

@@ -707,11 +707,10 @@ def test_a_file_that_cannot_be_kept_ends_the_others_and_the_next_run_goes_on_fro
 
 
 FETCH_ALL = """
-import signal, sys
+import sys
 from pathlib import Path
 from voltforge.fetch import Artifact, Store
 from voltforge.index import Indexes
-signal.signal(signal.SIGINT, signal.default_int_handler)
 folder, url, *hashes = sys.argv[1:]
 store = Store(Path(folder), ask_indexes=lambda: Indexes(None), ask_archives=lambda: ())
 try:

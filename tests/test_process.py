@@ -199,10 +199,9 @@ def test_an_error_of_the_watcher_ends_the_program(mark):
 
 
 SCRIPT = """
-import signal, sys
+import sys
 from pathlib import Path
 from voltforge.process import run
-signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started the tests with &
 try:
     run(sys.argv[2:], log=Path(sys.argv[1]))
 except KeyboardInterrupt:

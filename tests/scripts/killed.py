@@ -202,7 +202,6 @@ def main() -> None:
 
     point = Point(**json.loads(sys.argv[1]))
     sys.argv = ["doit", *sys.argv[2:]]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell's & started the tests
     watch = Watch(point, Path.cwd())
     watch.listen_to_fsync()
     if point.way == "count":
