@@ -1,4 +1,4 @@
-"""A real control group with a limit of memory, where this machine lets one be made."""
+"""Real control groups, with a limit of memory or of processor time, where this machine lets one be made."""
 
 from __future__ import annotations
 
@@ -17,17 +17,27 @@ FILES = {
 """By the file with the limit: what is held now, the count of killed processes, the limit with swap; version 2 and 1."""
 
 
+PERIOD = 100_000
+"""Microseconds after which a share of processor time is given anew."""
+
+
 @dataclass(frozen=True)
 class Group:
     """A control group."""
 
     path: Path
-    used: str
-    events: str
 
     def enter(self) -> None:
         """Put this process into it; for ``preexec_fn``."""
         (self.path / "cgroup.procs").write_text(str(os.getpid()))
+
+
+@dataclass(frozen=True)
+class Limited(Group):
+    """One whose memory is limited."""
+
+    used: str
+    events: str
 
     @property
     def held(self) -> int:
@@ -43,26 +53,47 @@ class Group:
 
 
 @contextlib.contextmanager
-def limited(limit: int) -> Iterator[Group]:
+def limited(limit: int) -> Iterator[Limited]:
     """A group whose processes may hold ``limit`` bytes together.
 
     Raises:
         OSError: this machine does not let one be made.
     """
-    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    own = next((path for _, names, path in lines if names == "memory"), None)
-    around = MOUNT / "memory" / own.strip("/") if own else MOUNT / lines[0][2].strip("/")
-    around = around if around.is_dir() else (MOUNT / "memory" if own else MOUNT)
-    path = around / f"voltforge-test-{uuid.uuid4().hex[:8]}"
-    path.mkdir()
-    try:
+    with _made("memory") as (path, alone):
         found = next((name for name in FILES if (path / name).exists()), None)
         if not found:
-            raise OSError(f"{around} has no memory controller")
+            raise OSError(f"{path.parent} has no memory controller")
         used, events, swap = FILES[found]
         (path / found).write_text(str(limit))
         with contextlib.suppress(OSError):
-            (path / swap).write_text(str(limit) if own else "0")
-        yield Group(path, used, events)
+            (path / swap).write_text(str(limit) if alone else "0")
+        yield Limited(path, used, events)
+
+
+@contextlib.contextmanager
+def slowed(cores: float) -> Iterator[Group]:
+    """A group whose processes get the time of so many cores together.
+
+    Raises:
+        OSError: this machine does not let one be made.
+    """
+    with _made("cpu") as (path, alone):
+        quota = round(cores * PERIOD)
+        name, text = ("cpu.cfs_quota_us", f"{quota}") if alone else ("cpu.max", f"{quota} {PERIOD}")
+        (path / name).write_text(text)
+        yield Group(path)
+
+
+@contextlib.contextmanager
+def _made(controller: str) -> Iterator[tuple[Path, bool]]:
+    """The folder of a new group, and whether that is the controller's alone, as in version 1."""
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    own = next((path for _, names, path in lines if controller in names.split(",")), None)
+    around = MOUNT / controller / own.strip("/") if own else MOUNT / lines[0][2].strip("/")
+    around = around if around.is_dir() else (MOUNT / controller if own else MOUNT)
+    path = around / f"voltforge-test-{uuid.uuid4().hex[:8]}"
+    path.mkdir()
+    try:
+        yield path, own is not None
     finally:
         path.rmdir()

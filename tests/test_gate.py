@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cgroup import Group, limited
+from tests.cgroup import Limited, limited
 from tests.checkouts import ROOT
 from voltforge import gate
 from voltforge.errors import VoltforgeError
@@ -401,7 +401,7 @@ COMPILER = f"import sys, time; held = bytearray({250 << 20}); time.sleep(1.5); o
 """It holds 250 MiB for more than a second."""
 
 
-def built(folder: Path, group: Group, how: str) -> tuple[int, int]:
+def built(folder: Path, group: Limited, how: str) -> tuple[int, int]:
     """The status of a build of eight objects at eight jobs in a group, and the most that was held, in bytes."""
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     folder.mkdir()

@@ -9,47 +9,25 @@ an installed wheel, is gone by a small package of PyTorch's shape in tests/test_
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.checkouts import PACKAGES
+from tests import debian
 from tests.samples import listed_by_cuobjdump
-from voltforge import build, files, jobs, options, sandbox, tree
+from voltforge import build, options
 from voltforge.build import BuildError, Workshop
 from voltforge.checkout import Settings
 from voltforge.elf import Elf
-from voltforge.environment import Environment
 from voltforge.options import OptionError
 from voltforge.pipeline import Pipeline
-from voltforge.recipe import Source, SourceRecipe, parsed
+from voltforge.recipe import SourceRecipe
 from voltforge.toolchain import Toolchain
-from voltforge.tree import Patch, Tree
+from voltforge.tree import Tree
 
 pytestmark = pytest.mark.slow
 
-NEWER = {"USE_NVSHMEM", "USE_FBGEMM_GENAI"}
-"""Options of the recipe that PyTorch has since 2.8."""
-UNDONE = (
-    ("tools/generate_torch_version.py", "version + '+debian'", 'os.environ["PYTORCH_BUILD_VERSION"]'),
-    ("tools/setup_helpers/cmake.py", "max_jobs, '-v']", "max_jobs]"),
-    ("CMakeLists.txt", "set(CMAKE_VERBOSE_MAKEFILE ON)", ""),
-    ("CMakeLists.txt", 'to the shared objects" ON)', 'to the shared objects" OFF)'),
-    ("cmake/Dependencies.cmake", "set(CUDNN_FRONTEND_INCLUDE_DIR /usr/include/)", ""),
-    ("cmake/Dependencies.cmake", '  add_library(fp16 STATIC "/usr/include/fp16.h")',
-     '  find_file(FP16_HEADER fp16.h REQUIRED)\n  add_library(fp16 STATIC "${FP16_HEADER}")'),
-)  # fmt: skip
-"""Where Debian's packaging has its own version, its own paths, or prints every command."""
-DEVIATIONS = {
-    "USE_SYSTEM_LIBS": "1",  # the vendored parts are gone
-    "USE_FBGEMM": "0",  # not in Debian
-    "USE_MKLDNN": "0",  # these three would take more packages, and nothing that is compiled here
-    "USE_XNNPACK": "0",
-    "USE_PYTORCH_QNNPACK": "0",
-}
 KERNELS = ("FillKernel", "RangeFactories", "AbsKernel")
 
 
@@ -66,68 +44,18 @@ def recipe(pipeline: Pipeline) -> SourceRecipe:
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict[str, list[Source]]:
-    """The files in Debian's archive."""
-    found = parsed(PACKAGES / "pytorch" / "debian.toml")
-    lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
-    return {name: [Source.model_validate(one) for one in several] for name, several in lists.items()}
+def upstream(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    return debian.upstream(pipeline, tmp_path_factory.mktemp("pytorch") / "upstream")
 
 
 @pytest.fixture(scope="module")
-def upstream(pipeline: Pipeline, parts: dict[str, list[Source]], tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """The sources of 2.6.0, as upstream has them but for what Debian left out."""
-    folder = tmp_path_factory.mktemp("pytorch") / "upstream"
-    folder.mkdir()
-    [source] = parts["source"]
-    return Tree(folder, tree.unpack(pipeline.store.get(source.artifact), folder))
+def patched(pipeline: Pipeline, upstream: Tree) -> Tree:
+    return debian.patched(pipeline, upstream)
 
 
 @pytest.fixture(scope="module")
-def patched(pipeline: Pipeline, parts: dict[str, list[Source]], upstream: Tree) -> Tree:
-    """The same with Debian's patches, and with the packages that stand in for vendored parts in ``deb/usr``."""
-    folder = upstream.path.with_name("patched")
-    shutil.copytree(upstream.path, folder, symlinks=True)
-    (folder / "debian").mkdir()
-    [packaging] = parts["packaging"]
-    tree.unpack(pipeline.store.get(packaging.artifact), folder / "debian")
-    for line in (folder / "debian/patches/series").read_text().splitlines():
-        if line.strip() and not line.startswith("#"):
-            tree.apply(Patch(folder / "debian/patches" / line.strip(), line.strip(), ""), folder)
-    for name, old, new in UNDONE:
-        text = (folder / name).read_text()
-        assert text.count(old) == 1, (name, old)
-        (folder / name).write_text(text.replace(old, new))
-    for package in parts["packages"]:
-        part = upstream.path.with_name("package")
-        part.mkdir()
-        tree.unpack(pipeline.store.get(package.artifact), part)  # its single top folder, usr, is left out
-        shutil.copytree(part, folder / "deb/usr", symlinks=True, dirs_exist_ok=True)
-        files.remove(part)
-    return Tree(folder, upstream.epoch)
-
-
-def workshop(
-    pipeline: Pipeline, recipe: SourceRecipe, grown: Tree, toolchain: Toolchain, work: Path, env: Mapping[str, str]
-) -> Workshop:
-    """A place for the build with the recipe's options, but for what 2.6.0 and Debian do not have, and ``env``."""
-    pipeline.package(recipe).stage("environment").run()
-    environment = Environment(pipeline.scratch / "environments" / "torch-build")
-    around = sandbox.choose("auto")
-    system = f"{around.place('tree', work / 'tree')}/deb/usr"
-    own = {name: value for name, value in recipe.build.env.items() if name not in NEWER}
-    own |= {**DEVIATIONS, "CMAKE_PREFIX_PATH": f"{{environment}};{system}"}
-    own |= {"LD_LIBRARY_PATH": f"{system}/lib/x86_64-linux-gnu", **env}
-    changed = {"version": "2.6.0", "build": recipe.build.model_copy(update={"env": own, "options": ()})}
-    count, _ = jobs.count("", recipe.build.memory_per_job)
-    return Workshop(recipe.model_copy(update=changed), grown, environment, toolchain, around, count, work)
-
-
-@pytest.fixture(scope="module")
-def shop(
-    pipeline: Pipeline, recipe: SourceRecipe, patched: Tree, toolchain: Toolchain,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Workshop:  # fmt: skip
-    made = workshop(pipeline, recipe, patched, toolchain, tmp_path_factory.mktemp("work"), {})
+def shop(pipeline: Pipeline, patched: Tree, toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    made = debian.workshop(pipeline, patched, toolchain, tmp_path_factory.mktemp("work"))
     made.prepare()
     return made
 
@@ -135,9 +63,7 @@ def shop(
 @pytest.fixture(scope="module")
 def summary(shop: Workshop) -> list[str]:
     """What configuring said, line by line."""
-    log = shop.work / "configure.log"
-    shop.run([shop.places["environment"] / "bin/python", "setup.py", "build", "--cmake-only"], log=log)
-    return log.read_text(errors="replace").splitlines()
+    return debian.configured(shop)
 
 
 def ninja(shop: Workshop, *targets: str) -> list[Path]:
@@ -150,11 +76,11 @@ def ninja(shop: Workshop, *targets: str) -> list[Path]:
 def test_the_source_knows_every_option_of_the_recipe_but_the_newer_ones(recipe: SourceRecipe, upstream: Tree) -> None:
     with pytest.raises(OptionError) as caught:
         options.check(recipe, upstream.path)
-    assert set(caught.value.unknown) == NEWER
+    assert set(caught.value.unknown) == debian.NEWER
 
 
 def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(recipe: SourceRecipe, upstream: Tree) -> None:
-    env = {name: value for name, value in recipe.build.env.items() if name not in NEWER} | {"USE_CUDDN": "1"}
+    env = {name: value for name, value in recipe.build.env.items() if name not in debian.NEWER} | {"USE_CUDDN": "1"}
     misspelt = recipe.model_copy(update={"build": recipe.build.model_copy(update={"env": env})})
     with pytest.raises(OptionError) as caught:
         options.check(misspelt, upstream.path)
@@ -172,9 +98,9 @@ def test_it_is_configured_as_the_recipe_says(shop: Workshop, summary: list[str])
 
 
 def test_a_library_that_is_not_found_ends_the_build_before_anything_is_compiled(
-    pipeline: Pipeline, recipe: SourceRecipe, patched: Tree, toolchain: Toolchain, tmp_path: Path
+    pipeline: Pipeline, patched: Tree, toolchain: Toolchain, tmp_path: Path
 ) -> None:
-    made = workshop(pipeline, recipe, patched, toolchain, tmp_path / "work", {"CUDNN_ROOT": "/nowhere"})
+    made = debian.workshop(pipeline, patched, toolchain, tmp_path / "work", {"CUDNN_ROOT": "/nowhere"})
     with pytest.raises(BuildError, match="configured with USE_CUDNN=OFF, where the recipe has 1"):
         build.compile(made, tmp_path / "log")
     assert not list((tmp_path / "work").rglob("*.cu.o"))
