@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -93,7 +92,7 @@ class Host:
     """One of the three at work; what it says goes to the terminal and to the transcript, with its name before it."""
 
     def __init__(self, name, space, group, root, words, transcript):
-        self.name, self.space = name, space
+        self.name, self.group = name, group
         enter = ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name]
         environ = {**os.environ, "NO_COLOR": "1", "PYTHONPATH": str(root)}
         self.child = subprocess.Popen(
@@ -107,12 +106,9 @@ class Host:
         for line in self.child.stdout:
             transcript(f"{self.name:5} | {line.rstrip()}")
 
-    def end(self, number=signal.SIGKILL):
-        """End it with all that it started: the processes of its namespace."""
-        pids = subprocess.run(["ip", "netns", "pids", self.space], capture_output=True, text=True, check=True).stdout
-        for pid in map(int, pids.split()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+    def end(self):
+        """Kill it with all that it started."""
+        self.group.end()
         self.child.wait()
 
 

@@ -109,7 +109,7 @@ def main():
         }  # fmt: skip
 
     # Commands that are no objects, and were not run here, are links and copies of files: they take no time in this.
-    edges = [Job((one,), 0, 0, "") for one in outputs]
+    edges = [Job(ended[one].outputs if one in ended else (one,), 0, 0, "") for one in outputs]
     waits = dependencies(folder, edges)
     spans = {count: [] for count in COUNTS}
     for _ in range(DRAWS):

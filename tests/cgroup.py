@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +32,14 @@ class Group:
     def enter(self) -> None:
         """Put this process into it; for ``preexec_fn``."""
         (self.path / "cgroup.procs").write_text(str(os.getpid()))
+
+    def end(self) -> None:
+        """Kill all its processes, and wait until they are gone."""
+        while pids := (self.path / "cgroup.procs").read_text().split():
+            for pid in map(int, pids):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
 
 
 @dataclass(frozen=True)

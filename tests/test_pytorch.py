@@ -1,7 +1,7 @@
 """The recipe for PyTorch from source, tried on a PyTorch that can be had: Debian's 2.6.0, as far as it goes.
 
 The release tarball of 2.9.0 lies on a host that many machines do not reach. Debian's archive has the source of 2.6.0
-without most vendored parts: it is configured to the end, its code is generated, and c10 and some CUDA sources of ATen
+without most vendored parts: it is configured to the end, its code is generated, and c10 and some sources of ATen
 are compiled, with the recipe's options, its locked environment, the toolchain and the sandbox. The rest of the way, to
 an installed wheel, is gone by a small package of PyTorch's shape in tests/test_compiled.py.
 """
@@ -28,7 +28,11 @@ from voltforge.tree import Tree
 
 pytestmark = pytest.mark.slow
 
-KERNELS = ("FillKernel", "RangeFactories", "AbsKernel")
+ATEN = "caffe2/CMakeFiles/torch_cuda.dir/__/aten/src/ATen/native"
+KERNELS = (
+    "cuda/FillKernel", "cuda/RangeFactories", "cuda/AbsKernel",
+    "transformers/cuda/mem_eff_attention/kernels/cutlassB_f16_aligned_k32",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +124,14 @@ def test_c10_is_compiled_and_loads(shop: Workshop, toolchain: Toolchain) -> None
 
 @pytest.mark.usefixtures("summary")
 def test_cuda_sources_of_aten_are_compiled_for_sm_70_alone(shop: Workshop, toolchain: Toolchain) -> None:
-    folder = "caffe2/CMakeFiles/torch_cuda.dir/__/aten/src/ATen/native/cuda"
-    for made in ninja(shop, *(f"{folder}/{kernel}.cu.o" for kernel in KERNELS)):
+    for made in ninja(shop, *(f"{ATEN}/{kernel}.cu.o" for kernel in KERNELS)):
         assert listed_by_cuobjdump(toolchain, made) == {"sm_70": 1}
         ptx = subprocess.run([toolchain.home / "bin/cuobjdump", "-lptx", made], capture_output=True, text=True)
         assert ".ptx" not in ptx.stdout
         assert str(shop.work).encode() not in made.read_bytes()
+
+
+@pytest.mark.usefixtures("summary")
+def test_attention_by_cudnn_is_compiled(shop: Workshop) -> None:
+    [made] = ninja(shop, f"{ATEN}/cudnn/MHA.cpp.o")
+    assert b"run_cudnn_SDP_fprop" in made.read_bytes()
