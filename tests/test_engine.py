@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import stat
 import subprocess
@@ -67,3 +68,19 @@ def test_a_build_that_fails_leaves_no_container_in_the_store(tmp_path: Path) -> 
     with pytest.raises(EngineError, match="absent"):
         Engine("buildah", "1").build(tmp_path / "Dockerfile", tmp_path / "context", "localhost/nothing", {}, {})
     assert containers() <= before
+
+
+@pytest.mark.skipif(not shutil.which("buildah"), reason="buildah is not installed")
+def test_an_image_of_several_names_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, tag, layout = shutil.which("buildah"), "localhost/voltforge-test:several", tmp_path / "layout"
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin", "buildah", f'echo "$1" >>{tmp_path}/asked\nexec {real} "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    container = subprocess.run(["buildah", "from", "scratch"], capture_output=True, text=True, check=True).stdout
+    subprocess.run(["buildah", "commit", "--rm", container.strip(), tag], capture_output=True, check=True)
+    Engine("buildah", "1").export(tag, layout, ["1.0", "latest"])
+    subprocess.run([real, "rmi", tag], capture_output=True, check=True)
+    assert (tmp_path / "asked").read_text().split() == ["from", "commit", "push"]
+    entries = json.loads((layout / "index.json").read_text())["manifests"]
+    assert {entry["annotations"][engine.REF_NAME] for entry in entries} == {"1.0", "latest"}
+    assert len({entry["digest"] for entry in entries}) == 1

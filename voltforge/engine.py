@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from voltforge.process import ProgramFailed, run
 
 KINDS = ("buildah", "podman", "docker")
 """In the order of preference: the first two need no daemon and write the same bytes each time."""
+REF_NAME = "org.opencontainers.image.ref.name"
+"""The annotation by which an image in a layout is called (annotations.md of the OCI's image-spec)."""
 
 
 class EngineError(VoltforgeError):
@@ -91,7 +94,7 @@ class Engine:
         self._run([*own[self.kind], *arguments, "--tag", tag, "--file", dockerfile, context], f"build {tag}")
 
     def export(self, tag: str, folder: Path, names: Sequence[str]) -> None:
-        """Write an image under some names to an OCI image layout (image-layout.md of the OCI's image-spec).
+        """Write an image under some names to a new OCI image layout (image-layout.md of the OCI's image-spec).
 
         Layers are compressed with zstd, which docker reads since 23.0: a fifth smaller than gzip here, and faster.
 
@@ -102,25 +105,18 @@ class Engine:
             raise EngineError(
                 "docker", "export the image", f"skopeo is not installed; {distro.install_command(['skopeo'])}"
             )
-        for name in names:
-            if self.kind == "docker":
-                _call(
-                    [
-                        "skopeo",
-                        "copy",
-                        "--dest-compress-format",
-                        "zstd",
-                        f"docker-daemon:{tag}",
-                        f"oci:{folder}:{name}",
-                    ],
-                    "docker",
-                    f"export {name}",
-                )
-            else:
-                self._run(
-                    ["push", "--format", "oci", "--compression-format", "zstd", tag, f"oci:{folder}:{name}"],
-                    f"export {name}",
-                )
+        first, *others = names
+        what, place = f"export {tag}", f"oci:{folder}:{first}"
+        if self.kind == "docker":
+            words = ["skopeo", "copy", "--dest-compress-format", "zstd", f"docker-daemon:{tag}", place]
+            _call(words, "docker", what)
+        else:
+            self._run(["push", "--format", "oci", "--compression-format", "zstd", tag, place], what)
+        # To export it once more under another name would compress all of its layers again.
+        index = json.loads((folder / "index.json").read_text())
+        [entry] = index["manifests"]
+        index["manifests"] += [{**entry, "annotations": {**entry["annotations"], REF_NAME: name}} for name in others]
+        (folder / "index.json").write_text(json.dumps(index, separators=(",", ":")))
 
     def identity(self, tag: str) -> str:
         """The id of an image in the engine's store, or nothing if it is not there."""
