@@ -148,6 +148,14 @@ def test_kernels_are_found_by_their_names_and_operators_are_not(tmp_path):
     assert cubin.kernels(path) == {"_ZN6marlin6MarlinILi256EEvPKf", "_Z3addPi"}
 
 
+def test_a_kernels_name_is_found_right_behind_a_table_and_the_end_of_another_word_is_none(tmp_path):
+    source = """
+        const struct { char table[8], name[9], word[24]; } all = {"NO ZEROS", "_Z3addPi", "in the middle_Z3of"};
+        const void *kept = &all;
+    """
+    assert cubin.kernels(compiled(tmp_path / "lib.so", source)) == {"_Z3addPi"}
+
+
 @pytest.mark.slow
 def test_real_device_code_is_read_as_cuobjdump_reads_it(tmp_path, toolchain):
     nvcc = toolchain.home / "bin" / "nvcc"

@@ -36,7 +36,7 @@ _VARIANTS = {0x100000: "a", 0x200000: "f"}
 _ALIGNMENT = 8
 _ZEROS = re.compile(rb"\0+")
 _ARCH = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
-_KERNEL = re.compile(rb"(?<=\0)_Z[\w.$]+(?=\0)", re.ASCII)
+_NAME = re.compile(rb"_Z[\w.$]+(?=\0)", re.ASCII)
 
 
 class FatbinError(VoltforgeError):
@@ -163,7 +163,8 @@ def kernels(path: Path) -> frozenset[str]:
 
     The CUDA runtime looks a kernel up by its mangled C++ name (``__cudaRegisterFunction``), so this name stands in the
     host's read-only data whatever was stripped or compressed. Little else there begins with ``_Z``: names of C++ types
-    are stored without it, but a compiler such as libnvrtc holds some. A kernel declared ``extern "C"`` is not found.
+    are stored without it, but a compiler such as libnvrtc holds some. A string has a zero before it or, right behind a
+    table, gcc's alignment of eight. A kernel declared ``extern "C"`` is not found.
 
     Raises:
         ElfError: ``path`` is not a well-formed ELF file.
@@ -172,8 +173,12 @@ def kernels(path: Path) -> frozenset[str]:
         section = file.get_section_by_name(".rodata")
         if section is None:
             return frozenset()
-        # A zero in front lets the first string count as one.
-        return frozenset(name.decode() for name in _KERNEL.findall(b"\0" + section_bytes(section)))
+        content, address = section_bytes(section), section["sh_addr"]
+        return frozenset(
+            name[0].decode()
+            for name in _NAME.finditer(content)
+            if (address + name.start()) % 8 == 0 or content[name.start() - 1] == 0
+        )
 
 
 def _containers(path: Path, content: mmap.mmap, begin: int, end: int, relocatable: bool) -> Iterator[Container]:
