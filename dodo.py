@@ -109,7 +109,7 @@ def task_lock():
 
 
 def task_bench():
-    """make the README's numbers (an hour)"""
+    """make the README's numbers (hours)"""
     chart = "chart the last build from ninja's log: critical path, what more cores would give; build/profile/"
     yield {**tasks.action(chores.bench, ROOT), "basename": "bench"}
     yield {**tasks.action(chores.profile, PIPELINE), "basename": "bench:profile", "doc": chart}

@@ -66,7 +66,7 @@ def compiled(shop, targets):
         try:
             shop.run(words, log=shop.work / "ninja.log", watch=lambda line, _: tell(line) if line else None)
         except ProgramFailed as error:
-            console.warn(f"{error.what.splitlines()[0]}; {shop.work / 'ninja.log'} has it")
+            console.warn(error.what.splitlines()[0])
     while shop.gate.status.running:  # ninja may hear of the last one's end before the gate does
         time.sleep(0.1)
 
@@ -153,7 +153,8 @@ def report(figures):
 
 
 def _clock(seconds):
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+    hours, minutes = f"{seconds / 3600:.1f} h", f"{seconds / 60:.0f} min"
+    return hours if seconds >= 3600 else minutes if seconds >= 600 else f"{seconds:.0f} s"
 
 
 if __name__ == "__main__":
