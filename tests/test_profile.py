@@ -310,3 +310,10 @@ def test_the_time_that_a_command_waited_at_the_gate_is_not_its_own():
     ]
     assert made.work == 9500
     assert made.width == 1
+
+
+def test_what_the_gate_let_through_a_moment_before_ninja_noted_anothers_end_stands_behind_it():
+    jobs = [Job(("a.o",), 0, 5000, "1"), Job(("b.o",), 0, 9000, "2"), Job(("c.o",), 0, 9500, "3")]
+    made = Build(tuple(jobs), 0).without_waiting({"b.o": 4.004, "c.o": 4.6})
+    assert [(job.outputs[0], job.start) for job in made.jobs] == [("a.o", 0), ("c.o", 4900), ("b.o", 5000)]
+    assert made.width == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import re
 from collections import defaultdict
@@ -39,6 +40,8 @@ WORDS = 7.5
 """Points of a bar's label."""
 LETTER = 0.58
 """The width of a letter of DejaVu Sans, as a part of its height: of names of files, on average, and a little more."""
+MOMENT = 50
+"""Milliseconds by which two clocks that tell of one end may differ."""
 MINUTES = 1200
 """Seconds from which on the time axis counts in minutes."""
 
@@ -187,13 +190,16 @@ class Build:
     def without_waiting(self, seconds: Mapping[str, float]) -> Build:
         """The same run without the time that commands stood at the gate, which ninja takes for theirs.
 
-        ``seconds`` says what each output took once it was let through.
+        ``seconds`` says what each output took once it was let through. That was when the gate heard of another's end,
+        which ninja wrote down a moment later: those that follow each other do not overlap.
         """
-        jobs = []
+        jobs, ends = [], sorted(job.end for job in self.jobs)
         for job in self.jobs:
             known = seconds.get(job.outputs[0])
             start = job.start if known is None else max(job.start, job.end - round(known * 1000))
-            jobs.append(replace(job, start=start))
+            next_end = ends[bisect.bisect_left(ends, start)]
+            follows = known is not None and next_end <= start + MOMENT and next_end < job.end
+            jobs.append(replace(job, start=next_end if follows else start))
         return replace(self, jobs=tuple(sorted(jobs, key=lambda job: (job.start, job.end))))
 
     def plan(self, needs: Sequence[frozenset[int]]) -> Plan:
