@@ -39,13 +39,12 @@ DEVIATIONS = {
     "USE_XNNPACK": "0",
     "USE_PYTORCH_QNNPACK": "0",
 }
-
 VENDORED = {"cutlass": "cutlass_library/source/", "cudnn_frontend": ""}
 """Parts that come from wheels: where in the wheel the folder lies that upstream has in third_party/."""
 
 
 def parts() -> dict[str, list[Source]]:
-    """The files in Debian's archive: the ``source``, its ``packaging``, and the ``packages`` that it needs."""
+    """The files that it is made of: ``source``, ``packaging`` and ``packages`` of Debian's, and :data:`VENDORED`."""
     found = parsed(PACKAGES / "pytorch" / "debian.toml")
     lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
     return {name: [Source.model_validate(one) for one in several] for name, several in lists.items()}
@@ -59,11 +58,11 @@ def upstream(pipeline: Pipeline, folder: Path) -> Tree:
 
 
 def patched(pipeline: Pipeline, original: Tree) -> Tree:
-    """The same, beside it, with Debian's patches, and with the packages for vendored parts in ``deb/usr``."""
-    folder = original.path.with_name("patched")
+    """The same, beside it: Debian's patches, its packages for vendored parts in ``deb/usr``, and :data:`VENDORED`."""
+    folder, known = original.path.with_name("patched"), parts()
     shutil.copytree(original.path, folder, symlinks=True)
     (folder / "debian").mkdir()
-    [packaging] = parts()["packaging"]
+    [packaging] = known["packaging"]
     tree.unpack(pipeline.store.get(packaging.artifact), folder / "debian")
     for line in (folder / "debian/patches/series").read_text().splitlines():
         if line.strip() and not line.startswith("#"):
@@ -72,14 +71,14 @@ def patched(pipeline: Pipeline, original: Tree) -> Tree:
         text = (folder / name).read_text()
         assert text.count(old) == 1, (name, old)
         (folder / name).write_text(text.replace(old, new))
-    for package in parts()["packages"]:
+    for package in known["packages"]:
         part = original.path.with_name("package")
         part.mkdir()
         tree.unpack(pipeline.store.get(package.artifact), part)  # its single top folder, usr, is left out
         shutil.copytree(part, folder / "deb/usr", symlinks=True, dirs_exist_ok=True)
         files.remove(part)
     for name, inside in VENDORED.items():
-        [wheel] = parts()[name]
+        [wheel] = known[name]
         with zipfile.ZipFile(pipeline.store.get(wheel.artifact)) as archive:
             headers = tuple(f"{inside}{place}include/" for place in ("", "tools/util/"))
             for member in archive.namelist():
