@@ -5,8 +5,9 @@ from pathlib import Path
 
 from doit import get_var
 
-from voltforge import chores, doctor, gpu, kernels, reproduce, tasks
-from voltforge.runtime import Runtime
+from voltforge.commands import chores, doctor, reproduce, tasks
+from voltforge.gpu import bundle, triton_kernels
+from voltforge.image.stages import Runtime
 
 ROOT = Path(__file__).parent
 PIPELINE = tasks.loaded(ROOT, get_var)
@@ -47,14 +48,18 @@ def task_verify():
     triton = "compile vLLM's Triton kernels for 7.0 and hold them to a Volta's limits"
     card = "run the kernels of 7.0 on this machine's NVIDIA card, whichever it is, and compare with float64"
     yield {**tasks.action(chores.verify_wheels, PIPELINE, turn=PIPELINE.turn), "basename": "verify"}
-    yield {**tasks.action(kernels.verify, PIPELINE, turn=PIPELINE.turn), "basename": "verify:triton", "doc": triton}
-    on_card = tasks.action(gpu.verify, PIPELINE, turn=PIPELINE.turn)
+    yield {
+        **tasks.action(triton_kernels.verify, PIPELINE, turn=PIPELINE.turn),
+        "basename": "verify:triton",
+        "doc": triton,
+    }
+    on_card = tasks.action(bundle.verify, PIPELINE, turn=PIPELINE.turn)
     yield {**on_card, "basename": "verify:gpu", "doc": card, "task_dep": ["gpu-bundle"]}
 
 
 def task_gpu_bundle():
     """put the kernels of 7.0, inputs and references into one file, to be run on a machine with a card and no network"""
-    return {**tasks.of(gpu.bundle(PIPELINE), PIPELINE), "basename": "gpu-bundle"}
+    return {**tasks.of(bundle.bundle(PIPELINE), PIPELINE), "basename": "gpu-bundle"}
 
 
 def task_reproduce():

@@ -17,11 +17,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voltforge import build, console, cubin, files, jobs, sandbox, tree, wheel  # noqa: E402
-from voltforge.checkout import Settings  # noqa: E402
-from voltforge.environment import Environment  # noqa: E402
-from voltforge.pipeline import Pipeline  # noqa: E402
-from voltforge.process import run  # noqa: E402
+from voltforge.binary import cubin
+from voltforge.compile import build, jobs, sandbox
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.sources import tree
+from voltforge.sources.environment import Environment
+from voltforge.system import console, files
+from voltforge.system.process import run
+from voltforge.wheel import wheelfile
 
 STOCK = ("0001-cut-downloads.patch", "0002-cutlass-stand-in.patch")
 
@@ -33,7 +37,7 @@ class Result:
     steps: int
     peak: int
     peak_one: int
-    wheel: int
+    wheelfile: int
     extensions: dict[str, int]
     kernels: dict[str, frozenset[str]]
 
@@ -58,8 +62,8 @@ def measured(pipeline, name, patches, count, folder, asks, cache=None):
     )
     built = build.compile(shop, log)
     console.note(f"{built.usage}; {built.found}")
-    finished = wheel.finish(built.wheel, folder / "out", runpath=recipe.finish.runpath, epoch=grown.epoch)
-    wheel.unpack(finished, folder / "content")
+    finished = wheelfile.finish(built.wheel, folder / "out", runpath=recipe.finish.runpath, epoch=grown.epoch)
+    wheelfile.unpack(finished, folder / "content")
     extensions = {path: folder / "content" / path for path in recipe.expect.extensions}
     return Result(
         built.usage.wall,

@@ -18,10 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voltforge import console, files, sandbox  # noqa: E402
-from voltforge.checkout import Settings  # noqa: E402
-from voltforge.pipeline import Pipeline  # noqa: E402
-from voltforge.process import run  # noqa: E402
+from voltforge.compile import sandbox
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.system import console, files
+from voltforge.system.process import run
 
 PHASES = {"g++ (compiling)": "g++", "g++ (preprocessing 1)": "preprocessing", "g++ (preprocessing 4)": "preprocessing",
           "cudafe++": "cudafe++", "cicc": "cicc", "ptxas": "ptxas"}  # fmt: skip

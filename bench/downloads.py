@@ -21,11 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voltforge import console, files, tree  # noqa: E402
-from voltforge.fetch import AT_ONCE, Artifact, Store  # noqa: E402
-from voltforge.index import Indexes  # noqa: E402
-from voltforge.process import run  # noqa: E402
-from voltforge.recipe import load_cuda  # noqa: E402
+from voltforge.sources import tree
+from voltforge.sources.fetch import AT_ONCE, Artifact, Store
+from voltforge.sources.index import Indexes
+from voltforge.sources.recipe import load_cuda
+from voltforge.system import console, files
+from voltforge.system.process import run
 
 BLOCK = 1 << 16
 

@@ -23,10 +23,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.cgroup import slowed  # noqa: E402
-from voltforge import console, farm, files  # noqa: E402
-from voltforge.checkout import Settings  # noqa: E402
-from voltforge.pipeline import Pipeline  # noqa: E402
+from tests.support.cgroup import slowed
+from voltforge.compile import farm
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.system import console, files
 
 PORT = 6379
 HOSTS = {"alpha": "127.0.0.1", "beta": "10.77.1.1", "gamma": "10.77.2.1"}

@@ -10,11 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voltforge import console, engine, files  # noqa: E402
-from voltforge.checkout import Settings  # noqa: E402
-from voltforge.pipeline import Pipeline  # noqa: E402
-from voltforge.process import run  # noqa: E402
-from voltforge.runtime import NAME, Runtime  # noqa: E402
+from voltforge.image import container_engine
+from voltforge.image.stages import NAME, Runtime
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.system import console, files
+from voltforge.system.process import run
 
 
 def main():
@@ -22,7 +23,7 @@ def main():
     runtime = Runtime(Pipeline.load(ROOT, Settings(torch="thin")))
     runtime.wheels()
     runtime.base.run()
-    chosen = engine.choose()
+    chosen = container_engine.choose()
     if runtime.image.kept():
         for tag in runtime.image.results()["tags"][:1]:
             run([chosen.kind, "rmi", "--force", f"{NAME}:{tag}"], ok=(0, 1, 125))

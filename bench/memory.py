@@ -14,12 +14,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import build_vllm  # noqa: E402
-from tests.cgroup import limited  # noqa: E402
-from voltforge import console, files, tree  # noqa: E402
-from voltforge.checkout import Settings  # noqa: E402
-from voltforge.errors import VoltforgeError  # noqa: E402
-from voltforge.pipeline import Pipeline  # noqa: E402
+from bench import build_vllm
+from tests.support.cgroup import limited
+from voltforge.errors import VoltforgeError
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.sources import tree
+from voltforge.system import console, files
 
 
 def build(which, jobs):

@@ -18,10 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import build_vllm  # noqa: E402
-from voltforge import console, files, objects, tree  # noqa: E402
-from voltforge.checkout import Settings  # noqa: E402
-from voltforge.pipeline import Pipeline  # noqa: E402
+from bench import build_vllm
+from voltforge.compile import object_cache
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.sources import tree
+from voltforge.system import console, files
 
 
 @contextlib.contextmanager
@@ -54,12 +56,12 @@ def main():
             ("this disk's cache", "", "first"),
             ("an empty one, and redis", address, "second"),
         ):
-            cache = objects.chosen(server, Path(scratch, folder))
+            cache = object_cache.chosen(server, Path(scratch, folder))
             begin = time.monotonic()
             at = Path(scratch, f"build-{len(rows)}")
             result = build_vllm.measured(pipeline, f"objects-{len(rows)}", series, pipeline.gate.jobs, at, True, cache)
             wheels |= {files.sha256(path) for path in (at / "out").glob("*.whl")}
-            found = objects.found(cache.log("vllm"), None)
+            found = object_cache.found(cache.log("vllm"), None)
             rows.append({"cache": name, "wall": result.wall, "cpu": result.cpu, "peak": result.peak,
                          "all": time.monotonic() - begin, **asdict(found)})  # fmt: skip
             files.write_json(words.json, json.loads(json.dumps(rows)))

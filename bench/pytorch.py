@@ -1,8 +1,8 @@
 """What PyTorch takes to compile, from a sample of its objects, and what more cores and more hosts would give.
 
-The source is Debian's 2.6.0 (tests/debian.py says why), with our recipe's options, environment, toolkit and sandbox.
-It is configured, its code is generated, and a sample of its objects is compiled, drawn at random from each kind; the
-gate measures each. An object that was not drawn is taken to be like one of its kind that was, at random; what waits for
+The source is Debian's 2.6.0 (tests/support/debian.py says why), with our recipe's options, environment, toolkit and
+sandbox. It is configured, its code is generated, and a sample of its objects is compiled, drawn at random from each
+kind; the gate measures each. An object that was not drawn is taken to be like one of its kind that was, at random; what waits for
 what is ninja's own graph. Nothing is linked.
 """
 
@@ -18,14 +18,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests import debian  # noqa: E402
-from voltforge import console, files, jobs  # noqa: E402
-from voltforge.checkout import Settings  # noqa: E402
-from voltforge.gate import Gate  # noqa: E402
-from voltforge.needs import Needs  # noqa: E402
-from voltforge.pipeline import Pipeline  # noqa: E402
-from voltforge.process import ProgramFailed, run  # noqa: E402
-from voltforge.profile import LOG, Job, Plan, dependencies, read  # noqa: E402
+from tests.support import debian
+from voltforge.compile import jobs
+from voltforge.compile.costs import Needs
+from voltforge.compile.profile import LOG, Job, Plan, dependencies, read
+from voltforge.compile.scheduler import Gate
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.system import console, files
+from voltforge.system.process import ProgramFailed, run
 
 ATTENTION, CUDA, CPU, OTHER = "CUDA with CUTLASS", "other CUDA", "C++ of libtorch_cpu", "other C++"
 DRAWS = 20

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voltforge import console  # noqa: E402
+from voltforge.system import console
 
 PROBE = ROOT / "patches" / "vllm" / "9999-probe.patch"
 PATCHES = {

@@ -12,8 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voltforge import console, serve  # noqa: E402
-from voltforge.errors import VoltforgeError  # noqa: E402
+from voltforge.commands import serve
+from voltforge.errors import VoltforgeError
+from voltforge.system import console
 
 INTERRUPTED = 130
 """The exit status of a program that Ctrl-C ended, as shells give it."""

@@ -21,11 +21,12 @@ from pypi_simple import PyPISimple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voltforge import console, environment, files, index  # noqa: E402
-from voltforge.checkout import Settings  # noqa: E402
-from voltforge.pipeline import Pipeline  # noqa: E402
-from voltforge.process import run  # noqa: E402
-from voltforge.recipe import load  # noqa: E402
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.sources import environment, index
+from voltforge.sources.recipe import load
+from voltforge.system import console, files
+from voltforge.system.process import run
 
 STOCK = ("torch==2.9.0", "vllm==0.12.0")
 RECIPE = ROOT / "recipes" / "torch-thin.toml"
@@ -135,7 +136,9 @@ def resolved(requirements, folder):
 
 def thinned(wheel, out):
     """The thin wheel, and what making it used."""
-    program = "import sys, pathlib; from voltforge.thin import thin_wheel; from voltforge.recipe import load; "
+    program = (
+        "import sys, pathlib; from voltforge.wheel.thin import thin_wheel; from voltforge.sources.recipe import load; "
+    )
     program += "recipe = load(pathlib.Path(sys.argv[1])); "
     program += "thin_wheel(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), recipe.arch, special=recipe.thin)"
     done = run([sys.executable, "-c", program, RECIPE, wheel, out], cwd=ROOT)

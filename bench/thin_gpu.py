@@ -23,9 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voltforge import cubin  # noqa: E402
-from voltforge.errors import VoltforgeError  # noqa: E402
-from voltforge.fatbin import thin_binary  # noqa: E402
+from voltforge.binary import cubin
+from voltforge.binary.fatbin import thin_binary
+from voltforge.errors import VoltforgeError
 
 OWN = ("libtorch*.so*", "libc10*.so*")
 """PyTorch's own libraries; those of NVIDIA's are never changed."""

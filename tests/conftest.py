@@ -15,15 +15,17 @@ from hypothesis import settings
 from uv import find_uv_bin
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.beside import Beside
-from tests.checkouts import ROOT, doit, small_checkout
-from tests.tally import Tally
-from voltforge import console, files, kernels, signing
-from voltforge.checkout import Settings
-from voltforge.environment import Environment, create
-from voltforge.pipeline import Pipeline
-from voltforge.signing import Signer
-from voltforge.toolchain import Toolchain
+from tests.support.beside import Beside
+from tests.support.checkouts import ROOT, doit, small_checkout
+from tests.support.tally import Tally
+from voltforge.compile.toolchain import Toolchain
+from voltforge.gpu import triton_kernels
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.sources.environment import Environment, create
+from voltforge.system import console, files
+from voltforge.wheel import signing
+from voltforge.wheel.signing import Signer
 
 # The same commit gives the same answer. `pytest --hypothesis-profile=explore` looks for what nobody has tried yet.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -44,7 +46,18 @@ os.environ.pop("COLUMNS", None)
 console.screen.width = console.PLAIN_WIDTH
 
 TOGETHER = {
-    "vllm": ("choices", "gpu", "image", "kernels", "model", "native", "numbers", "operations", "ptx", "vllm"),
+    "vllm": (
+        "choices",
+        "bundle",
+        "layers",
+        "triton_kernels",
+        "model",
+        "native",
+        "numbers",
+        "operations",
+        "cuda_kernels",
+        "vllm",
+    ),
     "/build": ("build", "crash", "keys", "sandbox"),
 }
 """Modules that cannot be tried at the same time: they have the checkout's wheels, or a machine's one ``/build``, where
@@ -112,7 +125,7 @@ def installed(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def beside(vllm: Pipeline, installed: Environment, tmp_path_factory: pytest.TempPathFactory) -> Beside:
     """That environment's Python, on a machine without a GPU."""
     home = {"HOME": str(tmp_path_factory.mktemp("home")), "OMP_NUM_THREADS": "1"}
-    return Beside(installed.python, {**kernels.surroundings(vllm), **home})
+    return Beside(installed.python, {**triton_kernels.surroundings(vllm), **home})
 
 
 @pytest.fixture

@@ -27,9 +27,9 @@ def test_several_problems_stand_on_a_line_each():
     assert listed([]) == ""
 
 
-@pytest.mark.parametrize("module", [module.name for module in pkgutil.iter_modules(voltforge.__path__)])
+@pytest.mark.parametrize("module", [module.name for module in pkgutil.walk_packages(voltforge.__path__, "voltforge.")])
 def test_every_error_of_the_pipeline_is_one_that_a_person_can_act_on(module):
-    defined = vars(importlib.import_module(f"voltforge.{module}")).values()
+    defined = vars(importlib.import_module(module)).values()
     errors = [one for one in defined if inspect.isclass(one) and issubclass(one, Exception)]
     ours = [one for one in errors if one.__module__.startswith("voltforge") and not one.__name__.startswith("_")]
     assert all(issubclass(one, VoltforgeError) for one in ours)

@@ -1,4 +1,6 @@
-"""A stand-in for the CUDA driver where there is none, for tests/test_run.py: it knows the kernels of tests/faults.py.
+"""A stand-in for the CUDA driver where there is none, for tests/volta/test_run.py.
+
+It knows the kernels of tests/support/faults.py.
 
 Variables say what it pretends: STAND_IN_CAPABILITY (7.0), STAND_IN_CUDA (12.4), STAND_IN_FREE (bytes), STAND_IN_CARDS.
 The very same rows were also run on a real card, where they came out as here.

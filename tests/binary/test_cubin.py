@@ -1,0 +1,183 @@
+"""Which GPUs a binary has code for: fatbins made up byte by byte, and real ones where there is an nvcc."""
+
+import contextlib
+import hashlib
+import re
+import struct
+import subprocess
+import tracemalloc
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.corruption import ELF_COUNTED, bounded, cases
+from tests.support.samples import compiled, container, image, with_device_code
+from voltforge.binary import cubin
+from voltforge.binary.cubin import FatbinError
+from voltforge.binary.elf import Elf
+
+
+def test_each_image_says_what_it_is_for_and_where_it_is(tmp_path):
+    units = (
+        container(image(70, payload=b"\x7fELF 70"), image(80, kind=1, flags=0x2011, payload=b"ptx", packed=3))
+        + bytes(8)  # what a linker puts between two units
+        + container(image(90, flags=0x100011), image(100, flags=0x1208011, payload=b"zstd", packed=4))
+    )
+    path = with_device_code(tmp_path / "lib.so", units)
+    found = cubin.images(path)
+    assert [image.name for image in found] == ["sm_70", "compute_80", "sm_90a", "sm_100f"]
+    assert [image.container for image in found] == [0, 0, 1, 1]
+    assert [image.compressed for image in found] == [False, True, False, True]
+    assert [image.uncompressed for image in found][:2] == [7, 9]
+    assert path.read_bytes()[found[0].offset : found[0].offset + found[0].size] == b"\x7fELF 70"
+    assert found[0].sha256() == hashlib.sha256(b"\x7fELF 70").hexdigest()
+
+
+def test_a_binary_without_device_code_has_no_images(tmp_path):
+    assert cubin.images(compiled(tmp_path / "lib.so", "")) == []
+
+
+def test_unlinked_device_code_is_told_apart(tmp_path):
+    path = with_device_code(tmp_path / "lib.so", container(image(70)), section="__nv_relfatbin")
+    assert [image.relocatable for image in cubin.images(path)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("code", "at", "why"),
+    [
+        (b"not a fatbin at all", 0, "is no container: it begins with 0x20746f6e"),
+        (container(image(70))[:-1], 0, "is a container that ends beyond its section"),
+        (container()[:10], 0, "is cut short within a container's header"),
+        (container(image(70)[:20]), 16, "is cut short within an image's header"),
+        (container(image(70)[:-1]), 16, "is an image that ends beyond its container"),
+        (container(image(70), image(70, kind=64)), 16 + 72, "is an image of kind 64"),
+        (container(image(70, flags=0x2011)), 16, "whose compressed size contradicts its flags"),
+        (container(image(70, packed=99, flags=0x2011)), 16, "whose compressed size contradicts its flags"),
+        (b"\x50\xed\x55\xba\x02\x00" + bytes(26), 0, "is a container of version 2"),
+        (b"\x50\xed\x55\xba\x01\x00\x00\x00" + bytes(24), 0, "is a container of version 1"),
+    ],
+)
+def test_what_is_not_understood_is_refused_with_its_place(tmp_path, code, at, why):
+    path = with_device_code(tmp_path / "lib.so", code)
+    with pytest.raises(FatbinError, match=why) as caught:
+        cubin.images(path)
+    section = next(section for section in Elf.read(path).sections if section.name == ".nv_fatbin")
+    assert caught.value.offset == section.offset + at
+
+
+def test_a_section_that_ends_beyond_the_file_is_refused(tmp_path):
+    path = with_device_code(tmp_path / "lib.so", container(image(70)))
+    section = next(section for section in Elf.read(path).sections if section.name == ".nv_fatbin")
+    header = struct.pack("<QQ", section.offset, section.size)
+    assert path.read_bytes().count(header) == 1
+    path.write_bytes(path.read_bytes().replace(header, struct.pack("<QQ", section.offset, 1 << 40)))
+    with pytest.raises(FatbinError, match="ends beyond the file"):
+        cubin.images(path)
+
+
+@cases(300)
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=64),
+            st.just(bytes(8)),
+            st.lists(
+                st.builds(
+                    image, st.integers(0, 2**32 - 1), kind=st.integers(0, 3), payload=st.binary(max_size=40),
+                    flags=st.sampled_from([0x11, 0x2011, 0x8011, 0x100011]), packed=st.integers(0, 50),
+                ),
+                max_size=3,
+            ).map(lambda images: container(*images)),
+        ),
+        max_size=4,
+    ),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4),
+)  # fmt: skip
+def test_any_bytes_are_read_or_refused_and_never_crash_or_hang(tmp_path, counted, pieces, damage):
+    code = bytearray(b"".join(pieces))
+    for place, byte in damage:
+        if place < len(code):
+            code[place] = byte
+    host = tmp_path / "host.so"
+    if not host.exists():
+        with_device_code(host, bytes(4096))
+    section = next(section for section in Elf.read(host).sections if section.name == ".nv_fatbin")
+    path = tmp_path / "damaged.so"
+    whole = bytearray(host.read_bytes())
+    whole[section.offset : section.offset + section.size] = code.ljust(section.size, b"\0")[: section.size]
+    path.write_bytes(whole)
+    with bounded(), contextlib.suppress(FatbinError):
+        for found in cubin.images(path):
+            assert section.offset < found.offset <= found.offset + found.size <= section.offset + section.size
+    counted(ELF_COUNTED)
+
+
+def test_sections_of_device_code_that_lie_in_each_other_are_refused(tmp_path):
+    path = with_device_code(tmp_path / "lib.so", container(image(70)) * 400)
+    other = tmp_path / "piece"
+    other.write_bytes(bytes(8))
+    words = ["objcopy", "--add-section", f"__nv_relfatbin={other}", path]
+    subprocess.run([*map(str, words)], check=True)
+    code = next(section for section in Elf.read(path).sections if section.name == ".nv_fatbin")
+    piece = next(section for section in Elf.read(path).sections if section.name == "__nv_relfatbin")
+    header = struct.pack("<QQ", piece.offset, piece.size)
+    assert path.read_bytes().count(header) == 1
+    path.write_bytes(path.read_bytes().replace(header, struct.pack("<QQ", code.offset, code.size)))
+    with pytest.raises(FatbinError, match="lies in another section with device code"):
+        cubin.images(path)
+
+
+def test_megabytes_of_zeros_between_two_units_are_passed_by_without_a_copy(tmp_path):
+    path = with_device_code(tmp_path / "lib.so", container(image(70)) + bytes(20_000_000) + container(image(80)))
+    tracemalloc.start()
+    try:
+        assert [found.name for found in cubin.images(path)] == ["sm_70", "sm_80"]
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_kernels_are_found_by_their_names_and_operators_are_not(tmp_path):
+    source = """
+        const char *registered[] = {"_ZN6marlin6MarlinILi256EEvPKf", "_Z3addPi", "marlin_gemm(Tensor a) -> Tensor"};
+        const char *odd = "_Z3two words";
+    """
+    path = compiled(tmp_path / "lib.so", source)
+    assert cubin.kernels(path) == {"_ZN6marlin6MarlinILi256EEvPKf", "_Z3addPi"}
+
+
+def test_a_kernels_name_is_found_right_behind_a_table_and_the_end_of_another_word_is_none(tmp_path):
+    source = """
+        const struct { char table[8], name[9], word[24]; } all = {"NO ZEROS", "_Z3addPi", "in the middle_Z3of"};
+        const void *kept = &all;
+    """
+    assert cubin.kernels(compiled(tmp_path / "lib.so", source)) == {"_Z3addPi"}
+
+
+@pytest.mark.slow
+def test_real_device_code_is_read_as_cuobjdump_reads_it(tmp_path, toolchain):
+    nvcc = toolchain.home / "bin" / "nvcc"
+    codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    oldest, newest = codes[0], codes[-1]
+    units = []
+    for name in ("one", "two"):
+        source = tmp_path / f"{name}.cu"
+        source.write_text(f"__global__ void {name}(int *a) {{ a[threadIdx.x] += 1; }}\nvoid go(int *a);\n")
+        units.append(tmp_path / f"{name}.o")
+        arch = [
+            f"-gencode=arch={code.replace('sm', 'compute')},code={code}" for code in dict.fromkeys([oldest, newest])
+        ]
+        ptx = oldest.replace("sm", "compute")
+        command = [nvcc, "-ccbin", toolchain.host.cxx, *arch, f"-gencode=arch={ptx},code={ptx}"]
+        command += ["-Xcompiler", "-fPIC", "-c", source, "-o", units[-1]]
+        subprocess.run([*map(str, command)], check=True, cwd=tmp_path)
+    path = tmp_path / "lib.so"
+    subprocess.run(["gcc", "-shared", "-o", path, *units, "-Wl,--unresolved-symbols=ignore-all"], check=True)
+    found = Counter(image.name for image in cubin.images(path))
+    assert found == Counter({oldest: 2, newest: 2, ptx: 2})
+    assert cubin.kernels(path) == {"_Z3onePi", "_Z3twoPi"}
+    words = [toolchain.home / "bin" / "cuobjdump", "-lelf", path]
+    listed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert Counter(re.findall(r"(sm_\w+)\.cubin", listed)) == Counter({oldest: 2, newest: 2})

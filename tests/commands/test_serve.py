@@ -1,0 +1,365 @@
+"""Measuring a server: against a real one on loopback, with tokens, failures and limits that are known beforehand."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tests.support.checkouts import ROOT
+from tests.support.openai_server import Server, serving
+from tests.support.servers import serving as serving_files
+from voltforge.commands import serve
+from voltforge.commands.serve import Load, Outcome, Percentiles, ServeError
+from voltforge.system import console
+
+TEXT = Load("text", concurrency=8, requests=40, earlier=100, new_tokens=12)
+ALONE = replace(TEXT, name="alone", concurrency=1, requests=4)
+DECISIONS = replace(TEXT, name="decisions", concurrency=20, requests=60, new_tokens=1, streamed=False,
+                    unit="decisions/s")  # fmt: skip
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def paper(monkeypatch):
+    """What a person would have seen."""
+    said = io.StringIO()
+    monkeypatch.setattr(console, "screen", Console(file=said, highlight=False, soft_wrap=True, width=200))
+    return said
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch):
+    for name in serve.KEYS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def measured(server: Server, load: Load = TEXT) -> serve.Measurement:
+    """One load without the round that warms up, so that every request is one of it."""
+    return serve.measure(serve.find(server.url), load, warm=False)
+
+
+def unused() -> str:
+    """An address at which nothing listens."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{held.getsockname()[1]}"
+
+
+# --- what is asked ---
+
+
+@pytest.mark.parametrize("load", [TEXT, ALONE, DECISIONS], ids=lambda load: load.name)
+def test_as_many_requests_are_made_as_was_said_and_never_more_at_once(load):
+    with serving(delay=0.05 / load.new_tokens) as server:
+        one = measured(server, load)
+    assert len(server.asked) == len(one.outcomes) == load.requests
+    assert server.most == load.concurrency
+    assert one.errors == {}
+
+
+def test_text_is_streamed_with_its_usage_and_a_decision_is_not():
+    with serving() as server:
+        measured(server, TEXT)
+        measured(server, DECISIONS)
+    texts, decisions = server.measured(12), server.measured(1)
+    assert all(body["stream"] and body["stream_options"]["include_usage"] for body in texts)
+    assert not any("stream" in body for body in decisions)
+    assert all(body["ignore_eos"] for body in server.asked)
+
+
+def test_no_prompt_begins_like_another_so_that_the_prefix_cache_cannot_help():
+    with serving() as server:
+        for _ in range(2):
+            measured(server)
+    starts = {" ".join(body["prompt"].split()[:16]) for body in server.asked}
+    assert len(starts) == 2 * TEXT.requests
+
+
+def test_the_round_that_warms_up_is_short_and_not_counted():
+    with serving() as server:
+        one = serve.measure(serve.find(server.url), TEXT)
+    assert len(server.measured(serve.WARM_TOKENS)) == TEXT.concurrency
+    assert len(server.measured(12)) == len(one.outcomes) == TEXT.requests
+
+
+def test_the_model_is_the_first_that_the_server_has_or_the_one_that_was_named():
+    with serving(models=("first", "second")) as server:
+        assert serve.find(server.url).model == "first"
+        assert serve.find(server.url, "second").model == "second"
+        assert serve.find(server.url).version == "vllm 0.0.test"
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/", "{}/v1", "{}/v1/"])
+def test_the_address_may_be_written_with_v1_and_without_http(form):
+    with serving() as server:
+        assert serve.find(form.format(server.url)).url == server.url
+        assert serve.find(form.format(server.url.removeprefix("http://"))).url == server.url
+
+
+def test_the_key_is_shown_to_the_server_and_written_nowhere(tmp_path, monkeypatch, paper):
+    monkeypatch.setenv("OPENAI_API_KEY", "another")
+    monkeypatch.setenv("VOLTFORGE_API_KEY", "sesame-7")
+    with serving(key="sesame-7") as server:
+        serve.check(server.url, tmp_path, loads=[replace(ALONE, requests=1)])
+    assert server.keys == {"Bearer sesame-7"}
+    assert "sesame" not in paper.getvalue() + (tmp_path / "serve.json").read_text()
+    assert "sesame" not in repr(serve.Server("http://x", "m", "sesame-7"))
+
+
+# --- what is counted ---
+
+
+@pytest.mark.parametrize("bundle", [1, 5])
+def test_tokens_are_those_that_the_server_counted_however_it_cuts_its_stream(bundle):
+    with serving(bundle=bundle) as server:
+        one = measured(server)
+    assert (one.tokens, one.counted) == (40 * 12, "usage")
+    assert one.prompt == TEXT.words
+
+
+def test_where_the_server_counts_nothing_chunks_are_counted_and_it_is_said(paper):
+    with serving(usage=False) as server:
+        one = measured(server)
+        decisions = measured(server, DECISIONS)
+    assert (one.tokens, one.counted) == (40 * 12, "chunks")
+    assert (decisions.tokens, decisions.counted) == (60, "chunks")
+    serve.report([one])
+    assert "counted by us, as chunks" in paper.getvalue()
+    assert "prompts of an unknown number of tokens" in paper.getvalue()
+
+
+def test_a_stream_takes_as_long_as_its_tokens_and_its_first_one_comes_before_the_others():
+    with serving(delay=0.01) as server:
+        one = measured(server, ALONE)
+    assert one.whole.p50 > 12 * 0.01
+    assert one.whole.p50 > one.first.p50 > 0.01
+    assert one.tokens_per_second < 1 / 0.01
+    assert one.seconds > 4 * 12 * 0.01
+
+
+def test_many_at_once_are_not_one_after_the_other():
+    with serving(delay=0.02) as server:
+        one = measured(server, replace(TEXT, concurrency=20))
+    assert one.tokens_per_second > 2 / 0.02
+
+
+def test_a_decision_has_no_first_token_but_a_whole_answer():
+    with serving(delay=0.01) as server:
+        one = measured(server, DECISIONS)
+    assert one.first is None
+    assert one.whole.p50 > 0.01
+    assert one.figure == one.requests_per_second
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1))
+def test_percentiles_are_times_that_were_measured_and_rise(times):
+    found = Percentiles.of(times)
+    assert found.p50 <= found.p90 <= found.p99 <= max(times)
+    assert {found.p50, found.p90, found.p99} <= set(times)
+
+
+def test_percentiles_are_the_nearest_rank():
+    assert Percentiles.of(range(100, 0, -1)) == Percentiles(50, 90, 99)
+    assert Percentiles.of([7]) == Percentiles(7, 7, 7)
+    assert Percentiles.of([]) is None
+
+
+# --- what fails ---
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("fail_every", "status 500"),
+        ("break_every", "ended early"),
+        ("stop_every", "ended early"),
+        ("error_every", "error in the stream"),
+    ],
+)
+def test_every_fifth_request_that_fails_is_an_error_of_its_kind_and_none_of_its_tokens_count(fault, kind):
+    with serving(**{fault: 5}) as server:
+        one = measured(server)
+    assert one.errors == {kind: 8}
+    assert len(one.good) == 32
+    assert one.tokens == 32 * 12
+    assert one.requests_per_second == pytest.approx(32 / one.seconds)
+
+
+def test_a_decision_that_fails_is_an_error_too():
+    with serving(fail_every=3, status=503) as server:
+        assert measured(server, DECISIONS).errors == {"status 503": 20}
+
+
+def test_errors_of_several_kinds_are_counted_apart_the_commonest_first():
+    with serving(fail_every=4, stop_every=5) as server:
+        errors = measured(server).errors
+    assert list(errors.items()) == [("status 500", 10), ("ended early", 6)]
+
+
+def test_an_answer_without_a_token_is_no_answer():
+    with serving(empty=True) as server:
+        one = measured(server)
+    assert list(one.errors) == ["empty"]
+    assert one.good == []
+    assert (one.first, one.whole, one.tokens_per_second) == (None, None, 0)
+
+
+def test_a_server_that_has_died_is_not_asked_two_hundred_times_more(paper):
+    with serving(die_after=10) as server:
+        one = measured(server, replace(TEXT, requests=300))
+    assert len(one.good) == 10
+    assert serve.GIVE_UP <= len(one.outcomes) - 10 < 3 * serve.GIVE_UP  # a late good one begins the count anew
+    assert one.unasked == 300 - len(one.outcomes)
+    serve.report([one])
+    assert f"{one.unasked} not asked any more" in paper.getvalue()
+
+
+def test_what_is_not_json_is_an_error_and_no_traceback():
+    reader = serve._Reader(0)
+    for line in (b"data: {", b"data: []", b"data: 7"):
+        with pytest.raises(ValueError, match=r"."):
+            reader.line(line)
+    reader.line(b": a comment, as proxies send them\n")
+    assert reader.ended().error == "ended early"
+
+
+# --- sentences ---
+
+
+def test_a_server_that_is_not_there_is_a_sentence():
+    address = unused()
+    with pytest.raises(ServeError, match=rf"^{address} cannot be reached: Connection refused") as caught:
+        serve.find(address)
+    assert "is it running" in caught.value.hint
+
+
+@pytest.mark.parametrize(("key", "said"), [("", "wants a key"), ("wrong", "does not accept the key")])
+def test_a_key_that_is_missing_or_wrong_is_a_sentence_that_says_which(key, said):
+    with serving(key="right") as server, pytest.raises(ServeError, match=rf"{said} \(status 401\)") as caught:
+        serve.find(server.url, key=key)
+    assert "VOLTFORGE_API_KEY" in caught.value.hint
+
+
+def test_a_model_that_is_not_there_is_a_sentence_with_those_that_are():
+    with serving(models=("first", "second")) as server, pytest.raises(ServeError, match="has no model third") as caught:
+        serve.find(server.url, "third")
+    assert "first, second" in caught.value.hint
+
+
+def test_a_web_server_of_another_kind_is_a_sentence():
+    with serving_files() as server:
+        with pytest.raises(ServeError, match="not an OpenAI-compatible server: /v1/models gave status 404"):
+            serve.find(server.url)
+        server.files["/v1/models"] = b"<html>welcome</html>"
+        with pytest.raises(ServeError, match="and no list of models"):
+            serve.find(server.url)
+
+
+@pytest.mark.parametrize("url", ["", "ftp://x", "http://", "http://x:port", "http://x:99999", "http://[::1"])
+def test_what_is_no_address_is_a_sentence(url):
+    with pytest.raises(ServeError, match="is no address of a server"):
+        serve.find(url)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(500, "answers no request .*: status 500: told to fail"), (503, "is not ready"), (403, "wants a key")],
+)
+def test_a_server_that_answers_nothing_is_a_sentence_before_anything_is_measured(tmp_path, status, said):
+    with serving(fail_every=1, status=status) as server, pytest.raises(ServeError, match=said):
+        serve.check(server.url, tmp_path, loads=[TEXT])
+    assert server.measured(12) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what is told ---
+
+
+def test_the_table_has_each_figure_beside_the_earlier_projects_and_the_files_hold_them(tmp_path, paper):
+    with serving() as server:
+        done = serve.check(server.url, tmp_path, loads=[TEXT, ALONE, DECISIONS])
+    said = paper.getvalue()
+    assert serve.EARLIER in said
+    assert "100 tok/s" in said
+    assert "100 decisions/s" in said
+    kept = json.loads((tmp_path / "serve.json").read_text())
+    assert (kept["url"], kept["model"], kept["server"]) == (server.url, "small", "vllm 0.0.test")
+    assert [one["name"] for one in kept["measurements"]] == ["text", "alone", "decisions"]
+    assert [one["tokens_per_second"] for one in kept["measurements"]] == [one.tokens_per_second for one in done]
+    assert kept["measurements"][0]["whole"]["p99"] == done[0].whole.p99
+    assert (tmp_path / "serve.png").read_bytes().startswith(PNG)
+
+
+def test_what_was_measured_before_a_failure_is_told_and_kept_all_the_same(tmp_path, paper):
+    with serving(die_after=8 + 40) as server:  # the first load with its warming round
+        with pytest.raises(ServeError, match=r"answers no request \(decisions\)"):
+            serve.check(server.url, tmp_path, loads=[TEXT, DECISIONS])
+    assert "40 answers in" in paper.getvalue()
+    assert [one["ended_well"] for one in json.loads((tmp_path / "serve.json").read_text())["measurements"]] == [40]
+    assert (tmp_path / "serve.png").exists()
+
+
+def test_what_was_measured_before_ctrl_c_is_told_and_kept_all_the_same(tmp_path, paper):
+    def interrupted():
+        yield ALONE
+        raise KeyboardInterrupt
+
+    with serving() as server, pytest.raises(KeyboardInterrupt):
+        serve.check(server.url, tmp_path, loads=interrupted())
+    assert "4 answers in" in paper.getvalue()
+    assert (tmp_path / "serve.json").exists()
+
+
+def test_requests_that_failed_are_told_and_are_a_failure_in_the_end(tmp_path, paper):
+    with serving(fail_every=6) as server, pytest.raises(ServeError, match=r"text: 7 status 500, of 40"):
+        serve.check(server.url, tmp_path, loads=[TEXT])
+    assert "told to fail" in paper.getvalue()
+    assert json.loads((tmp_path / "serve.json").read_text())["measurements"][0]["errors"] == {"status 500": 7}
+
+
+def test_a_client_that_is_busy_all_the_time_says_so(paper):
+    serve.report([serve.Measurement(TEXT, (Outcome(1.0, 0.1, 12),), seconds=1.0, busy=0.95)])
+    assert "the server may be faster than this" in paper.getvalue()
+
+
+def test_a_load_that_nothing_came_of_is_told_and_drawn(tmp_path):
+    nothing = serve.Measurement(TEXT, (Outcome(1.0, error="timeout"),), seconds=1.0, busy=0)
+    serve.report([nothing])
+    serve.keep(serve.Server("http://x", "m"), [nothing], tmp_path)
+    assert json.loads((tmp_path / "serve.json").read_text())["measurements"][0]["whole"] is None
+
+
+# --- the command line ---
+
+
+def bench(*words: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key not in serve.KEYS}
+    return subprocess.run(
+        [sys.executable, "bench/serve.py", *words], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_command_measures_all_and_leaves_a_table_json_and_a_plot(tmp_path):
+    with serving() as server:
+        done = bench("--url", server.url, "--requests", "3", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(server.measured(128)) == 3 * 3
+    assert len(server.measured(1)) == 3 + 3
+    assert {path.name for path in tmp_path.iterdir()} == {"serve.json", "serve.png"}
+
+
+def test_the_command_says_what_is_wrong_in_a_line_and_ends_with_1(tmp_path):
+    done = bench("--url", unused(), "--quick", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stdout.startswith("x http://127.0.0.1:")
+    assert "Traceback" not in done.stdout + done.stderr

@@ -1,0 +1,515 @@
+"""`./doit` as a person types it, in a copy of this checkout with one small recipe: what it prints and how it exits."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import site
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import samples
+from tests.support.checkouts import ROOT, pack
+from tests.support.servers import Fault, Server, serving
+from tests.support.terminal import seen
+from voltforge.commands.reproduce import NotReproducible
+from voltforge.system import files
+
+RED = "\x1b[1;31m"
+FAILED, MISUSED, INTERRUPTED = 1, 3, 130
+RECIPE = """\
+name = "thing"
+version = "1.0"
+summary = "a thing"
+
+[source]
+url = "{url}"
+file = "thing-1.0.tar.gz"
+sha256 = "{sha256}"
+
+[build]
+lock = "locks/thing.txt"
+
+[expect]
+lock = "locks/thing.txt"
+"""
+
+
+class Checkout:
+    """A copy of the files that git knows, with an environment that borrows the packages of this one."""
+
+    def __init__(self, root: Path, repository: Path) -> None:
+        self.root = root
+        known = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        wanted = re.compile(
+            r"voltforge/|dodo\.py|doit$|recipes/cuda|recipes/locks/cuda|requirements\.txt|pyproject\.toml"
+        )
+        for name in subprocess.run(
+            known, cwd=repository, capture_output=True, text=True, check=True
+        ).stdout.splitlines():
+            if wanted.match(name) and (repository / name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(repository / name, root / name)
+        self.env = {key: value for key, value in os.environ.items() if not key.startswith(("VOLTFORGE_", "PYTHONPATH"))}
+        self.env |= {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "100"}
+
+    def settle(self) -> None:
+        """Make `.venv` as the script would, but with the packages that run these tests, so that nothing is fetched."""
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.root / ".venv"], check=True)
+        [packages] = (self.root / ".venv" / "lib").glob("python*/site-packages")
+        (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()))
+        shutil.copy(self.root / "requirements.txt", self.root / ".venv")
+
+    def doit(self, *words: str, script: str = "./doit") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [script, *words], cwd=self.root, env=self.env, capture_output=True, text=True, check=False, timeout=120
+        )
+
+    def recipe(self, url: str, sha256: str, name: str = "thing") -> Path:
+        (self.root / "recipes" / "locks" / "thing.txt").touch()
+        path = self.root / "recipes" / f"{name}.toml"
+        path.write_text(RECIPE.format(url=url, sha256=sha256))
+        return path
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as one:
+        yield one
+
+
+@pytest.fixture
+def bare(tmp_path, repository) -> Checkout:
+    """A fresh clone, more or less."""
+    return Checkout(tmp_path / "a checkout", repository)
+
+
+@pytest.fixture
+def checkout(bare, server, tmp_path) -> Checkout:
+    """One that has its environment, and a recipe whose sdist a server on loopback has."""
+    bare.settle()
+    source = samples.tree(tmp_path / "thing", {"setup.py": "", "thing.py": "1\n"})
+    sdist = pack(source, tmp_path / "thing-1.0.tar.gz").read_bytes()
+    server.files["/thing-1.0.tar.gz"] = sdist
+    bare.recipe(f"{server.url}/thing-1.0.tar.gz", files.sha256_bytes(sdist))
+    return bare
+
+
+def problem(done: subprocess.CompletedProcess[str]) -> str:
+    """The one red message of a run that failed."""
+    assert done.returncode == FAILED
+    assert "Traceback" not in done.stdout + done.stderr
+    [_, after] = done.stdout.split(f"{RED}x ")
+    return re.sub(r"\x1b\[[\d;]*m", "", after)
+
+
+# --- doing ---
+
+
+def test_stages_run_once_and_in_order(checkout, server):
+    del checkout.env["FORCE_COLOR"]
+    first = checkout.doit("tree:thing")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert re.findall(r"^\* (\w+)", first.stdout, re.MULTILINE) == ["fetch", "unpack"]
+    assert (checkout.root / "build" / "trees" / "thing" / "thing.py").read_text() == "1\n"
+    second = checkout.doit("tree:thing")
+    assert (second.returncode, second.stdout) == (0, "")
+    assert server.paths() == ["/thing-1.0.tar.gz"]
+
+
+def test_a_patch_makes_the_tree_grow_again_but_fetches_nothing(checkout, server):
+    checkout.doit("tree:thing")
+    folder = checkout.root / "patches" / "thing"
+    folder.mkdir(parents=True)
+    (folder / "0001-two.patch").write_text("Subject: two\n---\n--- a/thing.py\n+++ b/thing.py\n@@ -1 +1 @@\n-1\n+2\n")
+    assert checkout.doit("tree:thing").returncode == 0
+    assert (checkout.root / "build" / "trees" / "thing" / "thing.py").read_text() == "2\n"
+    assert len(server.asked) == 1
+
+
+def test_list_is_a_table_of_contents_in_the_order_of_the_graph(checkout):
+    done = checkout.doit("list")
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    names = [name for name in names if ":" not in name]  # image:base and its like stand below image
+    functions = re.findall(r"^def task_(\w+)", (checkout.root / "dodo.py").read_text(), re.MULTILINE)
+    assert names == [function.replace("_", "-") for function in functions]
+    assert all(len(line.split()) > 2 for line in done.stdout.splitlines())
+
+
+def test_a_fresh_clone_needs_no_folder_made_by_hand(checkout):
+    """doit keeps its notes in build/, which git does not know."""
+    assert not (checkout.root / "build").exists()
+    done = checkout.doit("fetch:thing")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_a_word_it_says_what_it_can_do(checkout):
+    done = checkout.doit()
+    assert done.returncode == 0, done.stderr
+    assert "wheels" in done.stdout
+
+
+# --- what a person gets wrong ---
+
+
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == MISUSED
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_variable_that_is_misspelt_is_refused_with_the_ones_there_are(checkout):
+    said = complaint(checkout.doit("jbos=3", "tree:thing"))
+    assert "jbos: no such variable; there are cuda=, jobs=, memory=, ccache=, sandbox=, file=" in said
+    assert not (checkout.root / "build" / "trees").exists()
+
+
+def test_a_task_that_does_not_exist_is_refused(checkout):
+    assert "wheel:thing" in complaint(checkout.doit("wheel:thing"))
+
+
+def test_a_broken_recipe_is_one_message_with_all_its_problems(checkout):
+    path = checkout.recipe("ftp://example.org", "short")
+    said = complaint(checkout.doit("list"))
+    assert said.startswith(f"ERROR: {path} cannot be used:\n  - source.sha256: ")
+    assert "\n  - source.url: " in said
+    assert said.endswith("docs/recipes.md lists all\n")
+
+
+# --- what goes wrong ---
+
+
+def test_a_stage_that_fails_is_one_red_line_and_a_hint(checkout, server):
+    del server.files["/thing-1.0.tar.gz"]
+    said = problem(checkout.doit("tree:thing"))
+    assert "answered 404" in said
+    assert said.splitlines()[-1].startswith("  try: ")
+
+
+def test_what_failed_is_tried_again_by_the_next_run(checkout, server):
+    sdist = server.files.pop("/thing-1.0.tar.gz")
+    assert checkout.doit("tree:thing").returncode == FAILED
+    server.files["/thing-1.0.tar.gz"] = sdist
+    assert checkout.doit("tree:thing").returncode == 0
+
+
+def test_a_patch_that_does_not_apply_names_file_and_hunk(checkout):
+    folder = checkout.root / "patches" / "thing"
+    folder.mkdir(parents=True)
+    (folder / "0001-two.patch").write_text("Subject: two\n---\n--- a/thing.py\n+++ b/thing.py\n@@ -1 +1 @@\n-7\n+2\n")
+    said = problem(checkout.doit("tree:thing"))
+    assert said.startswith("thing/0001-two.patch does not apply:\n  - thing.py: Hunk #1 FAILED at 1.\n")
+
+
+def test_a_machine_that_refuses_is_a_sentence_too(checkout):
+    """The full disk is a fake: it would take a file system of its own."""
+    (checkout.root / "sitecustomize.py").write_text(
+        "import errno, os, tempfile\n"
+        "def full(*_, **__): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/the/disk')\n"
+        "tempfile.mkdtemp = full\n"
+    )
+    checkout.env["PYTHONPATH"] = str(checkout.root)
+    said = problem(checkout.doit("tree:thing"))
+    assert said.startswith("/the/disk: No space left on device\n  try: ")
+
+
+def test_a_problem_with_an_exit_status_of_its_own_ends_the_program_with_it(checkout):
+    """As ./doit reproduce:thing does where other bytes came out."""
+    graph = checkout.root / "dodo.py"
+    graph.write_text(
+        f"{graph.read_text()}\n\nfrom voltforge.errors import VoltforgeError\n\n\n"
+        "class OtherBytesError(VoltforgeError):\n    exit_status = 4\n\n\n"
+        "def differs():\n    raise OtherBytesError('the second build is another')\n\n\n"
+        "def task_differs():\n    return tasks.action(differs)\n"
+    )
+    done = checkout.doit("differs")
+    assert done.returncode == NotReproducible.exit_status == 4
+    assert "the second build is another" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_run_exits_130_and_the_next_goes_on(checkout, server, number):
+    server.faults["/thing-1.0.tar.gz"] = [Fault(cut=100, stall=True)]
+    child = subprocess.Popen(
+        ["./doit", "tree:thing"], cwd=checkout.root, env=checkout.env, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not server.sent and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(child.pid, number)
+    output = child.communicate(timeout=60)[0]
+    assert child.returncode == INTERRUPTED
+    assert "interrupted: what was finished is kept" in output
+    assert "Traceback" not in output
+    assert checkout.doit("tree:thing").returncode == 0
+
+
+# --- what several packages need ---
+
+
+@pytest.fixture
+def two(checkout, server, tmp_path) -> Checkout:
+    """A checkout with another recipe beside the thing's."""
+    sdist = pack(samples.tree(tmp_path / "other", {"other.py": "2\n"}), tmp_path / "other-1.0.tar.gz").read_bytes()
+    server.files["/other-1.0.tar.gz"] = sdist
+    path = checkout.recipe(f"{server.url}/other-1.0.tar.gz", files.sha256_bytes(sdist), "other")
+    path.write_text(path.read_text().replace('name = "thing"', 'name = "other"').replace('"thing-1', '"other-1'))
+    del checkout.env["FORCE_COLOR"]
+    return checkout
+
+
+def test_the_sources_of_all_packages_that_a_run_needs_are_fetched_together(two, server):
+    hold, together = threading.Event(), []
+    server.faults = {f"/{name}-1.0.tar.gz": [Fault(hold=hold)] for name in ("thing", "other")}
+
+    def watch() -> None:
+        deadline = time.monotonic() + 25
+        while len(server.asked) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        together.extend(server.paths())
+        hold.set()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    done = two.doit("tree:*")
+    watching.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(together) == ["/other-1.0.tar.gz", "/thing-1.0.tar.gz"]
+    assert len(server.asked) == 2
+    assert sorted(re.findall(r"^\* (\w+ [\w.-]+)", done.stdout, re.MULTILINE)) == [
+        "fetch other-1.0.tar.gz", "fetch thing-1.0.tar.gz", "unpack other-1.0.tar.gz", "unpack thing-1.0.tar.gz",
+    ]  # fmt: skip
+
+
+def test_a_run_fetches_no_source_that_it_does_not_need(two, server):
+    assert two.doit("tree:thing").returncode == 0
+    assert server.paths() == ["/thing-1.0.tar.gz"]
+
+
+def test_a_source_that_is_not_to_be_had_is_said_early_and_stops_only_its_own_package(two, server):
+    del server.files["/thing-1.0.tar.gz"]
+    done = two.doit("tree:other", "tree:thing")
+    assert done.returncode == FAILED
+    assert "! thing-1.0.tar.gz: needed later, and not to be had so far\n" in done.stdout
+    before, after = done.stdout.split("* unpack other-1.0.tar.gz")
+    assert "needed later" in before
+    assert "x 1 file not to be had:" in after
+
+
+# --- what a person sees of it ---
+
+
+def test_how_long_a_stage_took_is_remembered_and_a_record_of_it_that_is_spoilt_stops_nothing(checkout):
+    graph = checkout.root / "dodo.py"
+    graph.write_text(f"{graph.read_text()}\n\nfrom voltforge.pipeline import durations\n\ndurations.LEAST = 0.0\n")
+    kept = checkout.root / "build" / "stages" / "history.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("[")
+    assert checkout.doit("tree:thing").returncode == 0
+    assert set(files.read_json(kept)) == {"fetch:thing", "tree:thing"}
+
+
+def test_on_a_terminal_a_download_is_a_row_and_ctrl_c_leaves_nothing_of_it(checkout, server):
+    server.faults["/thing-1.0.tar.gz"] = [Fault(cut=100, stall=True)] * 20  # each time that it is tried again
+    interrupted, row, last = False, re.compile(r"thing-1\.0\.tar\.gz +\d"), None
+    for last in seen(["./doit", "tree:thing"], 80, checkout.root, checkout.env, INTERRUPTED):
+        if not interrupted and any(map(row.match, last.rows)):
+            assert last.screen.cursor.hidden
+            last.child.send_signal(signal.SIGINT)
+            interrupted = True
+    assert interrupted
+    assert last.transcript[0] == "* fetch thing-1.0.tar.gz"
+    assert last.transcript[-1].startswith("! interrupted: what was finished is kept")
+    assert not any(map(row.match, last.transcript))
+    assert not last.screen.cursor.hidden
+
+
+def test_the_log_of_a_run_has_all_that_was_said_and_why_it_failed(checkout):
+    log = checkout.root / "build" / "logs" / "run.log"
+    assert checkout.doit("tree:thing", "jobs=1").returncode == 0
+    lines = log.read_text().splitlines()
+    assert [line[9:] for line in lines if line[9] in "$*"] == [
+        "$ doit tree:thing jobs=1", "* fetch thing-1.0.tar.gz", "* unpack thing-1.0.tar.gz and apply 0 patches",
+    ]  # fmt: skip
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    assert checkout.doit("tree:thing").returncode == 0
+    assert log.read_text().splitlines() == lines, "a run that has nothing to do says nothing"
+    folder = checkout.root / "patches" / "thing"
+    folder.mkdir(parents=True)
+    (folder / "0001-two.patch").write_text("Subject: two\n---\n--- a/thing.py\n+++ b/thing.py\n@@ -1 +1 @@\n-7\n+2\n")
+    for _ in seen(["./doit", "tree:thing"], 20, checkout.root, checkout.env, FAILED):
+        pass
+    text = log.read_text()
+    assert "* fetch" not in text
+    assert " x thing/0001-two.patch does not apply:\n" in text
+    assert "Hunk #1 FAILED at 1." in text
+
+
+COLOURS = re.compile(r"\x1b\[(?:\d+;)*[349]\d(?:;\d+)*m")
+
+
+@pytest.mark.parametrize("words", [("--no-color", "tree:thing"), ("tree:thing", "--no-color")])
+def test_without_colour_if_asked_wherever_on_the_line_it_stands(checkout, words):
+    done = checkout.doit(*words)
+    assert done.returncode == 0, done.stderr
+    assert "fetch thing-1.0.tar.gz" in done.stdout
+    assert not COLOURS.search(done.stdout)
+    shutil.rmtree(checkout.root / "build")
+    assert COLOURS.search(checkout.doit("tree:thing").stdout)
+    assert "--no-color" in checkout.doit().stdout
+
+
+def test_in_ci_each_line_has_its_time_but_a_table_of_contents_has_none(checkout):
+    del checkout.env["FORCE_COLOR"]
+    checkout.env["CI"] = "true"
+    lines = checkout.doit("tree:thing").stdout.splitlines()
+    assert len(lines) >= 2
+    assert all(re.match(r"\d\d:\d\d:\d\d [*! x] ?", line) for line in lines)
+    assert not re.search(r"\d\d:\d\d:\d\d", checkout.doit("list").stdout)
+
+
+@pytest.mark.parametrize("setting", ["ccache=ftp://host", "memory=lots", "jobs=many"])
+def test_a_setting_that_makes_no_sense_is_told_before_anything_is_fetched(checkout, server, setting):
+    done = checkout.doit("tree:thing", setting)
+    assert done.returncode == MISUSED
+    assert setting in done.stderr
+    assert "Traceback" not in done.stderr
+    assert server.asked == []
+
+
+# --- the script ---
+
+
+def fake_python(folder: Path, version: str) -> Path:
+    """A program that says that it is another Python. A fake: not every machine has an old one."""
+    folder.mkdir(exist_ok=True)
+    (folder / "python3").write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "Python {version}" || exit 1\n')
+    (folder / "python3").chmod(0o755)
+    return folder
+
+
+def only(folder: Path, *programs: str) -> Path:
+    """A folder for PATH with these programs of the machine."""
+    folder.mkdir(exist_ok=True)
+    for program in programs:
+        (folder / program).symlink_to(shutil.which(program) or program)
+    return folder
+
+
+def test_with_only_a_wrong_python_it_says_which_it_found_and_what_to_do(bare, tmp_path):
+    tools = only(fake_python(tmp_path / "bin", "3.8.20"), "dirname", "readlink", "cmp", "cp")
+    bare.env["PATH"] = str(tools)
+    done = bare.doit("list")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "needs Python 3.10 to 3.13" in done.stderr
+    assert f"{tools / 'python3'}: Python 3.8.20" in done.stderr
+    assert "try: apt-get install" in done.stderr
+    assert not (bare.root / ".venv").exists()
+
+
+def test_a_python_that_is_asked_for_is_not_silently_another(bare, tmp_path):
+    wrong = fake_python(tmp_path / "bin", "3.14.1") / "python3"
+    bare.env["VOLTFORGE_PYTHON"] = str(wrong)
+    done = bare.doit("list")
+    assert done.returncode == 1
+    assert f"{wrong}: Python 3.14.1" in done.stderr
+    assert not (bare.root / ".venv").exists()
+
+
+@pytest.fixture
+def stocked(bare, tmp_path) -> Checkout:
+    """One whose requirements are a single wheel on the disk: a doit that says so. A fake, for the real are many MB."""
+    module = "import sys; print('doit was given', sys.argv[1:])\n"
+    shelf = tmp_path / "shelf"
+    path = samples.wheel(shelf, {"doit/__init__.py": "", "doit/__main__.py": module}, name="doit", version="0.37.0")
+    (bare.root / "requirements.txt").write_text(f"doit==0.37.0 --hash=sha256:{files.sha256(path)}\n")
+    own = ("PIP_", "UV_")
+    bare.env = {key: value for key, value in bare.env.items() if not key.startswith(own)}
+    bare.env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(shelf)}
+    bare.env["VOLTFORGE_PYTHON"] = sys.executable
+    return bare
+
+
+@pytest.mark.slow
+def test_the_first_call_makes_the_environment_and_the_second_only_runs(stocked):
+    first = stocked.doit("list", "two words")
+    assert (first.returncode, first.stdout) == (0, "doit was given ['list', 'two words']\n")
+    assert first.stderr.startswith("* making .venv with Python 3.")
+    stocked.env |= {"PIP_FIND_LINKS": "/nowhere", "VOLTFORGE_PYTHON": "/nowhere"}
+    second = stocked.doit("list")
+    assert (second.returncode, second.stdout, second.stderr) == (0, "doit was given ['list']\n", "")
+    link = stocked.root.parent / "link"
+    link.symlink_to(stocked.root / "doit")
+    assert stocked.doit(script=str(link)).stdout == "doit was given []\n"
+    (stocked.root / ".venv" / "bin" / "python").unlink()  # as when the machine's Python is upgraded
+    third = stocked.doit("list")
+    assert "no /nowhere" in third.stderr
+
+
+@pytest.mark.slow
+def test_requirements_with_another_hash_are_not_installed_and_not_taken_for_installed(stocked):
+    requirements = stocked.root / "requirements.txt"
+    good = requirements.read_text()
+    requirements.write_text(re.sub(r"sha256:\w{8}", "sha256:00000000", good))
+    bad = stocked.doit("list")
+    assert bad.returncode != 0
+    assert "hash" in bad.stderr.lower()
+    assert bad.stdout == ""
+    assert not (stocked.root / ".venv" / "requirements.txt").exists()
+    requirements.write_text(good)
+    assert stocked.doit("list").returncode == 0
+
+
+@pytest.mark.slow
+def test_two_first_calls_at_once_make_one_environment(stocked):
+    calls = [
+        subprocess.Popen(["./doit", "list"], cwd=stocked.root, env=stocked.env, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [call.communicate(timeout=120) for call in calls]
+    assert [call.returncode for call in calls] == [0, 0]
+    assert [out for out, _ in said] == ["doit was given ['list']\n"] * 2
+    told = "".join(err for _, err in said)
+    assert (told.count("* making .venv"), told.count("* waiting for the .venv")) == (1, 1)
+
+
+def test_the_script_is_plain_posix_shell(repository):
+    script = (repository / "doit").read_text()
+    assert script.startswith("#!/bin/sh\n")
+    assert os.access(repository / "doit", os.X_OK)
+    shell = shutil.which("dash") or "/bin/sh"
+    assert subprocess.run([shell, "-n", repository / "doit"], check=False).returncode == 0
+
+
+def test_offline_all_that_is_missing_is_told_in_one_run(checkout, server):
+    checkout.env |= {"VOLTFORGE_OFFLINE": "1", "CUDA_HOME": "", "PATH": "/usr/bin:/bin"}
+    del checkout.env["FORCE_COLOR"]
+    (checkout.root / "recipes" / "locks" / "thing.txt").write_text(f"nobody-has-this==1 --hash=sha256:{'0' * 64}\n")
+    done = checkout.doit("wheels:thing")
+    assert done.returncode != 0
+    for absent in ("thing-1.0.tar.gz", "nobody-has-this==1", "nvidia-cuda-toolkit_12.4.131"):
+        assert absent in done.stdout
+    assert done.stdout.count("\nx ") == 3, "what could not run because of these is not another problem"
+    assert server.asked == []
+
+
+def test_the_graph_is_loaded_without_what_only_some_tasks_need():
+    look = (
+        "import sys\n"
+        "from voltforge.commands import chores, doctor, reproduce, tasks; from voltforge.gpu import bundle\n"
+        "slow = {'pypi_simple', 'bs4', 'auditwheel', 'elftools', 'redis', 'cyclonedx', 'cryptography', 'matplotlib'}\n"
+        "print(sorted(slow & {name.split('.')[0] for name in sys.modules}))"
+    )
+    printed = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert printed.stdout == "[]\n"

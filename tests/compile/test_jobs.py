@@ -1,0 +1,203 @@
+"""How many jobs run at once: bounded by cores and by the memory that can really be had."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from voltforge.compile import jobs
+from voltforge.compile.jobs import Memory
+from voltforge.errors import VoltforgeError
+
+GIB = 1 << 30
+SYSTEM = Memory(20 * GIB, 24 * GIB)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A machine of 24 GiB, of which 20 are free."""
+    there = psutil.virtual_memory()._replace(available=SYSTEM.free, total=SYSTEM.limit)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
+
+
+class Groups:
+    """Control groups as the kernel lays them out. Made up, for only an administrator can set real ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.mount, self.own = folder / "cgroup", folder / "own"
+
+    def are(self, *lines: str) -> None:
+        self.own.write_text("".join(f"{line}\n" for line in lines))
+
+    def write(self, path: str, limit: str, used: int, cache: int, version: int = 2) -> None:
+        names, prefix = (("memory.max", "memory.current"), "") if version == 2 else (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_")  # fmt: skip
+        folder = self.mount / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{prefix}inactive_file {cache}\nactive_file 3\n")
+
+    def memory(self) -> Memory | None:
+        return jobs.memory(self.mount, self.own)
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> Groups:
+    return Groups(tmp_path)
+
+
+def test_the_cores_are_those_that_this_process_may_use():
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        assert jobs.cores() == 1
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert jobs.cores() == len(mine)
+
+
+def test_without_a_control_group_the_systems_memory_counts(groups):
+    assert groups.memory() == SYSTEM
+
+
+def test_a_control_group_that_leaves_less_counts(groups):
+    groups.are("0::/build")
+    groups.write("build", str(2 * GIB), GIB, 1000)
+    assert groups.memory() == Memory(GIB + 1000, 2 * GIB)
+
+
+def test_so_does_the_one_around_it(groups):
+    groups.are("0::/user/build")
+    groups.write("user/build", "max", GIB, 0)
+    groups.write("user", str(3 * GIB), GIB, 0)
+    assert groups.memory() == Memory(2 * GIB, 3 * GIB)
+
+
+def test_of_several_limits_the_least_counts(groups):
+    groups.are("0::/user/build")
+    groups.write("user/build", str(8 * GIB), GIB, 0)
+    groups.write("user", str(6 * GIB), 5 * GIB, 0)
+    assert groups.memory() == Memory(GIB, 6 * GIB)
+
+
+def test_a_container_sees_its_group_at_the_top(groups):
+    groups.are("0::/what/the/host/calls/it")
+    groups.write("", str(2 * GIB), GIB, 0)
+    assert groups.memory() == Memory(GIB, 2 * GIB)
+
+
+def test_groups_of_version_1_count_as_well(groups):
+    groups.are("4:memory:/build", "3:cpuset:/", "0::/")
+    groups.write("memory/build", str(2 * GIB), GIB, 500, version=1)
+    groups.write("memory", str(2**63 - 4096), 4 * GIB, 0, version=1)
+    assert groups.memory() == Memory(GIB + 500, 2 * GIB)
+
+
+def test_groups_of_other_controllers_do_not(groups):
+    groups.are("4:cpu,cpuacct:/build")
+    groups.write("cpu,cpuacct/build", "1000", 10, 0)
+    assert groups.memory() == SYSTEM
+
+
+def test_a_control_group_without_a_limit_does_not_count(groups):
+    groups.write("", "max", 10**15, 0)
+    assert groups.memory() == SYSTEM
+
+
+def test_a_control_group_that_is_full_leaves_nothing(groups):
+    groups.write("", "1000", 5000, 0)
+    assert groups.memory() == Memory(0, 1000)
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", "-", "1 2"])
+def test_control_group_files_that_make_no_sense_do_not_count(groups, content):
+    groups.write("", "1000", 5, 0)
+    for path in groups.mount.iterdir():
+        path.write_text(content)
+    assert groups.memory() == SYSTEM
+
+
+@pytest.mark.parametrize("error", [OSError("no /proc/meminfo"), KeyError("MemTotal"), ValueError("odd")])
+def test_where_nothing_tells_there_is_no_figure(groups, monkeypatch, error):
+    def odd() -> None:
+        raise error
+
+    monkeypatch.setattr(psutil, "virtual_memory", odd)
+    assert groups.memory() is None
+    groups.write("", "5000", 1000, 0)
+    assert groups.memory() == Memory(4000, 5000)
+
+
+def test_an_eighth_is_left_to_the_rest_or_a_gigabyte():
+    assert Memory(4 * GIB, 4 * GIB).room == 7 * GIB // 2
+    assert Memory(20 * GIB, 24 * GIB).room == 19 * GIB
+
+
+def test_a_persons_limit_bounds_what_can_be_had():
+    assert SYSTEM.within(6 * GIB, 2 * GIB) == Memory(4 * GIB, 6 * GIB)
+    assert SYSTEM.within(6 * GIB, 7 * GIB) == Memory(0, 6 * GIB)
+    assert SYSTEM.within(100 * GIB, 0) == SYSTEM
+
+
+@pytest.mark.parametrize("text", ["1", "7", "1024"])
+def test_a_number_that_is_asked_for_is_taken(text):
+    assert jobs.asked(text) == int(text)
+    assert jobs.count(text, GIB) == (int(text), "as asked")
+
+
+@given(st.text(min_size=1))
+def test_anything_that_is_no_number_is_refused_with_a_sentence(text):
+    if text.isascii() and text.isdecimal():
+        assert jobs.asked(text) in (None, int(text))
+        return
+    with pytest.raises(VoltforgeError) as caught:
+        jobs.asked(text)
+    assert caught.value.what == f"jobs={text} is no number of jobs"
+    assert caught.value.hint == "jobs=N with N from 1 to 1024"
+
+
+@pytest.mark.parametrize("text", ["-1", "2.5", "all", " 2", "٣", "9" * 5000])
+def test_words_are_refused(text):
+    with pytest.raises(VoltforgeError, match="is no number of jobs"):
+        jobs.count(text, GIB)
+
+
+@pytest.mark.parametrize("text", ["0", "1025", "10000"])
+def test_a_number_that_nobody_can_mean_is_told_and_the_machine_decides(text, capsys):
+    assert jobs.count(text, GIB) == jobs.count("", GIB)
+    assert capsys.readouterr().out == (
+        f"! jobs={text} is not from 1 to 1024: this machine decides how many jobs run at once\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("free", "cores", "expected"),
+    [
+        (100 * GIB, 8, (8, "by cores")),
+        (7 * GIB, 8, (4, "by memory, 1.61 GB a job")),
+        (4 * GIB, 2, (2, "by cores")),
+        (GIB, 8, (1, "by memory, 1.61 GB a job")),
+        (0, 1, (1, "by memory, 1.61 GB a job")),
+    ],
+)
+def test_cores_and_memory_bound_the_jobs_and_a_rest_is_left_to_the_machine(monkeypatch, free, cores, expected):
+    monkeypatch.setattr(jobs, "memory", lambda: Memory(free, 200 * GIB))
+    monkeypatch.setattr(jobs, "cores", lambda: cores)
+    assert jobs.count("", 3 * GIB // 2) == expected
+
+
+def test_where_nothing_tells_the_memory_the_cores_decide(monkeypatch):
+    monkeypatch.setattr(jobs, "memory", lambda: None)
+    assert jobs.count("", GIB) == (jobs.cores(), "by cores, for nothing here tells how much memory there is")
+
+
+def test_on_this_machine_it_is_at_least_one_and_at_most_the_cores():
+    count, why = jobs.count("", GIB)
+    assert 1 <= count <= jobs.cores()
+    assert why.startswith(("by cores", "by memory"))

@@ -1,0 +1,456 @@
+"""Objects from a cache: real ccache, real compilers, a real redis-server and a real nginx, and servers that fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.checkouts import edited, small_checkout
+from voltforge.compile import object_cache, tunnel
+from voltforge.compile.costs import Need, Needs
+from voltforge.compile.object_cache import Found, Objects, Server
+from voltforge.compile.scheduler import at
+from voltforge.errors import VoltforgeError
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.system import files
+
+SOURCES = 3
+"""Those of the small package: two for the GPU, one in C."""
+
+# The README asks for it and for both servers below, a build can do without: CI has all three and skips none of these.
+needs_ccache = pytest.mark.skipif(not shutil.which("ccache"), reason="there is no ccache (apt-get install ccache)")
+
+
+def built(pipeline: Pipeline) -> dict:
+    package = pipeline.package(pipeline.recipes["saxpy"])
+    for kind in ("fetch", "tree", "environment", "build"):
+        package.stage(kind).run()
+    return dict(package.stage("build").results())
+
+
+def again(pipeline: Pipeline) -> Pipeline:
+    """The same checkout with nothing that was compiled but what the cache has."""
+    for name in ("work", "wheels", "stages/build-saxpy.json"):
+        files.remove(pipeline.scratch / name)
+    return Pipeline.load(pipeline.root, pipeline.settings)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until_it_listens(port: int) -> None:
+    for _ in range(500):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"nothing listens at {port}")
+
+
+@contextlib.contextmanager
+def redis(folder: Path, *words: str) -> Iterator[int]:
+    """A real redis-server; gives its port."""
+    if not (program := shutil.which("redis-server")):  # CI has it
+        pytest.skip("there is no redis-server (apt-get install redis-server)")
+    port = free_port()
+    child = subprocess.Popen(
+        [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder), *words],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        until_it_listens(port)
+        yield port
+    finally:
+        child.kill()
+        child.wait()
+
+
+@contextlib.contextmanager
+def webdav(folder: Path) -> Iterator[int]:
+    """A real nginx that takes files by PUT; gives its port."""
+    if not (program := shutil.which("nginx")):  # CI has it
+        pytest.skip("there is no nginx (apt-get install nginx)")
+    port = free_port()
+    user = "user root;" if os.geteuid() == 0 else ""  # the folder is root's own, then
+    text = f"""
+        {user} daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1; events {{}}
+        http {{
+          access_log off; client_body_temp_path {folder}/body; client_max_body_size 0; proxy_temp_path {folder}/p;
+          fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+          server {{
+            listen 127.0.0.1:{port}; root {folder}/www;
+            location / {{ dav_methods PUT DELETE; create_full_put_path on; }}
+          }}
+        }}"""
+    files.write(folder / "nginx.conf", text)
+    (folder / "www").mkdir()
+    child = subprocess.Popen([program, "-c", folder / "nginx.conf", "-e", folder / "error.log"])
+    try:
+        until_it_listens(port)
+        yield port
+    finally:
+        child.terminate()
+        child.wait()
+
+
+@contextlib.contextmanager
+def odd(behave: Callable[[socket.socket], object]) -> Iterator[int]:
+    """A server that does with each connection what it likes; gives its port."""
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        door.listen(64)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = door.accept()
+                    threading.Thread(target=behave, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield door.getsockname()[1]
+
+
+# --- real builds ---
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, toolchain: object) -> str:
+    """The sha256 of the small package's wheel without any cache."""
+    return built(small_checkout(tmp_path_factory.mktemp("plain") / "checkout", Settings(ccache="off")))["sha256"]
+
+
+@needs_ccache
+@pytest.mark.slow
+def test_a_clean_tree_is_built_of_the_cache_with_the_same_bytes_and_no_compiler(saxpy, plain, capsys):
+    first = built(saxpy)
+    assert first["sha256"] == plain
+    assert first["objects"]["hits"] == 0
+    assert first["objects"]["misses"] == SOURCES
+    capsys.readouterr()
+    second = built(again(saxpy))
+    assert second["sha256"] == plain
+    assert second["objects"]["misses"] == 0
+    assert second["objects"]["hits"] == first["objects"]["misses"]
+    assert second["objects"]["saved"] > 0
+    assert f"objects from the cache: {second['objects']['hits']} of {second['objects']['hits']}, " in (
+        capsys.readouterr().out
+    )
+
+
+@needs_ccache
+@pytest.mark.slow
+def test_a_source_that_changed_is_compiled_and_the_others_are_not(saxpy):
+    built(saxpy)
+    changed = built(again(edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] = a * x[i]")))["objects"]
+    assert (changed["hits"], changed["misses"]) == (SOURCES - 1, 1)
+
+
+@needs_ccache
+@pytest.mark.slow
+@pytest.mark.parametrize("serve", [redis, webdav], ids=["redis", "WebDAV"])
+def test_a_second_checkout_compiles_nothing_that_the_first_gave_to_a_server(tmp_path, toolchain, plain, serve):
+    (tmp_path / "server").mkdir()
+    with serve(tmp_path / "server") as port:
+        scheme = "redis" if serve is redis else "http"
+        address = f"{scheme}://127.0.0.1:{port}{'' if serve is redis else '/objects'}"
+        one, other = (small_checkout(tmp_path / name, Settings(ccache=address)) for name in ("one", "other"))
+        assert built(one)["objects"]["shared"] == 0
+        found = built(other)
+    assert found["sha256"] == plain
+    assert found["objects"]["misses"] == 0
+    assert found["objects"]["hits"] == found["objects"]["shared"] > 0
+
+
+def silent(connection: socket.socket) -> None:
+    time.sleep(60)
+    connection.close()
+
+
+def garbage(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while connection.recv(4096):
+            connection.sendall(os.urandom(400))
+
+
+@needs_ccache
+@pytest.mark.slow
+@pytest.mark.parametrize("behave", [silent, garbage, socket.socket.close], ids=["slow", "garbage", "hangs up"])
+def test_a_server_that_fails_changes_nothing_of_the_wheel(tmp_path, toolchain, plain, behave, capsys, monkeypatch):
+    monkeypatch.setattr(object_cache, "PATIENCE", 1.0)
+    with odd(behave) as port:
+        pipeline = small_checkout(tmp_path / "checkout", Settings(ccache=f"redis://127.0.0.1:{port}"))
+        result = built(pipeline)
+    assert result["sha256"] == plain
+    assert result["objects"]["shared"] == 0
+    told = f"! redis://127.0.0.1:{port} did not answer 3 times in a row: it is not asked any more in this run\n"
+    assert (told in capsys.readouterr().out) == (behave is not garbage)
+
+
+@needs_ccache
+@pytest.mark.slow
+def test_a_server_that_is_full_or_holds_broken_objects_changes_nothing_of_the_wheel(tmp_path, toolchain, plain):
+    with redis(tmp_path, "--maxmemory", "1mb", "--maxmemory-policy", "noeviction") as port:
+        full = built(small_checkout(tmp_path / "full", Settings(ccache=f"redis://127.0.0.1:{port}")))
+    assert (full["sha256"], full["objects"]["shared"]) == (plain, 0)
+    with redis(tmp_path) as port:
+        cli = ["redis-cli", "-p", str(port)]
+        settings = Settings(ccache=f"redis://127.0.0.1:{port}")
+        built(small_checkout(tmp_path / "one", settings))
+        keys = subprocess.run([*cli, "keys", "*"], capture_output=True, text=True, check=True).stdout.split()
+        assert keys
+        for key in keys:
+            subprocess.run([*cli, "setrange", key, "60", "broken"], check=True, stdout=subprocess.DEVNULL)
+        assert built(small_checkout(tmp_path / "other", settings))["sha256"] == plain
+
+
+def test_a_compiler_may_take_longer_than_a_server_has_to_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(object_cache, "PATIENCE", 0.3)
+    with redis(tmp_path) as port, socket.socket(socket.AF_UNIX) as asks:
+        Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse(f"redis://127.0.0.1:{port}")).lead(tmp_path)
+        with at(tmp_path, object_cache.SOCKET) as address:
+            asks.connect(address)
+        for _ in range(2):
+            asks.sendall(b"PING\r\n")
+            assert asks.recv(100) == b"+PONG\r\n"
+            time.sleep(1)
+
+
+def test_a_server_that_is_down_is_told_and_the_objects_are_those_of_this_disk(tmp_path, capsys):
+    port = free_port()
+    made = Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse(f"redis://:secret@127.0.0.1:{port}"))
+    assert not made.reachable()
+    assert capsys.readouterr().out == (
+        f"! redis://***@127.0.0.1:{port} cannot be reached (Connection refused): objects are those of this disk\n"
+    )
+
+
+# --- what is chosen ---
+
+
+def test_without_ccache_everything_is_compiled_and_a_server_that_is_named_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert object_cache.chosen("", tmp_path) is None
+    assert not capsys.readouterr().out
+    assert object_cache.chosen("redis://127.0.0.1:1", tmp_path) is None
+    assert "there is no ccache here: ./doit doctor says what gets it" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_everything_is_compiled(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert object_cache.chosen("", tmp_path / "file" / "cache") is None
+    assert f"! {tmp_path}/file/cache cannot be written (" in capsys.readouterr().out
+
+
+def test_a_name_that_is_none_of_a_host_is_told(tmp_path, capsys):
+    assert not Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse("redis://cache..lan")).reachable()
+    assert "cannot be reached" in capsys.readouterr().out
+
+
+def test_a_ccache_that_knows_no_server_is_told(tmp_path, monkeypatch, capsys):
+    files.write(tmp_path / "ccache", "#!/bin/sh\necho ccache version 4.5.1\n")
+    (tmp_path / "ccache").chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda _: str(tmp_path / "ccache"))
+    monkeypatch.setattr(object_cache, "SYSTEM", (str(tmp_path),))
+    made = object_cache.chosen("redis://127.0.0.1:1", tmp_path / "cache")
+    assert made
+    assert made.server is None
+    assert capsys.readouterr().out == "! redis://127.0.0.1:1 is not asked: ccache 4.5 is older than 4.7\n"
+
+
+def test_off_is_off(tmp_path):
+    assert object_cache.chosen("off", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["s3://", "ftp://a", "redis://", "localhost:6379", "on", "redis://a:port", "http://a/ b", "redis://a|read-only", "http://[::1"],
+)  # fmt: skip
+def test_an_address_that_ccache_cannot_be_given_is_a_sentence(address, tmp_path):
+    with pytest.raises(VoltforgeError, match="is no server of objects") as caught:
+        object_cache.chosen(address, tmp_path)
+    assert "ccache=redis://host:6379" in caught.value.hint
+
+
+@given(st.text())
+def test_any_address_is_a_server_or_a_sentence(address):
+    with contextlib.suppress(VoltforgeError):
+        assert Server.parse(address).port > 0
+
+
+def test_a_server_keeps_user_and_folder_where_a_build_sees_it_elsewhere():
+    assert {Server.parse(f"redis://{user}secret@cache").address for user in ("", ":", "default:")} == {
+        "redis://default:secret@cache"  # as ccache and redis both understand it
+    }
+    one = Server.parse("redis://me:secret@cache.example")
+    assert (one.host, one.port) == ("cache.example", 6379)
+    assert one.seen("127.0.0.1", 4226) == "redis://me:secret@127.0.0.1:4226"
+    assert Server.parse("http://a:8080/x/y").seen("127.0.0.1", 4226) == "http://127.0.0.1:4226/x/y"
+    assert "secret" not in str(one)
+
+
+# --- what is counted ---
+
+STATS = """\
+# /build/tree/csrc/a.cu
+cache_miss
+direct_cache_miss
+# /build/tree/csrc/b.cu
+direct_cache_hit
+local_storage_hit
+# /build/tree/build/CMakeFiles/CMakeScratch/TryCompile-3lI4wA/main.cu
+cache_miss
+# /build/tree/csrc/c.cpp
+preprocessed_cache_hit
+remote_storage_hit
+"""
+
+
+def test_hits_misses_and_seconds_are_read_from_ccaches_own_log(tmp_path):
+    (tmp_path / "log").write_text(STATS)
+    needs = Needs(tmp_path / "needs.json", 1)
+    for name, seconds in (("CMakeFiles/_C.dir/csrc/b.cu.o", 30), ("CMakeFiles/_C.dir/csrc/a.cu.o", 50)):
+        needs.learn(name, Need(seconds, 10**9))
+    found = object_cache.found(tmp_path / "log", needs)
+    assert found == Found(hits=2, misses=1, shared=1, saved=30.0)
+    assert str(found) == "objects from the cache: 2 of 3, 1 of them from the server, 30 s of compiling saved"
+
+
+@given(st.text())
+def test_a_log_that_makes_no_sense_counts_nothing_wrong(tmp_path_factory, text):
+    log = tmp_path_factory.mktemp("log") / "log"
+    log.write_text(text, errors="replace")
+    assert object_cache.found(log, None).saved == 0
+
+
+def test_a_build_without_a_log_found_nothing(tmp_path):
+    assert object_cache.found(tmp_path / "none", None) == Found()
+
+
+# --- what ccache cannot see ---
+
+
+@needs_ccache
+def test_a_header_that_was_not_there_before_is_noticed(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.cpp").write_text('#if __has_include("b.h")\n#include "b.h"\n#else\nint a = 1;\n#endif\n')
+    cache = Objects(Path(shutil.which("ccache")), tmp_path / "cache")
+
+    def compiled() -> bytes:
+        told = cache.variables("a", object_cache.names([tmp_path / "src"]), cache.folder, "")
+        words = [cache.program, "g++", "-MD", "-MF", "a.d", "-c", "a.cpp", "-o", "a.o"]
+        subprocess.run(words, cwd=tmp_path / "src", env={**os.environ, **told}, check=True)
+        return (tmp_path / "src" / "a.o").read_bytes()
+
+    before = compiled()
+    assert compiled() == before
+    (tmp_path / "src" / "b.h").write_text("int a = 2;\n")
+    assert compiled() != before
+    assert object_cache.found(cache.log("a"), None) == Found(hits=1, misses=2)
+
+
+@needs_ccache
+def test_another_link_to_a_header_is_no_reason_to_compile_again(tmp_path):
+    """Folders that no sandbox shows are copied by links, and uv's environments are links."""
+    (tmp_path / "a.h").write_text("int a = 1;\n")
+    (tmp_path / "a.cpp").write_text('#include "a.h"\n')
+    cache = Objects(Path(shutil.which("ccache")), tmp_path / "cache")
+    os.utime(tmp_path / "a.h", (10**9, 10**9))
+    for number in range(2):
+        os.link(tmp_path / "a.h", tmp_path / f"link-{number}")
+        words = [cache.program, "g++", "-MD", "-MF", "a.d", "-c", "a.cpp", "-o", "a.o"]
+        told = cache.variables("a", "", cache.folder, "")
+        subprocess.run(words, cwd=tmp_path, env={**os.environ, **told}, check=True)
+    assert object_cache.found(cache.log("a"), None) == Found(hits=1, misses=1)
+
+
+def test_names_of_headers_and_what_makes_headers_count_and_sources_do_not(tmp_path):
+    for name in ("one", "other"):
+        files.write(tmp_path / name / "a.h", "1")
+        files.write(tmp_path / name / "CMakeLists.txt", "1")
+    before = object_cache.names([tmp_path / "one"])
+    assert object_cache.names([tmp_path / "other"]) == before, "where it lies does not count"
+    for path, content, counts in (
+        ("a.h", "2", False), ("b.cu", "1", False), ("c/b.cuh", "1", True), ("CMakeLists.txt", "2", True),
+        ("version.h.in", "1", True), ("vector", "1", True),
+    ):  # fmt: skip
+        last = object_cache.names([tmp_path / "one"])
+        files.write(tmp_path / "one" / path, content)
+        assert (object_cache.names([tmp_path / "one"]) != last) == counts, path
+
+
+@needs_ccache
+@pytest.mark.slow
+def test_a_new_header_compiles_all_again(saxpy):
+    built(saxpy)
+    first = edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] = a * x[i]")
+    (first.root / "saxpy" / "csrc" / "new.h").write_text("")
+    assert built(again(edited(first, "csrc/scale.cu", "a * x[i]", "x[i] * a")))["objects"]["hits"] == 0
+
+
+# --- the relay ---
+
+
+@pytest.fixture
+def carried() -> Iterator[tuple[socket.socket, socket.socket, Callable[[], bool]]]:
+    """Who asks and who answers, with the relay between; and what it says once who asks has gone."""
+    ask, one = socket.socketpair()
+    other, answer = socket.socketpair()
+    said: list[bool] = []
+    thread = threading.Thread(target=lambda: said.append(tunnel.join(one, other)))
+    thread.start()
+
+    def gone() -> bool:
+        ask.close()
+        thread.join(30)
+        return said[0]
+
+    ask.sendall(b"question")
+    assert answer.recv(100) == b"question"
+    yield ask, answer, gone
+    gone()
+    answer.close()
+
+
+def test_what_is_asked_and_answered_is_carried_both_ways(carried):
+    ask, answer, gone = carried
+    answer.sendall(b"answer")
+    assert ask.recv(100) == b"answer"
+    assert gone() is True
+    assert answer.recv(100) == b""
+
+
+def test_a_question_without_an_answer_is_noticed_when_it_is_given_up(carried):
+    _, _, gone = carried
+    assert gone() is False
+
+
+def test_a_server_that_hangs_up_before_it_is_asked_is_noticed():
+    ask, one = socket.socketpair()
+    other, answer = socket.socketpair()
+    answer.close()
+    with ask:
+        assert tunnel.join(one, other) is False
+
+
+def test_settings_have_the_cache_of_this_disk_unless_told_otherwise(saxpy):
+    if not shutil.which("ccache"):
+        assert saxpy.objects is None
+        return
+    assert saxpy.objects
+    assert saxpy.objects.folder == saxpy.scratch / "cache" / "ccache"
+    assert replace(saxpy, settings=Settings(ccache="off")).objects is None

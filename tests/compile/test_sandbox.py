@@ -1,0 +1,757 @@
+"""What a sandboxed build sees, tried from the inside: its folders, a read-only system, no network, no home."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.checkouts import PACKAGES, small_checkout
+from tests.support.rights import NOBODY
+from tests.support.servers import Server, serving
+from tests.support.tally import Tally
+from voltforge.compile import build, sandbox
+from voltforge.compile.sandbox import Sandbox, available, choose
+from voltforge.compile.toolchain import COMPILERS, HostCompiler, Toolchain
+from voltforge.errors import VoltforgeError
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.sources.environment import Environment
+from voltforge.sources.tree import Tree
+from voltforge.system import files
+from voltforge.system.process import ProgramFailed, run
+
+PYTHON = os.path.realpath(sys.executable)
+ASK = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=10).read().decode())"
+
+# Many containers forbid namespaces, and the README promises to build there too; CI installs bubblewrap and runs these.
+needs_bubblewrap = pytest.mark.skipif(
+    not available().hermetic, reason="bubblewrap cannot make a namespace on this machine"
+)
+
+
+def can_unshare() -> bool:
+    words = Sandbox("no network").command(["true"], writable={}, readable={}, cwd=Path("/"))
+    return bool(shutil.which("unshare")) and subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+
+# The same for util-linux's unshare(1), which CI has.
+needs_unshare = pytest.mark.skipif(not can_unshare(), reason="unshare(1) cannot make namespaces on this machine")
+
+
+@pytest.fixture
+def rooms(tmp_path) -> dict[str, Path]:
+    """A folder to read and one to write."""
+    folders = {"tree": tmp_path / "work" / "tree", "environment": tmp_path / "some" / "environment"}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(folder.name)
+    return folders
+
+
+@pytest.fixture
+def inside(rooms) -> Callable[..., str]:
+    """Run words inside, with the two folders, and give what they print."""
+
+    def run_inside(*words: str) -> str:
+        argv = Sandbox("bubblewrap").command(
+            words,
+            writable={"tree": rooms["tree"]},
+            readable={"environment": rooms["environment"]},
+            cwd=Path("/build/tree"),
+        )
+        return run(argv, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"}).output
+
+    return run_inside
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as one:
+        one.files["/"] = b"reached"
+        yield one
+
+
+# --- bubblewrap ---
+
+
+@needs_bubblewrap
+def test_the_folders_are_where_they_always_are(inside, rooms):
+    assert inside("pwd") == "/build/tree"
+    assert inside("cat", "/build/tree/file", "/build/environment/file") == "treeenvironment"
+    box = Sandbox("bubblewrap")
+    assert [str(box.place(name, real)) for name, real in rooms.items()] == ["/build/tree", "/build/environment"]
+
+
+@needs_bubblewrap
+def test_what_is_written_into_a_writable_folder_stays(inside, rooms):
+    inside("sh", "-c", "echo object > /build/tree/new.o")
+    assert (rooms["tree"] / "new.o").read_text() == "object\n"
+    assert (rooms["tree"] / "new.o").stat().st_uid == os.getuid()
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    "place",
+    ["/build/environment", "/build", "/", "/usr", "/usr/local", "/etc", "/var", "/home", "/root", "/build/dist"],
+)
+def test_nothing_can_be_written_elsewhere(inside, place):
+    with pytest.raises(ProgramFailed) as caught:
+        inside("sh", "-c", f"mkdir -p {place} && touch {place}/evil")
+    assert "Read-only file system" in caught.value.output or "Permission denied" in caught.value.output
+
+
+@needs_bubblewrap
+def test_scratch_space_is_private_and_gone_afterwards(inside):
+    with tempfile.NamedTemporaryFile(dir="/tmp") as outside:
+        assert inside("sh", "-c", "ls -A /tmp; echo x > /tmp/mine; cat /tmp/mine") == "home\nx"
+        assert Path(outside.name).exists()
+    assert inside("ls", "-A", "/tmp") == "home"
+    assert not Path("/tmp/mine").exists()
+
+
+@needs_bubblewrap
+def test_the_network_is_within_reach_outside_and_out_of_reach_inside(inside, server):
+    assert run([PYTHON, "-c", ASK, server.url]).output == "reached"
+    with pytest.raises(ProgramFailed) as caught:
+        inside(PYTHON, "-c", ASK, server.url)
+    assert "Connection refused" in caught.value.output or "unreachable" in caught.value.output
+    assert len(server.asked) == 1
+
+
+@needs_bubblewrap
+def test_home_and_the_checkout_cannot_be_seen(inside, repository):
+    home = Path.home()
+    seen = inside(
+        PYTHON,
+        "-c",
+        f"import os; print([os.path.exists(path) for path in {[str(repository), str(home / '.bashrc')]!r}])",
+    )
+    assert seen == "[False, False]"
+    # Of the home folder only the way to the interpreter is there, where it lives below.
+    names = inside("sh", "-c", f"ls -A {home} 2>/dev/null || true").split()
+    assert names in (
+        [],
+        [Path(sys.base_prefix).resolve().relative_to(home).parts[0]]
+        if Path(sys.base_prefix).is_relative_to(home)
+        else [],
+    )
+
+
+@needs_bubblewrap
+def test_no_other_process_can_be_seen_and_the_build_is_always_the_first(inside):
+    assert inside("sh", "-c", "echo $$") == "1"
+    assert (
+        inside(PYTHON, "-c", "import os; print(sorted(name for name in os.listdir('/proc') if name.isdecimal()))")
+        == "['1']"
+    )
+
+
+@needs_bubblewrap
+def test_the_machine_has_no_name_of_its_own_inside(inside):
+    assert inside("uname", "-n") == "build"
+
+
+@needs_bubblewrap
+def test_nothing_can_be_mounted_and_no_rights_are_left(inside):
+    with pytest.raises(ProgramFailed):
+        inside("mount", "-o", "remount,rw", "/usr")
+    capabilities = re.findall(r"^Cap(?:Prm|Eff|Bnd):\s*(\w+)", inside("cat", "/proc/self/status"), re.MULTILINE)
+    assert {int(value, 16) for value in capabilities} == {0}
+
+
+@needs_bubblewrap
+def test_the_interpreter_and_the_compiler_work_inside(inside):
+    assert inside(PYTHON, "-c", "import ssl, sqlite3, sys; print(sys.version_info[:2])") == str(sys.version_info[:2])
+    inside("sh", "-c", "echo 'int main(void) { return 0; }' > a.c && gcc a.c -o a && ./a")
+
+
+@needs_bubblewrap
+def test_a_program_of_two_builds_in_different_places_sees_no_difference(tmp_path):
+    seen = set()
+    for name in ("one", "two/deeper"):
+        tree = tmp_path / name
+        tree.mkdir(parents=True)
+        argv = Sandbox("bubblewrap").command(["env"], writable={"tree": tree}, readable={}, cwd=Path("/build/tree"))
+        seen.add(run(argv, cwd=tree, env={"PATH": "/usr/bin:/bin"}).output)
+    assert len(seen) == 1
+
+
+@needs_bubblewrap
+def test_a_failure_inside_has_the_status_of_the_program(inside):
+    with pytest.raises(ProgramFailed) as caught:
+        inside("sh", "-c", "echo why; exit 7")
+    assert (caught.value.status, caught.value.output) == (7, "why")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("bubblewrap", marks=needs_bubblewrap), pytest.param("no network", marks=needs_unshare)]
+)
+@pytest.mark.parametrize("user", [None, NOBODY])
+def test_everything_inside_ends_with_the_program_that_started_it(kind, user, monkeypatch):
+    """Even when that is killed, and can end nothing any more."""
+    if user and os.geteuid() != 0:
+        pytest.skip("these tests run as an ordinary user anyway")
+    monkeypatch.setattr(sandbox.sys, "base_prefix", "/usr")
+    mark = secrets.token_hex()
+    words = Sandbox(kind).command(
+        ["sh", "-c", 'sh -c "sleep 600; :" "$0" & setsid sh -c "sleep 600; :" "$0" & wait', mark],
+        writable={}, readable={}, cwd=Path("/"),
+    )  # fmt: skip
+    rights = {"user": user, "group": user, "extra_groups": []} if user else {}
+    child = subprocess.Popen(["sh", "-c", '"$@"; :', "sh", *words], **rights)
+
+    def alive() -> int:
+        return sum(mark in (one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"]))
+
+    assert in_time(lambda: alive() >= 5)  # the starter, bwrap twice or unshare, and the shells
+    child.kill()
+    child.wait()
+    assert in_time(lambda: alive() == 0)
+
+
+def in_time(so: Callable[[], bool]) -> bool:
+    """Whether it becomes so; a minute is more than enough."""
+    deadline = time.monotonic() + 60
+    while not so() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return so()
+
+
+@needs_bubblewrap
+def test_an_ordinary_user_gets_the_same(server, monkeypatch):
+    """As root these tests would miss what only root may do."""
+    monkeypatch.setattr(sandbox.sys, "base_prefix", "/usr")  # root's own interpreter may be out of that user's reach
+    host, port = server.url.removeprefix("http://").split(":")
+    try_all = f"touch new; touch /usr/evil /build/evil; exec 3<>/dev/tcp/{host}/{port}"
+    with tempfile.TemporaryDirectory() as room:
+        user = {}
+        if os.geteuid() == 0:
+            os.chown(room, NOBODY, NOBODY)
+            user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        argv = Sandbox("bubblewrap").command(
+            ["bash", "-c", try_all], writable={"tree": Path(room)}, readable={}, cwd=Path("/build/tree")
+        )
+        done = subprocess.run(argv, **user, capture_output=True, text=True, check=False)
+        assert os.listdir(room) == ["new"]
+    assert done.stderr.count("Read-only file system") == 2
+    assert "Connection refused" in done.stderr
+
+
+# --- the weaker kinds ---
+
+
+@needs_unshare
+def test_without_bubblewrap_at_least_the_network_is_out_of_reach(server, tmp_path):
+    box = Sandbox("no network")
+    words = [PYTHON, "-c", ASK, server.url]
+    argv = box.command(words, writable={"tree": tmp_path}, readable={}, cwd=tmp_path)
+    assert run(words).output == "reached"
+    with pytest.raises(ProgramFailed) as caught:
+        run(argv)
+    assert "Connection refused" in caught.value.output or "unreachable" in caught.value.output
+    user = run(box.command(["id", "-u"], writable={}, readable={}, cwd=tmp_path)).output
+    assert user == str(os.getuid())
+
+
+@needs_unshare
+@pytest.mark.parametrize("user", [None, NOBODY])
+def test_without_bubblewrap_the_folders_are_where_they_always_are(user):
+    if user and os.geteuid() != 0:
+        pytest.skip("these tests run as an ordinary user anyway")
+    look = "pwd; cat /build/environment/file; echo object > new.o; uname -n; echo $$; grep CapEff /proc/self/status"
+    with tempfile.TemporaryDirectory() as room:
+        tree, environment = Path(room, "tree"), Path(room, "environment")
+        for folder in (tree, environment):
+            folder.mkdir()
+            (folder / "file").write_text(f"{folder.name}\n")
+        rights = {}
+        if user:
+            for folder in (room, tree):
+                os.chown(folder, user, user)
+            rights = {"user": user, "group": user, "extra_groups": []}
+        argv = Sandbox("no network").command(
+            ["sh", "-c", look], writable={"tree": tree}, readable={"environment": environment}, cwd=Path("/build/tree")
+        )
+        done = subprocess.run(argv, **rights, cwd=room, capture_output=True, text=True, check=True)
+        assert (tree / "new.o").read_text() == "object\n"
+    where, file, name, pid, rights_left = done.stdout.splitlines()
+    assert (where, file, pid) == ("/build/tree", "environment", "1")
+    assert name == "build" or not shutil.which("hostname")
+    assert int(rights_left.split()[1], 16) == 0
+
+
+@needs_unshare
+def test_without_bubblewrap_a_container_that_hides_parts_of_proc_is_enough(tmp_path):
+    words = Sandbox("no network").command(["pwd"], writable={"tree": tmp_path}, readable={}, cwd=Path("/build/tree"))
+    hide = 'mount -t tmpfs hidden /proc/sys/kernel && exec "$@"'
+    done = run(["unshare", "--user", "--map-root-user", "--mount", "--", "sh", "-c", hide, "sh", *words])
+    assert done.output == "/build/tree"
+
+
+def test_only_bubblewrap_shows_what_was_declared_and_nothing_else():
+    assert [Sandbox(kind).hermetic for kind in ("bubblewrap", "no network", "none")] == [True, False, False]
+    assert not Sandbox("none", moves=True).hermetic
+
+
+def test_a_folder_is_in_the_same_place_wherever_that_can_be(tmp_path):
+    places = [one.place("tree", tmp_path) for one in (Sandbox("bubblewrap"), Sandbox("no network"))]
+    assert [*places, Sandbox("none", moves=True).place("tree", tmp_path)] == [Path("/build/tree")] * 3
+    assert Sandbox("none").place("tree", tmp_path) == tmp_path
+
+
+def test_without_any_sandbox_the_words_are_as_they_were(tmp_path):
+    words = ["make", "-j", "2", tmp_path]
+    for box in (Sandbox("none"), Sandbox("none", moves=True)):
+        assert box.command(words, writable={}, readable={}, cwd=tmp_path) == [str(word) for word in words]
+
+
+# --- moving the folders where nothing can be mounted ---
+
+
+@pytest.fixture
+def fixed(tmp_path, monkeypatch) -> Path:
+    """Another folder in the place of /build, which an ordinary user cannot make."""
+    monkeypatch.setattr(sandbox, "ROOT", tmp_path / "fixed")
+    return tmp_path / "fixed"
+
+
+def shown(rooms: dict[str, Path]) -> contextlib.AbstractContextManager[None]:
+    return Sandbox("none", moves=True).shown({"tree": rooms["tree"]}, {"environment": rooms["environment"]})
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_folders_are_moved_for_the_time_of_the_run(fixed, rooms):
+    with shown(rooms):
+        assert content(fixed / "tree") == content(fixed / "environment") | {"file": "tree"}
+        assert not rooms["tree"].exists()
+        assert content(rooms["environment"]) == {"file": "environment"}, "others may be using it"
+        (fixed / "tree" / "new.o").write_text("object")
+    assert content(rooms["tree"]) == {"file": "tree", "new.o": "object"}
+    assert not fixed.exists()
+
+
+@pytest.mark.parametrize("error", [ProgramFailed(["make"], 2, "", None, "failed"), KeyboardInterrupt()])
+def test_they_are_back_whatever_happens(fixed, rooms, error):
+    with pytest.raises(type(error)), shown(rooms):
+        raise error
+    assert content(rooms["tree"]) == {"file": "tree"}
+    assert not fixed.exists()
+
+
+def test_they_are_back_where_one_of_them_could_not_be_moved(fixed, rooms):
+    rooms["environment"] = rooms["environment"] / "absent"
+    with pytest.raises(OSError, match="absent"), shown(rooms):
+        pytest.fail("not all of them are there")
+    assert content(rooms["tree"]) == {"file": "tree"}
+    assert not fixed.exists()
+
+
+def test_the_real_path_of_what_is_only_read_cannot_be_seen(fixed, rooms):
+    deeper = rooms["environment"] / "lib" / "include"
+    deeper.mkdir(parents=True)
+    (deeper / "a.h").write_text("#pragma once")
+    (rooms["environment"] / "lib64").symlink_to("lib")
+    with shown(rooms):
+        seen = [path.resolve() for path in (fixed / "environment").rglob("*")]
+        assert len(seen) == 5
+        assert all(path.is_relative_to(fixed.resolve()) for path in seen)
+
+
+def test_the_compilers_stay_as_the_toolchain_knows_them(fixed, rooms):
+    """By their ctime, which a hard link changes."""
+    compiler = rooms["environment"] / COMPILERS[0]
+    compiler.parent.mkdir()
+    compiler.write_text("nvcc")
+    before = compiler.stat().st_ctime_ns
+    with shown(rooms):
+        assert (fixed / "environment" / COMPILERS[0]).read_text() == "nvcc"
+    assert compiler.stat().st_ctime_ns == before
+
+
+def test_two_builds_do_not_meet(fixed, rooms, tmp_path, capsys):
+    other = {name: tmp_path / "other" / name for name in rooms}
+    for folder in other.values():
+        folder.mkdir(parents=True)
+    entered = threading.Event()
+
+    def second() -> None:
+        with shown(other):
+            entered.set()
+
+    with shown(rooms):
+        later = threading.Thread(target=second)
+        later.start()
+        assert not entered.wait(0.3)
+    later.join(60)
+    assert entered.is_set()
+    assert f"waiting for another build at {fixed}" in " ".join(capsys.readouterr().out.split())
+
+
+KILLED = """
+import subprocess, sys, time
+from pathlib import Path
+from voltforge.compile import sandbox
+sandbox.ROOT, tree = map(Path, sys.argv[1:])
+with sandbox.Sandbox("none", moves=True).shown({"tree": tree}, {}):
+    (sandbox.ROOT / "tree" / "new.o").write_text("object")
+    subprocess.Popen(["sleep", "1"], cwd=sandbox.ROOT / "tree")
+    print("inside", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def killed(fixed, rooms, repository) -> None:
+    """What a build leaves that was killed, with a compiler at work."""
+    environ = {**os.environ, "PYTHONPATH": str(repository)}
+    words = [sys.executable, "-c", KILLED, str(fixed), str(rooms["tree"])]
+    with subprocess.Popen(words, env=environ, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"inside\n"
+        child.send_signal(signal.SIGKILL)
+    assert not rooms["tree"].exists()
+
+
+def test_what_a_killed_run_left_goes_back_when_its_compilers_have_ended(fixed, rooms, killed, capsys):
+    began = time.monotonic()
+    sandbox.recover(rooms["tree"].parent)
+    assert content(rooms["tree"]) == {"file": "tree", "new.o": "object"}
+    assert not fixed.exists()
+    assert time.monotonic() - began > 0.3
+    assert "waiting for what a killed build left running" in capsys.readouterr().out
+
+
+def test_the_next_build_of_another_checkout_gives_back_what_a_killed_run_left(fixed, rooms, killed, tmp_path):
+    sandbox.recover(tmp_path / "other" / "work")
+    assert not rooms["tree"].exists(), "it has nothing to do with that"
+    assert sandbox.obstacle(tmp_path / "other" / "work", {}) == ""
+    assert content(rooms["tree"]) == {"file": "tree", "new.o": "object"}
+
+
+@pytest.mark.parametrize("fate", ["made anew", "gone with its checkout"])
+def test_what_a_killed_run_left_is_removed_where_its_place_is_not_free(fixed, rooms, killed, fate):
+    if fate == "made anew":
+        rooms["tree"].mkdir()
+    else:
+        files.remove(rooms["tree"].parent)
+    sandbox.recover(rooms["tree"].parent)
+    assert not fixed.exists()
+    assert not rooms["tree"].exists() or os.listdir(rooms["tree"]) == []
+
+
+def obstacles(fixed: Path, rooms: dict[str, Path]) -> Iterator[tuple[str, str]]:
+    """What can be in the way, made one after the other, and how that is told."""
+    yield "nothing", ""
+    (fixed / "theirs").mkdir(parents=True)
+    yield "somebody's own folder", "theirs is there"
+    (fixed / "theirs").rmdir()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        sandbox.ROOT = Path(elsewhere)
+        yield "another file system", "Invalid cross-device link"
+    sandbox.ROOT = fixed
+    if os.geteuid() == 0:
+        fixed.mkdir(exist_ok=True)
+        os.chown(fixed, NOBODY, NOBODY)
+        yield "another user", "it belongs to another user"
+        sandbox.ROOT = Path("/proc/build")
+        yield "no right to make it", "No such file or directory"
+    else:
+        sandbox.ROOT = Path("/build-of-root")
+        yield "no right to make it", "Permission denied"
+
+
+def test_what_is_in_the_way_is_told_and_nothing_is_left_of_the_try(fixed, rooms):
+    work = rooms["tree"].parent
+    for what, told in obstacles(fixed, rooms):
+        assert (what, sandbox.obstacle(work, {"environment": rooms["environment"]})) == (what, told)
+        assert os.listdir(work) == ["tree"]
+        assert content(rooms["environment"]) == {"file": "environment"}
+
+
+# --- choosing ---
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch) -> Callable[..., None]:
+    """A machine that has these tools, with what they do as shell scripts. Fakes: a real machine has what it has."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+
+    def made(**tools: str) -> None:
+        for name, script in {"setpriv": 'shift 3; exec "$@"', **tools}.items():
+            (bin_folder / name).write_text(f"#!/bin/sh\n{script}\n")
+            (bin_folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(bin_folder))
+        available.cache_clear()
+
+    yield made
+    monkeypatch.undo()
+    available.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("tools", "kind"),
+    [
+        ({}, "none"),
+        ({"bwrap": "exit 0", "unshare": "exit 0"}, "bubblewrap"),
+        ({"bwrap": "echo 'No permissions to create new namespace'; exit 1", "unshare": "exit 0"}, "no network"),
+        ({"unshare": "exit 0"}, "no network"),
+        ({"bwrap": "exit 1", "unshare": "exit 1"}, "none"),
+    ],
+)
+def test_the_strongest_sandbox_that_works_is_taken(machine, tools, kind):
+    machine(**tools)
+    assert choose("auto") == Sandbox(kind)
+
+
+def test_off_is_none_even_where_there_is_a_better_one():
+    assert choose("off") == Sandbox("none")
+
+
+def test_require_is_refused_where_bubblewrap_does_not_work(machine):
+    machine(unshare="exit 0")
+    with pytest.raises(VoltforgeError) as caught:
+        choose("require")
+    assert caught.value.what == "sandbox=require, but bubblewrap cannot make a namespace here"
+    assert "bubblewrap" in caught.value.hint
+
+
+@needs_bubblewrap
+def test_require_is_granted_where_bubblewrap_works():
+    assert choose("require") == Sandbox("bubblewrap")
+
+
+@pytest.mark.parametrize("choice", ["", "yes", "bubblewrap", "AUTO"])
+def test_any_other_choice_is_refused_with_the_ones_there_are(choice):
+    with pytest.raises(VoltforgeError) as caught:
+        choose(choice)
+    assert (caught.value.what, caught.value.hint) == (f"sandbox={choice} is no choice", "one of auto, require, off")
+
+
+@needs_bubblewrap
+def test_an_interpreter_below_a_link_is_seen_by_both_its_names(tmp_path, monkeypatch):
+    """As where the home folder is a link, or uv keeps its interpreters."""
+    real = tmp_path / "python-3.1.4"
+    (real / "bin").mkdir(parents=True)
+    (real / "bin" / "python").write_text("here")
+    (tmp_path / "python-3.1").symlink_to(real)
+    monkeypatch.setattr(sandbox.sys, "base_prefix", str(tmp_path / "python-3.1"))
+    words = ["cat", str(real / "bin" / "python"), str(tmp_path / "python-3.1" / "bin" / "python")]
+    argv = Sandbox("bubblewrap").command(words, writable={}, readable={}, cwd=Path("/"))
+    assert run(argv).output == "herehere"
+
+
+# --- a build that looks around ---
+
+NAME_SERVER = """
+import socket, sys
+line = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+line.bind(("127.0.0.1", 0))
+print(line.getsockname()[1], flush=True)
+while True:
+    data, whoever = line.recvfrom(512)
+    print(f"was asked {len(data)} bytes", flush=True)
+    answer = b"\\xc0\\x0c\\0\\1\\0\\1\\0\\0\\0\\x3c\\0\\4\\xc0\\0\\2\\1"
+    line.sendto(data[:2] + b"\\x81\\x80\\0\\1\\0\\1\\0\\0\\0\\0" + data[12:] + answer, whoever)
+"""
+"""Answers whatever comes with the address 192.0.2.1, as RFC 1035 has it."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Something that a build may try: a function of tests/packages/curious/setup.py and its words."""
+
+    what: str
+    words: tuple[object, ...]
+    by_root: bool = False
+    """Whether only root succeeds even without a sandbox."""
+
+
+class World:
+    """What there is to be seen around a build: listeners, homes, a checkout, a process."""
+
+    def __init__(self, user: int, held: contextlib.ExitStack) -> None:
+        self.user = user
+        self.held = held
+        self.rights = {} if user == os.geteuid() else {"user": user, "group": user, "extra_groups": []}
+        self.secret = secrets.token_hex()
+        homes = Path("/home") if os.access("/home", os.W_OK) else Path("/var/tmp")
+        self.home = self.folder(Path.home() if user == os.geteuid() and os.access(Path.home(), os.W_OK) else homes)
+        self.other_home = self.folder(homes)
+        self.checkout = self.folder(Path("/var/tmp"))  # not below /tmp, which is another one inside
+        self.shared = [self.folder(Path(where)) for where in ("/tmp", "/dev/shm")]
+        self.network = [self.listening(socket.AF_INET, ("127.0.0.1", 0)),
+                        self.listening(socket.AF_UNIX, f"\0{self.secret}"),
+                        self.listening(socket.AF_UNIX, str(self.checkout / "socket"))]  # fmt: skip
+        self.names = held.enter_context(self.started([PYTHON, "-c", NAME_SERVER], {}))
+        self.name_port = int(self.names.stdout.readline())
+        variables = {**os.environ, "SECRET": f"{self.secret} of the environment"}
+        self.process = held.enter_context(
+            self.started(["sleep", f"600.{secrets.randbits(64)}"], {"env": variables, **self.rights})
+        )
+
+    def folder(self, where: Path) -> Path:
+        """A folder of the user's with a secret in it, for the time of the test."""
+        made = Path(self.held.enter_context(tempfile.TemporaryDirectory(prefix="voltforge-test-", dir=where)))
+        (made / "secret").write_text(self.secret)
+        made.chmod(0o755)
+        return made
+
+    def listening(self, family: int, address: object) -> socket.socket:
+        """A listener whose callers can be counted later."""
+        line = self.held.enter_context(socket.socket(family))
+        line.bind(address)
+        line.listen()
+        line.setblocking(False)
+        if family == socket.AF_UNIX and isinstance(address, str) and address.startswith("/"):
+            Path(address).chmod(0o777)
+        return line
+
+    @contextlib.contextmanager
+    def started(self, words: list[str], rights: dict[str, object]) -> Iterator[subprocess.Popen[bytes]]:
+        with subprocess.Popen(words, stdout=subprocess.PIPE, **rights) as child:
+            try:
+                yield child
+            finally:
+                child.kill()
+
+    def callers(self) -> int:
+        """How many have called since the last time."""
+        count = 0
+        for line in self.network:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    line.accept()[0].close()
+                    count += 1
+        asked = os.open(f"/proc/self/fd/{self.names.stdout.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
+        with contextlib.suppress(BlockingIOError):
+            count += os.read(asked, 1 << 16).count(b"\n")
+        os.close(asked)
+        return count
+
+    def attempts(self, places: dict[str, Path]) -> list[Attempt]:
+        """The table. Each has to fail inside the sandbox, and to succeed outside of it."""
+        port = self.network[0].getsockname()[1]
+        return [
+            Attempt("network: a TCP connection", ("connect", "127.0.0.1", port)),
+            Attempt("network: a UDP packet", ("send", "127.0.0.1", self.name_port)),
+            Attempt("network: a DNS lookup", ("look_up", "127.0.0.1", self.name_port, "index.example.org")),
+            Attempt("network: a socket without a file", ("connect_by_name", f"\0{self.secret}")),
+            Attempt("network: a socket's file", ("connect_by_name", str(self.checkout / "socket"))),
+            Attempt("read a file of $HOME", ("read", str(self.home / "secret"))),
+            Attempt("read a file of another home", ("read", str(self.other_home / "secret"))),
+            Attempt("read a file of the checkout", ("read", str(self.checkout / "secret"))),
+            *(Attempt(f"read {folder.parent}", ("read", str(folder / "secret"))) for folder in self.shared),
+            Attempt("write to the checkout", ("write", str(self.checkout))),
+            Attempt("write to the environment", ("write", str(places["environment"]))),
+            Attempt("write to the toolchain", ("write", str(places["toolchain"]))),
+            Attempt("write to /usr", ("write", "/usr"), by_root=True),
+            Attempt("write to /usr/lib", ("write", "/usr/lib"), by_root=True),
+            Attempt("write to /etc", ("write", "/etc"), by_root=True),
+            Attempt("write to /", ("write", "/"), by_root=True),
+            Attempt("see a process of the machine", ("see_process", self.process.args[1])),
+            Attempt("read a variable of its caller", ("read_variable", self.secret)),
+        ]
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory, toolchain) -> Environment:
+    """What builds a package without compilers."""
+    pipeline = small_checkout(tmp_path_factory.mktemp("tools") / "checkout")
+    pipeline.package(pipeline.recipes["saxpy"]).stage("environment").run()
+    return Environment(pipeline.scratch / "environments" / "saxpy")
+
+
+def interpreter(user: int) -> Path:
+    """A Python that this user may run: root's own may be out of reach."""
+    for path in (PYTHON, "/usr/bin/python{}.{}".format(*sys.version_info)):
+        with contextlib.suppress(OSError):
+            if user == os.geteuid() or not subprocess.run([path, "-c", ""], user=user, group=user).returncode:
+                return Path(path)
+    pytest.skip("an ordinary user cannot run this Python")
+
+
+def curious(world: World, tools: Environment, saxpy: Pipeline, kind: str) -> build.Workshop:
+    """A place for the build of tests/packages/curious, all of it within reach of the user."""
+    tree, home, toolkit = (world.checkout / name for name in ("curious", "environment", "toolkit"))
+    shutil.copytree(PACKAGES / "curious", tree)
+    shutil.copytree(tools.path, home, symlinks=True, ignore=shutil.ignore_patterns("cmake", "nvidia", "ninja"))
+    python = interpreter(world.user)
+    (home / "bin" / "python").unlink()
+    (home / "bin" / "python").symlink_to(python)
+    settings = (home / "pyvenv.cfg").read_text()
+    (home / "pyvenv.cfg").write_text(re.sub(r"(?m)^home = .*$", f"home = {python.parent}", settings))
+    toolkit.mkdir()
+    compiler = HostCompiler(Path("/usr/bin/g++"), Path("/usr/bin/gcc"), "12.2.0")
+    shop = build.Workshop(
+        saxpy.recipes["saxpy"], Tree(tree, 1_700_000_000), Environment(home),
+        Toolchain(toolkit, "distro", "12.4.131", compiler, toolkit, {}), Sandbox(kind), 1, world.checkout / "work",
+    )  # fmt: skip
+    for folder in (world.checkout, *world.checkout.rglob("*")):
+        os.chown(folder, world.user, world.user if world.rights else -1, follow_symlinks=False)
+    return shop
+
+
+def tried(shop: build.Workshop, world: World) -> None:
+    """Build, as this user, and note what came of each attempt: ``done``, or what stopped it."""
+    attempts = [one for one in world.attempts(shop.places) if os.geteuid() == 0 or not one.by_root]
+    files.write_json(world.checkout / "attempts.json", [attempt.words for attempt in attempts])
+    shutil.copy(world.checkout / "attempts.json", shop.tree.path)
+    log = world.checkout / "log"
+    build.compile(shop, log)
+    outcomes = re.findall(r"^TRIED \d+ (.*)$", log.read_text(), re.MULTILINE)
+    named = zip([attempt.what for attempt in attempts], outcomes, strict=True)
+    files.write_json(world.checkout / "outcomes.json", dict(named))
+
+
+def tried_by(user: int, shop: build.Workshop, world: World) -> None:
+    if user != os.geteuid():
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    tried(shop, world)
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+@pytest.mark.parametrize("user", [os.geteuid(), NOBODY], ids=["me", "an ordinary user"])
+def test_a_build_that_looks_around_sees_nothing_inside_and_everything_outside(
+    user: int, saxpy: Pipeline, tools: Environment, counted: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if user != os.geteuid() != 0:
+        pytest.skip("these tests run as an ordinary user anyway")
+    with contextlib.ExitStack() as held:
+        world = World(user, held)
+        if world.rights:
+            monkeypatch.setattr(sys, "base_prefix", "/usr")  # root's own may be out of reach
+        inside = curious(world, tools, saxpy, "bubblewrap")
+        for shop in (inside, replace(inside, sandbox=Sandbox("none"), work=world.checkout / "outside")):
+            child = multiprocessing.get_context("fork").Process(target=tried_by, args=(user, shop, world))
+            child.start()
+            child.join()
+            assert child.exitcode == 0
+            outcomes = files.read_json(world.checkout / "outcomes.json")
+            done = [what for what, outcome in outcomes.items() if outcome == "done"]
+            assert done == ([] if shop is inside else [*outcomes]), outcomes
+            assert world.callers() == (0 if shop is inside else 5)
+    network = sum(what.startswith("network") for what in outcomes)
+    counted("network attempts blocked inside the sandbox", network)
+    counted("reads and writes outside blocked inside the sandbox", len(outcomes) - network)

@@ -1,0 +1,138 @@
+"""The recipe for PyTorch from source, tried on a PyTorch that can be had: Debian's 2.6.0, as far as it goes.
+
+The release tarball of 2.9.0 lies on a host that many machines do not reach. Debian's archive has the source of 2.6.0
+without most vendored parts: it is configured to the end, its code is generated, and c10 and some sources of ATen
+are compiled, with the recipe's options, its locked environment, the toolchain and the sandbox. The rest of the way, to
+an installed wheel, is gone by a small package of PyTorch's shape in tests/pipeline/test_from_source.py.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support import debian
+from tests.support.samples import listed_by_cuobjdump
+from voltforge.binary.elf import Elf
+from voltforge.compile import build
+from voltforge.compile.build import BuildError, Workshop
+from voltforge.compile.toolchain import Toolchain
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.sources import options
+from voltforge.sources.options import OptionError
+from voltforge.sources.recipe import SourceRecipe
+from voltforge.sources.tree import Tree
+
+pytestmark = pytest.mark.slow
+
+ATEN = "caffe2/CMakeFiles/torch_cuda.dir/__/aten/src/ATen/native"
+KERNELS = (
+    "cuda/FillKernel", "cuda/RangeFactories", "cuda/AbsKernel",
+    "transformers/cuda/mem_eff_attention/kernels/cutlassB_f16_aligned_k32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline(repository: Path) -> Pipeline:
+    return Pipeline.load(repository, Settings())
+
+
+@pytest.fixture(scope="module")
+def recipe(pipeline: Pipeline) -> SourceRecipe:
+    found = pipeline.recipes["torch"]
+    assert isinstance(found, SourceRecipe)
+    return found
+
+
+@pytest.fixture(scope="module")
+def upstream(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    return debian.upstream(pipeline, tmp_path_factory.mktemp("pytorch") / "upstream")
+
+
+@pytest.fixture(scope="module")
+def patched(pipeline: Pipeline, upstream: Tree) -> Tree:
+    return debian.patched(pipeline, upstream)
+
+
+@pytest.fixture(scope="module")
+def shop(pipeline: Pipeline, patched: Tree, toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    made = debian.workshop(pipeline, patched, toolchain, tmp_path_factory.mktemp("work"))
+    made.prepare()
+    return made
+
+
+@pytest.fixture(scope="module")
+def summary(shop: Workshop) -> list[str]:
+    """What configuring said, line by line."""
+    return debian.configured(shop)
+
+
+def ninja(shop: Workshop, *targets: str) -> list[Path]:
+    """Build some targets, and give their files."""
+    tool = shop.places["environment"] / "bin/ninja"
+    shop.run([tool, "-C", "build", f"-j{shop.jobs}", *targets], log=shop.work / "ninja.log")
+    return [shop.work / "tree/build" / target for target in targets]
+
+
+def test_the_source_knows_every_option_of_the_recipe_but_the_newer_ones(recipe: SourceRecipe, upstream: Tree) -> None:
+    with pytest.raises(OptionError) as caught:
+        options.check(recipe, upstream.path)
+    assert set(caught.value.unknown) == debian.NEWER
+
+
+def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(recipe: SourceRecipe, upstream: Tree) -> None:
+    env = {name: value for name, value in recipe.build.env.items() if name not in debian.NEWER} | {"USE_CUDDN": "1"}
+    misspelt = recipe.model_copy(update={"build": recipe.build.model_copy(update={"env": env})})
+    with pytest.raises(OptionError) as caught:
+        options.check(misspelt, upstream.path)
+    assert caught.value.unknown == {"USE_CUDDN": ["USE_CUDNN"]}
+
+
+def test_it_is_configured_as_the_recipe_says(shop: Workshop, summary: list[str]) -> None:
+    told = dict(match.groups() for line in summary if (match := re.match(r"--\s+([\w ]+?)\s+: (.*)", line)))
+    assert told["cuDNN version"] == "9.10.2"
+    assert (told["BLAS"], told["LAPACK"], told["USE_NCCL"], told["USE_SYSTEM_NCCL"]) == ("mkl", "mkl", "1", "ON")
+    assert (told["USE_FLASH_ATTENTION"], told["USE_MEM_EFF_ATTENTION"]) == ("0", "1")
+    assert not [line for line in summary if options.contradicted(line, shop.recipe.build.env)]
+    compiled_for = set(re.findall(r"arch=compute_\w+,code=\w+", (shop.work / "tree/build/build.ninja").read_text()))
+    assert compiled_for == {"arch=compute_70,code=sm_70"}
+
+
+def test_a_library_that_is_not_found_ends_the_build_before_anything_is_compiled(
+    pipeline: Pipeline, patched: Tree, toolchain: Toolchain, tmp_path: Path
+) -> None:
+    made = debian.workshop(pipeline, patched, toolchain, tmp_path / "work", {"CUDNN_ROOT": "/nowhere"})
+    with pytest.raises(BuildError, match="configured with USE_CUDNN=OFF, where the recipe has 1"):
+        build.compile(made, tmp_path / "log")
+    assert not list((tmp_path / "work").rglob("*.cu.o"))
+
+
+@pytest.mark.usefixtures("summary")
+def test_c10_is_compiled_and_loads(shop: Workshop, toolchain: Toolchain) -> None:
+    c10, c10_cuda = ninja(shop, "lib/libc10.so", "lib/libc10_cuda.so")
+    assert {"libc10.so", "libcudart.so.12"} <= set(Elf.read(c10_cuda).needed)
+    program = "import ctypes, sys; [ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) for path in sys.argv[1:]]"
+    runtime = toolchain.home / "lib64/libcudart.so.12"
+    needed = {"LD_LIBRARY_PATH": str(shop.work / "tree/deb/usr/lib/x86_64-linux-gnu")}  # of Debian's cpuinfo
+    subprocess.run([shop.environment.python, "-c", program, runtime, c10, c10_cuda], check=True, env=needed)
+    ninja(shop, "gen_torch_version")
+    assert "__version__ = '2.6.0+sm70.cu" in (shop.work / "tree/torch/version.py").read_text()
+
+
+@pytest.mark.usefixtures("summary")
+def test_cuda_sources_of_aten_are_compiled_for_sm_70_alone(shop: Workshop, toolchain: Toolchain) -> None:
+    for made in ninja(shop, *(f"{ATEN}/{kernel}.cu.o" for kernel in KERNELS)):
+        assert listed_by_cuobjdump(toolchain, made) == {"sm_70": 1}
+        ptx = subprocess.run([toolchain.home / "bin/cuobjdump", "-lptx", made], capture_output=True, text=True)
+        assert ".ptx" not in ptx.stdout
+        assert str(shop.work).encode() not in made.read_bytes()
+
+
+@pytest.mark.usefixtures("summary")
+def test_attention_by_cudnn_is_compiled(shop: Workshop) -> None:
+    [made] = ninja(shop, f"{ATEN}/cudnn/MHA.cpp.o")
+    assert b"run_cudnn_SDP_fprop" in made.read_bytes()

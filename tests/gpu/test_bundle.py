@@ -1,0 +1,152 @@
+"""The bundle for a GPU: vLLM's kernels for 7.0 with inputs and references, in one file; here it is made and looked at.
+
+No GPU runs it here. docs/volta.md has the table of a run on a newer card.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.image.test_stages import pipeline as checkout
+from tests.support.beside import Beside
+from tests.support.checkouts import ROOT, doit, small_checkout
+from tests.volta.test_run import has_driver
+from voltforge.compile.toolchain import Toolchain
+from voltforge.errors import VoltforgeError
+from voltforge.gpu import bundle
+from voltforge.gpu.bundle import GpuError, NoGpuError
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.pipeline.stage import NotRun
+from voltforge.system import files
+
+pytestmark = pytest.mark.build
+
+KERNELS = (
+    "kernel_unified_attention_2d", "kernel_unified_attention_3d", "reduce_segments", "reshape_and_cache_kernel_flash",
+    "awq_dequantize_kernel", "awq_gemm_kernel", "fused_moe_kernel_gptq_awq", "gptq", "rms_norm", "rotary", "topk",
+    "moe_align", "moe_wna16", "act_and_mul",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(vllm: Pipeline) -> Path:
+    """The bundle of the wheel that was built."""
+    doit("gpu-bundle")
+    return Path(bundle.results(vllm)["path"])
+
+
+def ran(path: Path, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The bundle run as a person would, with nothing of this checkout beside it."""
+    return subprocess.run([sys.executable, path, *words], cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def test_it_has_every_kernel_and_no_flaw_that_shows_without_a_gpu(made: Path, tmp_path: Path) -> None:
+    done = ran(made, "--check", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "0 flaws. Nothing was run: that takes a GPU." in done.stdout
+    listed = ran(made, "--list", cwd=tmp_path).stdout
+    for kernel in KERNELS:
+        assert kernel in listed
+    assert made.stat().st_size <= bundle.LARGEST
+
+
+def test_it_brings_the_drivers_bindings_for_every_python_and_the_very_code_of_the_checkout(
+    made: Path, repository: Path
+) -> None:
+    with zipfile.ZipFile(made) as archive:
+        names = archive.namelist()
+        for tag in ("cp310", "cp311", "cp312", "cp313"):
+            assert any(name.startswith(f"site/{tag}/cuda/bindings/driver.") for name in names)
+        for name in bundle.CODE:
+            assert archive.read(f"volta/{name}") == (repository / "volta" / name).read_bytes()
+
+
+def test_without_a_gpu_it_says_so_in_a_sentence_with_status_5(made: Path, tmp_path: Path) -> None:
+    if has_driver():
+        pytest.skip("this machine has a driver; CI has none")
+    done = ran(made, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr == "x this machine has no NVIDIA driver: libcuda.so.1 is not found\n"
+
+
+def test_a_python_without_numpy_is_told_what_is_missing(made: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-S", made], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "x this bundle needs numpy: pip install numpy\n"
+
+
+def test_verify_gpu_ends_with_status_5_and_says_what_to_do(made: Path, repository: Path) -> None:
+    if has_driver():
+        pytest.skip("this machine has a driver; CI has none")
+    done = subprocess.run(["./doit", "verify:gpu"], cwd=repository, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 5
+    assert "x this machine has no NVIDIA driver" in done.stdout
+    assert "carry the file that ./doit gpu-bundle makes" in done.stdout
+
+
+def test_a_second_call_makes_nothing_and_a_change_of_a_kernels_case_makes_it_anew(
+    made: Path, vllm: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = bundle.bundle(vllm)
+    assert stage.current()
+    monkeypatch.setattr(bundle, "MAKERS", (*bundle.MAKERS, "cases.py"))
+    assert not stage.current()
+
+
+ENDS = {
+    "print('x no card at all'); sys.exit(5)": (NoGpuError, "no card at all"),
+    "print('FAILED: a row'); sys.exit(1)": (GpuError, "not every row is right"),
+    "print('x the card was lost'); sys.exit(1)": (GpuError, "the card was lost"),
+    "print('x told.json cannot be written'); sys.exit(2)": (GpuError, "told.json cannot be written"),
+    "raise SystemExit(3)": (GpuError, "failed with status 3"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_whatever_a_bundle_ends_with_is_told_as_it_is(end: str, tmp_path: Path) -> None:
+    kind, words = ENDS[end]
+    with pytest.raises(kind, match=words):
+        bundle.verify(with_bundle(tmp_path, end))
+
+
+def test_a_bundle_whose_rows_are_right_is_the_end_of_it_on_a_card_that_is_no_volta(tmp_path: Path) -> None:
+    bundle.verify(with_bundle(tmp_path, 'open(sys.argv[2], "w").write(\'{"card": {"capability": [9, 0]}}\')'))
+
+
+def with_bundle(root: Path, program: str) -> Pipeline:
+    """A checkout whose bundle is this program."""
+    pipeline = checkout(root)
+    path = root / "bundle.py"
+    path.write_text(f"import sys\n{program}\n")
+    files.write_json(pipeline.record("gpu-bundle"), {"results": {"path": str(path), "rows": 1}})
+    (root / "build" / "gpu").mkdir()
+    return pipeline
+
+
+def test_without_a_wheel_there_is_nothing_to_make_a_bundle_of(tmp_path: Path, toolchain: Toolchain) -> None:
+    pipeline = small_checkout(tmp_path / "checkout")
+    shutil.copytree(ROOT / "volta", pipeline.root / "volta")
+    shutil.copy(ROOT / "recipes" / "locks" / "gpu-runner.txt", pipeline.root / "recipes" / "locks")
+    files.write(pipeline.root / "recipes" / "locks" / "vllm-runtime.txt", "")
+    with pytest.raises(NotRun, match="gpu-bundle has not run"):
+        bundle.verify(pipeline)
+    with pytest.raises(VoltforgeError, match="the wheelhouse has no vllm"):
+        bundle.bundle(pipeline).run()
+
+
+def test_a_row_that_is_recorded_has_the_launches_and_what_is_right_after_them(beside: Beside, tmp_path: Path) -> None:
+    beside.run("-m", "volta.record", tmp_path / "made.zip", "--only", "Experts(zeros=True)", "--jobs", "1")
+    with zipfile.ZipFile(tmp_path / "made.zip") as archive:
+        listed = archive.read("rows.json").decode()
+    assert '"kernels": "fused_moe_kernel_gptq_awq"' in listed
+    done = subprocess.run(
+        [sys.executable, "-m", "volta.gpu.run", "--bundle", tmp_path / "made.zip", "--check"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("1 rows with 1 launches; 0 flaws."), done.stderr

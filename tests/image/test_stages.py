@@ -1,0 +1,86 @@
+"""The image of a checkout is made of the wheels that are kept there, and of nothing else."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkouts import ROOT
+from tests.support.samples import wheel
+from voltforge.image import container_engine, stages
+from voltforge.image.layers import ImageError
+from voltforge.image.stages import Runtime
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.pipeline.stage import NotRun
+
+MINE = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+
+
+def pipeline(root: Path, base: str = "") -> Pipeline:
+    """A checkout that can choose a toolkit and make an image, and has no packages."""
+    for name in ("docker", "recipes/locks", "volta"):
+        shutil.copytree(ROOT / name, root / name, dirs_exist_ok=True)
+    shutil.copy(ROOT / "recipes" / "cuda.toml", root / "recipes")
+    return Pipeline.load(root, Settings(base=base))
+
+
+def kept(checkout: Pipeline, name: str, tag: str) -> None:
+    """Put a small wheel into the wheelhouse."""
+    folder = checkout.root / "made" / name
+    checkout.wheelhouse.add(wheel(folder, {f"{name}/__init__.py": ""}, name=name, tag=tag))
+
+
+def before(made: Runtime) -> list[str]:
+    """The stages that must run before the image is made."""
+    return [stage.name for stage in made.image.after()]
+
+
+def test_missing_wheels_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
+    checkout = pipeline(tmp_path)
+    kept(checkout, "vllm", "cp38-abi3-linux_x86_64")
+    with pytest.raises(ImageError, match="the wheelhouse has no torch for Python") as caught:
+        Runtime(checkout).wheels()
+    assert "./doit torch=thin wheels" in caught.value.hint
+
+
+def test_no_base_is_made_before_there_are_wheels(tmp_path: Path) -> None:
+    checkout = pipeline(tmp_path)
+    assert before(Runtime(checkout)) == []
+    for name in ("torch", "vllm"):
+        kept(checkout, name, "cp38-abi3-linux_x86_64")
+    assert before(Runtime(checkout)) == ["toolchain", "image:base"]
+    assert before(Runtime(pipeline(tmp_path, "python:3.11-slim"))) == ["toolchain"]
+
+
+def test_wheels_for_another_python_do_not_count(tmp_path: Path) -> None:
+    checkout = pipeline(tmp_path)
+    kept(checkout, "vllm", "cp38-abi3-linux_x86_64")
+    kept(checkout, "torch", "cp27-cp27mu-linux_x86_64")
+    with pytest.raises(ImageError, match="no torch"):
+        Runtime(checkout).wheels()
+    kept(checkout, "torch", f"{MINE}-{MINE}-linux_x86_64")
+    assert Runtime(checkout).wheels()["torch"].path.name == f"torch-1.0-{MINE}-{MINE}-linux_x86_64.whl"
+
+
+def test_an_image_that_was_not_made_cannot_be_asked_about(tmp_path: Path) -> None:
+    with pytest.raises(NotRun, match="image has not run"):
+        Runtime(pipeline(tmp_path)).why()
+
+
+def test_another_way_to_make_an_image_makes_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = pipeline(tmp_path, "python:3.11-slim")
+    for name in ("torch", "vllm"):
+        kept(checkout, name, "cp38-abi3-linux_x86_64")
+    monkeypatch.setattr(container_engine, "choose", lambda: "an engine")
+    assert Path(stages.__file__) in stages.CODE
+    code = tmp_path / "image.py"
+    monkeypatch.setattr(stages, "CODE", (code,))
+    keys = []
+    for text in ("one way", "another"):
+        code.write_text(text)
+        keys.append(Runtime(checkout).image.key())
+    assert keys[0] != keys[1]

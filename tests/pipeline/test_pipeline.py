@@ -1,0 +1,222 @@
+"""From recipe to wheelhouse: what is repeated, what is not, and what the receipt says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkouts import edited
+from voltforge.commands import chores
+from voltforge.compile.toolchain import COMPILERS
+from voltforge.errors import VoltforgeError
+from voltforge.pipeline.checkout import Settings
+from voltforge.pipeline.package import Package
+from voltforge.pipeline.pipeline import STAGES, Pipeline
+from voltforge.pipeline.stage import Stage
+from voltforge.sources import environment
+from voltforge.sources.materials import of_lock
+from voltforge.system import files
+from voltforge.wheel import provenance, sbom, signing, wheelfile
+from voltforge.wheel.wheelhouse import PROVENANCE, SBOM
+
+
+def stages(pipeline: Pipeline) -> dict[str, Stage]:
+    package = pipeline.package(pipeline.recipes["saxpy"])
+    return {kind: pipeline.toolchain if kind == "toolchain" else package.stage(kind) for kind in STAGES}
+
+
+def run(pipeline: Pipeline) -> list[str]:
+    """Run every stage in order; gives those that had something to do."""
+    done = []
+    for kind, stage in stages(pipeline).items():
+        if not stage.current():
+            done.append(kind)
+        stage.run()
+    return done
+
+
+def saxpy_package(pipeline: Pipeline) -> Package:
+    return pipeline.package(pipeline.recipes["saxpy"])
+
+
+def rewritten(pipeline: Pipeline, old: str, new: str) -> Pipeline:
+    """The checkout after an edit of its recipe."""
+    path = pipeline.root / "recipes" / "saxpy.toml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    return Pipeline.load(pipeline.root, pipeline.settings)
+
+
+def patched(pipeline: Pipeline) -> Path:
+    """Give the package a series of one patch."""
+    patch = pipeline.root / "patches" / "saxpy" / "0001-comment.patch"
+    patch.parent.mkdir(parents=True)
+    patch.write_text(
+        "Subject: a comment\n---\n--- a/saxpy/__init__.py\n+++ b/saxpy/__init__.py\n"
+        '@@ -1 +1,2 @@\n """A small CUDA extension."""\n+# patched\n'
+    )
+    return patch
+
+
+@pytest.mark.slow
+def test_a_second_run_does_nothing_and_a_comment_in_the_recipe_neither(saxpy: Pipeline) -> None:
+    assert run(saxpy) == ["fetch", "tree", "environment", "build", "check", "wheels"]
+    assert run(saxpy) == []
+    assert run(rewritten(saxpy, 'name = "saxpy"', '# a comment\nname = "saxpy"')) == []
+
+
+@pytest.mark.slow
+def test_a_kept_wheel_outlives_the_build_folder(saxpy: Pipeline) -> None:
+    run(saxpy)
+    sdist = next((saxpy.scratch / "downloads").glob("*.tar.gz")).read_bytes()
+    toolchain = (saxpy.scratch / "stages" / "toolchain.json").read_bytes()
+    for entry in saxpy.scratch.iterdir():
+        files.remove(entry)
+    files.write(saxpy.scratch / "downloads" / "saxpy-1.0.tar.gz", sdist)
+    files.write(saxpy.scratch / "stages" / "toolchain.json", toolchain)
+    assert run(Pipeline.load(saxpy.root, Settings())) == ["fetch", "tree"]
+
+
+@pytest.mark.slow
+def test_what_depends_on_a_change_runs_again_and_nothing_else(saxpy: Pipeline) -> None:
+    run(saxpy)
+    patched(saxpy)
+    assert run(saxpy) == ["tree", "build", "check", "wheels"]
+    assert run(rewritten(saxpy, 'max_size = "100 kB"', 'max_size = "90 kB"')) == ["check", "wheels"]
+
+
+@pytest.mark.slow
+def test_a_wheel_that_vanished_or_rotted_is_made_again(saxpy: Pipeline) -> None:
+    run(saxpy)
+    (kept,) = saxpy.wheelhouse.path.glob("*.whl")
+    good = kept.read_bytes()
+    kept.write_bytes(good[:-1] + b"?")
+    assert run(saxpy) == ["wheels"]
+    assert kept.read_bytes() == good
+
+
+@pytest.mark.slow
+def test_a_wheel_with_other_bytes_is_looked_at_again_though_its_inputs_are_the_same(saxpy: Pipeline) -> None:
+    run(saxpy)
+    for kept in (stages(saxpy)["wheels"].record, *saxpy.wheelhouse.path.glob("*.whl")):
+        files.remove(kept)
+    assert run(saxpy) == ["wheels"]
+    built = stages(saxpy)["build"]
+    files.write_json(built.record, {**built.kept(), "results": {**built.results(), "sha256": "another"}})
+    assert stages(saxpy)["check"].key() != stages(saxpy)["check"].kept()["key"]
+
+
+@pytest.mark.slow
+def test_the_receipt_says_what_the_wheel_was_made_of(saxpy: Pipeline) -> None:
+    run(saxpy)
+    receipt = json.loads(saxpy.wheelhouse.receipt("saxpy", environment.python_tag()).read_text())
+    made_of, results = receipt["inputs"], receipt["results"]
+    assert made_of["source"]["sha256"] == saxpy.recipes["saxpy"].source.sha256
+    assert made_of["toolchain"]["nvvm/bin/cicc"]
+    assert made_of["environment"]["lock"]["saxpy.txt"] == files.sha256(saxpy.root / "recipes/locks/saxpy.txt")
+    assert made_of["variables"]["TORCH_CUDA_ARCH_LIST"] == "7.0"
+    assert results["sha256"] == files.sha256(saxpy.wheelhouse.path / results["file"])
+    assert {"check": "imports", "severity": "pass", "detail": "saxpy._C"} in results["findings"]
+    assert isinstance(results["hermetic"], bool)
+    assert str(saxpy.root) not in json.dumps(made_of), "a receipt is the same wherever the checkout lies"
+
+
+@pytest.mark.slow
+def test_a_wheel_that_fails_its_checks_is_not_kept_and_every_failure_is_told(saxpy: Pipeline) -> None:
+    strict = rewritten(saxpy, 'max_size = "100 kB"', 'max_size = "1 kB"\nrequires = ["torch==2.9.0"]')
+    with pytest.raises(VoltforgeError, match=r"fails 2 checks and was not kept") as caught:
+        run(strict)
+    assert "it does not require torch==2.9.0" in caught.value.what
+    assert "over the 1.0 kB" in caught.value.what
+    assert not list(strict.wheelhouse.path.glob("*.whl"))
+    assert not strict.wheelhouse.receipt("saxpy", environment.python_tag()).exists()
+
+
+@pytest.mark.slow
+def test_any_wheel_can_be_held_to_the_recipe_of_its_project(saxpy: Pipeline) -> None:
+    run(saxpy)
+    (kept,) = saxpy.wheelhouse.path.glob("*.whl")
+    findings = saxpy.examined(kept)
+    assert {finding.severity for finding in findings} <= {"pass", "note"}
+    assert any(finding.check == "imports" for finding in findings)
+    with pytest.raises(VoltforgeError, match="there is no"):
+        saxpy.examined(Path("nowhere.whl"))
+
+
+def refused(pipeline: Pipeline) -> str:
+    """What ./doit verify ends with."""
+    with pytest.raises(VoltforgeError) as caught:
+        chores.verify_wheels(pipeline)
+    return caught.value.what
+
+
+@pytest.mark.slow
+def test_verify_refuses_a_wheelhouse_whose_wheel_index_and_provenance_do_not_agree(saxpy: Pipeline, capsys) -> None:
+    run(saxpy)
+    house = saxpy.wheelhouse
+    (kept,) = house.wheels()
+    chores.verify_wheels(saxpy)
+    assert "wheel, index, receipt and provenance agree" in " ".join(capsys.readouterr().out.split())
+    of_it, of_all = f"{kept.path.name} fails 1 checks", "the wheelhouse fails 1 checks"
+
+    def changed(path: Path, old: str, new: str) -> str:
+        before = path.read_text()
+        assert old in before
+        path.write_text(before.replace(old, new, 1))
+        said = refused(saxpy)
+        path.write_text(before)
+        return said
+
+    sha256, page = files.sha256(kept.path), house.path / "simple" / "saxpy" / "index.html"
+    other = sha256[:-1] + ("0" if sha256[-1] != "0" else "1")
+    assert changed(house.beside(kept.path, PROVENANCE), '"payload":"', '"payload":"A') == of_it
+    assert changed(page, sha256, other) == f"{of_it}; {of_all}"
+    foreign = '<a href="http://evil.example/saxpy-9.0-py3-none-any.whl">saxpy-9.0-py3-none-any.whl</a><br>\n  </body>'
+    assert changed(page, "</body>", foreign) == of_all
+    chores.verify_wheels(saxpy)
+
+
+@pytest.mark.slow
+def test_verify_of_an_empty_wheelhouse_is_a_sentence(saxpy: Pipeline) -> None:
+    assert refused(saxpy) == "the wheelhouse is empty"
+
+
+@pytest.mark.slow
+def test_sbom_and_provenance_of_a_wheel_say_all_that_it_was_made_of_with_hashes(saxpy: Pipeline) -> None:
+    patch = patched(saxpy)
+    run(saxpy)
+    house, recipe = saxpy.wheelhouse, saxpy.recipes["saxpy"]
+    (kept,) = house.wheels()
+    document = house.beside(kept.path, SBOM).read_bytes()
+    assert wheelfile.sbom_bytes(kept.path) == document
+    assert sbom.problems(document) == []
+    assert [one["diff"]["url"] for one in json.loads(document)["metadata"]["component"]["pedigree"]["patches"]] == [
+        f"{patch.name}#sha256={files.sha256(patch)}"
+    ]
+    said = provenance.read(signing.payload(house.beside(kept.path, PROVENANCE).read_bytes()))
+    assert said.sbom == {"file": f"{kept.path.name}{SBOM}", "sha256": files.sha256_bytes(document)}
+    assert all(one.sha256 for one in said.materials)
+    hashes = {(one.kind, one.name): one.sha256 for one in said.materials}
+    assert hashes["source", "saxpy"] == (recipe.source.sha256,)
+    assert hashes["patch", patch.name] == (files.sha256(patch),)
+    lock, *entries = of_lock(recipe.beside(recipe.build.lock))
+    assert hashes["lock", lock.name] == lock.sha256
+    assert entries
+    assert {("package", one.name): one.sha256 for one in entries}.items() <= hashes.items()
+    home = saxpy.package(recipe).toolchain().home
+    assert {name: hashes.get(("compiler", name)) for name in COMPILERS} == {
+        name: (files.sha256(home / name),) for name in COMPILERS
+    }
+
+
+@pytest.mark.slow
+def test_an_edited_source_without_its_hash_in_the_recipe_is_refused(saxpy: Pipeline) -> None:
+    before = saxpy.recipes["saxpy"].source.sha256
+    changed = edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] *= a + 1")
+    stale = rewritten(changed, changed.recipes["saxpy"].source.sha256, before)
+    with pytest.raises(VoltforgeError) as caught:
+        run(stale)
+    assert before in str(caught.value)
+    assert changed.recipes["saxpy"].source.sha256 in str(caught.value)

@@ -1,0 +1,260 @@
+"""A stage runs when something that can change its result has changed, and is done only when its record says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from voltforge.errors import VoltforgeError
+from voltforge.pipeline import stage as module
+from voltforge.pipeline.stage import Changed, NotRun, Stage, changed
+from voltforge.system import files
+
+
+class Work:
+    """A stage whose work is to write a file, and that counts how often it is done."""
+
+    def __init__(self, folder: Path, name: str = "tree:vllm", unless: Stage | None = None) -> None:
+        self.inputs: dict[str, Any] = {"source": "abc"}
+        self.product = folder / f"{name}.product"
+        self.runs = 0
+        self.fails: BaseException | None = None
+        self.stage = Stage(
+            name, folder / "records" / f"{name}.json", lambda: self.inputs, self.make, self.intact, unless=unless
+        )
+
+    def make(self, key: str) -> dict[str, Any]:
+        self.runs += 1
+        if self.fails:
+            raise self.fails
+        self.product.write_text(key)
+        return {"path": str(self.product)}
+
+    def intact(self, results: Any) -> bool:
+        return Path(results["path"]).exists()
+
+
+@pytest.fixture
+def work(tmp_path):
+    return Work(tmp_path)
+
+
+def test_a_stage_runs_once_and_keeps_what_it_was_made_of(work):
+    assert not work.stage.current()
+    work.stage.run()
+    work.stage.run()
+    assert work.runs == 1
+    assert work.stage.current()
+    kept = json.loads(work.stage.record.read_text())
+    results = {"path": str(work.product)}
+    assert kept == {"stage": "tree:vllm", "key": work.stage.key(), "inputs": {"source": "abc"}, "results": results}
+    assert work.product.read_text() == kept["key"]
+    assert work.stage.results() == results
+
+
+def test_a_changed_input_makes_it_run_again(work):
+    work.stage.run()
+    work.inputs = {"source": "abd"}
+    assert not work.stage.current()
+    work.stage.run()
+    assert work.runs == 2
+    assert work.stage.kept()["inputs"] == {"source": "abd"}
+
+
+def test_a_new_version_of_the_pipeline_makes_it_run_again(work, monkeypatch):
+    work.stage.run()
+    monkeypatch.setattr(module, "PIPELINE_VERSION", module.PIPELINE_VERSION + 1)
+    assert not work.stage.current()
+
+
+def test_a_product_that_is_gone_makes_it_run_again(work):
+    work.stage.run()
+    work.product.unlink()
+    assert not work.stage.current()
+    work.stage.run()
+    assert work.stage.current()
+
+
+def test_a_record_that_is_gone_makes_it_run_again(work):
+    work.stage.run()
+    work.stage.record.unlink()
+    assert not work.stage.current()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '"text"', "{}", '{"key": "x"}', '{"results": 3}', "\0\1"])
+def test_a_record_that_makes_no_sense_is_none(work, content):
+    work.stage.record.parent.mkdir()
+    work.stage.record.write_text(content)
+    assert work.stage.kept() is None
+    assert not work.stage.current()
+    work.stage.run()
+    assert work.stage.current()
+
+
+VALUES = st.dictionaries(st.text(), st.text() | st.integers() | st.lists(st.text()) | st.none(), max_size=4)
+
+
+@given(VALUES, VALUES)
+def test_any_difference_in_the_inputs_is_another_key(one, other):
+    work = Work(Path("/never/written"))
+    assert (work.stage.key(one) == work.stage.key(other)) == (one == other)
+
+
+def test_two_stages_with_equal_inputs_have_different_keys(tmp_path):
+    assert Work(tmp_path, "tree:a").stage.key() != Work(tmp_path, "tree:b").stage.key()
+
+
+@pytest.mark.parametrize("problem", [VoltforgeError("no"), ValueError("bug"), KeyboardInterrupt(), SystemExit(1)])
+def test_work_that_fails_leaves_no_record_not_even_the_old_one(work, problem):
+    work.stage.run()
+    work.inputs, work.fails = {"source": "abd"}, problem
+    with pytest.raises(type(problem)):
+        work.stage.run()
+    assert not work.stage.record.exists()
+    work.inputs = {"source": "abc"}
+    assert not work.stage.current()
+
+
+def test_a_killed_run_leaves_no_record(tmp_path):
+    script = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from voltforge.pipeline.stage import Stage
+        def make(key):
+            if sys.argv[2] == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {}
+        one = Stage("one", Path(sys.argv[1]), lambda: {"for": sys.argv[2]}, make, lambda _: True)
+        one.run()
+        print(one.current())
+    """
+    record = tmp_path / "record.json"
+    words = [sys.executable, "-c", script, str(record)]
+    assert subprocess.run([*words, "live"], capture_output=True, text=True, check=True).stdout == "True\n"
+    assert subprocess.run([*words, "die"], check=False).returncode == -signal.SIGKILL
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_an_input_that_changes_during_the_work_leaves_no_record_and_is_named(work):
+    make = work.stage.make
+
+    def slow(key: str) -> dict[str, Any]:
+        work.inputs = {"source": "abd", "patches": {"0001.patch": "1234"}}
+        return make(key)
+
+    moving = replace(work.stage, make=slow)
+    with pytest.raises(Changed) as caught:
+        moving.run()
+    assert caught.value.what == (
+        "changed while tree:vllm was at work, so that nothing of it was kept:"
+        '\n  - patches: (none) -> {"0001.patch": "1234"}\n  - source: abc -> abd'
+    )
+    assert not work.stage.record.exists()
+    moving.run()
+    assert moving.kept()["inputs"] == work.inputs
+
+
+def test_what_a_stage_before_was_made_of_must_not_change_either(work, tmp_path):
+    after = Work(tmp_path, "build:vllm")
+    built = replace(after.stage, after=lambda: [work.stage])
+    with pytest.raises(NotRun, match="tree:vllm has not run"):
+        built.run()
+    work.stage.run()
+    work.inputs = {"source": "abd"}
+    with pytest.raises(Changed, match="changed while build:vllm was at work"):
+        built.run()
+    assert after.runs == 0
+    work.stage.run()
+    built.run()
+    assert built.current()
+
+
+def test_what_a_stage_before_made_must_be_whole_until_the_end(work, tmp_path):
+    after = Work(tmp_path, "build:vllm")
+
+    def spoiling(key: str) -> dict[str, Any]:
+        work.product.unlink()
+        return after.make(key)
+
+    built = replace(after.stage, after=lambda: [work.stage], make=spoiling)
+    work.stage.run()
+    with pytest.raises(Changed, match="what tree:vllm made: whole -> changed or gone"):
+        built.run()
+    assert not built.record.exists()
+
+
+NESTED = st.recursive(
+    st.none() | st.text(max_size=3) | st.integers(0, 9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=2), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(NESTED, NESTED)
+def test_there_are_changes_exactly_where_the_values_differ(one, other):
+    found = [*changed(one, other)]
+    assert all(files.digest(change.old) != files.digest(change.new) for change in found)
+    assert bool(found) == (without_nothing(one) != without_nothing(other))
+
+
+def without_nothing(value: Any) -> Any:
+    """Without entries that are none: an input that is none and one that is not there are the same."""
+    if isinstance(value, dict):
+        return {key: inner for key, item in value.items() if (inner := without_nothing(item)) is not None}
+    return value
+
+
+def test_changes_are_named_from_the_outside_in(work):
+    work.inputs = {"patches": {"1": "a", "2": "b"}, "arch": ["7.0"]}
+    work.stage.run()
+    work.inputs = {"patches": {"1": "a", "2": "c", "3": "d"}, "arch": ["7.0", "8.0"]}
+    told = ['arch: ["7.0"] -> ["7.0", "8.0"]', "patches.2: b -> c", "patches.3: (none) -> d"]
+    assert [str(change) for change in work.stage.changes()] == told
+
+
+def test_results_before_a_run_are_refused_with_what_to_do(work):
+    with pytest.raises(NotRun) as caught:
+        work.stage.results()
+    assert (caught.value.what, caught.value.hint) == ("tree:vllm has not run", "./doit tree:vllm")
+
+
+def test_inputs_that_need_a_stage_that_has_not_run_are_not_current(work, tmp_path):
+    after = Work(tmp_path, "build:vllm")
+    built = Stage("build:vllm", after.stage.record, lambda: work.stage.results(), after.make, after.intact)
+    assert not built.current()
+    work.stage.run()
+    built.run()
+    assert built.current()
+    work.stage.record.unlink()
+    assert not built.current()
+
+
+def test_a_later_stage_that_is_current_makes_this_one_needless(tmp_path):
+    later = Work(tmp_path, "wheels:vllm")
+    earlier = Work(tmp_path, "build:vllm", unless=later.stage)
+    assert not earlier.stage.current()
+    later.stage.run()
+    assert earlier.stage.current()
+    earlier.stage.run()
+    assert earlier.runs == 0
+    later.inputs = {"source": "abd"}
+    assert not earlier.stage.current()
+    earlier.stage.run()
+    assert earlier.runs == 1
+
+
+def test_a_record_that_cannot_be_written_leaves_the_stage_undone(work):
+    work.stage.record.mkdir(parents=True)
+    with pytest.raises(OSError, match=os.strerror(21)):
+        work.stage.run()
+    assert not work.stage.current()

@@ -1,0 +1,809 @@
+"""Fetching by hash: from real servers that break, lie, stall and redirect, from folders, and by several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import random
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import trustme
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tests.support.corruption import bounded, saying
+from tests.support.servers import Fault, Server, serving
+from voltforge.sources import fetch, index
+from voltforge.sources.fetch import Artifact, FetchError, NotFetchedError, NotKeptError, Store
+from voltforge.sources.index import Indexes, Patience
+from voltforge.system import console
+
+FILE = "thing-1.0.tar.gz"
+DATA = random.Random(7).randbytes(300_000)
+PATH = f"/{FILE}"
+NO_INDEX = Indexes(None)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def server():
+    with serving() as one:
+        one.files[PATH] = DATA
+        yield one
+
+
+@pytest.fixture
+def other():
+    with serving() as one:
+        one.files[PATH] = DATA
+        yield one
+
+
+@pytest.fixture(autouse=True)
+def said(monkeypatch):
+    """What a person would have seen."""
+    paper = io.StringIO()
+    monkeypatch.setattr(console, "screen", Console(file=paper, highlight=False, soft_wrap=True))
+    return paper
+
+
+def artifact(server: Server | None = None, data: bytes = DATA, file: str = FILE, **more) -> Artifact:
+    url = f"{server.url}/{file}" if server else None
+    return Artifact(file, hashlib.sha256(data).hexdigest(), **{"size": len(data), "url": url, **more})
+
+
+def store(folder: Path, indexes: Indexes = NO_INDEX, archives: tuple[str, ...] = (), **more) -> Store:
+    more = {"patience": Patience(attempts=4, first=0), **more}
+    return Store(folder, ask_indexes=lambda: indexes, ask_archives=lambda: archives, **more)
+
+
+def problem(a_store: Store, *artifacts: Artifact) -> NotFetchedError:
+    with pytest.raises(NotFetchedError) as caught:
+        a_store.get_all(artifacts)
+    return caught.value
+
+
+def outcomes(error: NotFetchedError) -> list[str]:
+    return [attempt.outcome for missing in error.missing for attempt in missing.attempts]
+
+
+def part_of(folder: Path, wanted: Artifact) -> Path:
+    """Where a run leaves what it has of a file when it is killed."""
+    path = folder / wanted.sha256[:16] / f"{wanted.sha256}.part"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+# --- keeping ---
+
+
+def test_a_file_is_fetched_once_and_kept_under_its_own_name(tmp_path, server):
+    one = store(tmp_path)
+    assert not one.holds(artifact(server))
+    path = one.get(artifact(server))
+    assert (path.name, path.read_bytes()) == (FILE, DATA)
+    assert one.holds(artifact(server))
+    assert store(tmp_path).get(artifact(server)) == path
+    assert server.paths() == [PATH]
+    assert sorted(file.name for file in path.parent.iterdir()) == [".lock", FILE]
+
+
+def test_two_files_of_one_name_are_kept_side_by_side(tmp_path, server, other):
+    other.files[PATH] = b"another"
+    first, second = store(tmp_path).get_all([artifact(server), artifact(other, b"another")])
+    assert (first.read_bytes(), second.read_bytes()) == (DATA, b"another")
+
+
+def test_a_kept_file_that_rotted_is_set_aside_and_fetched_anew(tmp_path, server, said):
+    path = store(tmp_path).get(artifact(server))
+    path.write_bytes(DATA[:-1] + b"?")
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+    [rejected] = (tmp_path / "rejected").iterdir()
+    assert rejected.read_bytes() == DATA[:-1] + b"?"
+    assert rejected.name == f"{FILE}-{hashlib.sha256(rejected.read_bytes()).hexdigest()}"
+    assert str(rejected) in said.getvalue()
+
+
+def test_holds_looks_at_the_size_but_not_at_the_bytes(tmp_path, server):
+    path = store(tmp_path).get(artifact(server))
+    path.write_bytes(bytes(len(DATA)))
+    assert store(tmp_path).holds(artifact(server))
+    path.write_bytes(DATA[:-1])
+    assert not store(tmp_path).holds(artifact(server))
+    assert store(tmp_path).holds(artifact(server, size=None))
+
+
+def test_a_file_that_a_person_put_into_the_folder_is_used_where_it_lies(tmp_path, server):
+    (tmp_path / FILE).write_bytes(DATA)
+    assert store(tmp_path).holds(artifact(server))
+    assert store(tmp_path).get(artifact(server)) == tmp_path / FILE
+    assert server.asked == []
+
+
+def test_a_wrong_file_that_a_person_put_there_is_left_there_and_not_used(tmp_path, server, said):
+    (tmp_path / FILE).write_bytes(b"wrong")
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+    assert (tmp_path / FILE).read_bytes() == b"wrong"
+    assert hashlib.sha256(b"wrong").hexdigest() in said.getvalue()
+
+
+@pytest.mark.parametrize("data", [b"", b"x"])
+def test_a_tiny_or_empty_file_is_a_file_too(tmp_path, server, data):
+    server.files[PATH] = data
+    assert store(tmp_path).get(artifact(server, data)).read_bytes() == data
+
+
+@pytest.mark.parametrize("file", ["", "..", "a/b", "/etc/passwd", "rejected"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, file):
+    with pytest.raises(FetchError, match="not the name of a file"):
+        store(tmp_path).get(Artifact(file, "0" * 64))
+
+
+def test_a_hash_that_is_none_is_refused(tmp_path):
+    with pytest.raises(FetchError, match="64 hexadecimal digits"):
+        store(tmp_path).get(Artifact(FILE, "../../../../x"))
+
+
+# --- places ---
+
+
+@pytest.mark.parametrize("name", [FILE, "{sha256}", "{start}/" + FILE])
+@pytest.mark.parametrize("kind", ["folder", "address"])
+def test_mirrors_come_first_and_have_files_by_name_by_hash_or_as_a_store_keeps_them(
+    tmp_path, server, other, name, kind
+):
+    wanted = artifact(server)
+    name = name.format(sha256=wanted.sha256, start=wanted.sha256[:16])
+    (tmp_path / "mirror" / name).parent.mkdir(parents=True)
+    (tmp_path / "mirror" / name).write_bytes(DATA)
+    other.files = {f"/sub/{name}": DATA}
+    mirror = str(tmp_path / "mirror") if kind == "folder" else f"{other.url}/sub/"
+    assert store(tmp_path / "store", mirrors=(mirror,)).get(wanted).read_bytes() == DATA
+    assert server.asked == []
+
+
+def test_the_environment_names_mirrors_in_order_and_forbids_the_network(tmp_path):
+    environ = {"VOLTFORGE_MIRRORS": "https://a.example/x, /b\nfile:///c", "VOLTFORGE_OFFLINE": "1"}
+    one = Store.from_environment(tmp_path, environ)
+    assert one.mirrors == ("https://a.example/x", "/b", "file:///c")
+    assert one.offline
+    assert not Store.from_environment(tmp_path, {"VOLTFORGE_OFFLINE": "0"}).offline
+
+
+def test_the_environment_names_the_index_too(tmp_path):
+    one = Store.from_environment(tmp_path, {"UV_DEFAULT_INDEX": "https://a.example/simple", "PATH": ""})
+    assert one.indexes.default == "https://a.example/simple"
+
+
+def test_a_file_is_found_by_its_project_on_the_package_index(tmp_path, server):
+    server.files[f"/files/{FILE}"] = server.files.pop(PATH)
+    indexes = Indexes(server.project("thing", FILE))
+    assert store(tmp_path, indexes).get(artifact(index="thing")).read_bytes() == DATA
+
+
+def test_the_next_index_is_asked_if_the_first_has_another_file_of_that_name(tmp_path, server, other):
+    for each, data in ((server, b"another"), (other, DATA)):
+        each.files[f"/files/{FILE}"] = data
+        each.project("thing", FILE)
+    indexes = Indexes(f"{server.url}/simple/", extra=(f"{other.url}/simple/",))
+    assert store(tmp_path, indexes).get(artifact(index="thing")).read_bytes() == DATA
+    assert f"/files/{FILE}" not in server.paths()
+
+
+def test_a_file_is_found_in_the_distributions_archive(tmp_path, server, other):
+    other.files = {"/debian/pool/main/t/thing/thing_1.0~1+b1_amd64.deb": DATA}
+    wanted = artifact(file="thing_1.0~1+b1_amd64.deb", pool="pool/main/t/thing/thing_1.0~1+b1_amd64.deb")
+    one = store(tmp_path, archives=(f"{server.url}/debian", f"{other.url}/debian/"))
+    assert one.get(wanted).read_bytes() == DATA
+
+
+def test_every_place_that_failed_is_said_with_what_it_did(tmp_path, server, other):
+    server.files[PATH] = b"bad"
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / FILE).write_bytes(b"worse")
+    wanted = artifact(server, index="thing", pool="pool/x.deb", size=None)
+    one = store(tmp_path / "s", Indexes(f"{other.url}/simple/"), (other.url,), mirrors=(str(tmp_path / "mirror"),))
+    error = problem(one, wanted)
+    bad, worse = hashlib.sha256(b"bad").hexdigest(), hashlib.sha256(b"worse").hexdigest()
+    assert [(attempt.place, attempt.outcome) for attempt in error.missing[0].attempts] == [
+        (str(tmp_path / "mirror"), f"gave bytes with sha256 {worse}, not {wanted.sha256}"),
+        (f"{other.url}/simple/", "does not have it"),
+        (
+            f"{server.url}{PATH}",
+            f"gave bytes with sha256 {bad}, not {wanted.sha256}; "
+            f"kept for you to look at as {tmp_path / 's' / 'rejected' / f'{FILE}-{bad}'}",
+        ),
+        (f"{other.url}/pool/x.deb", "answered 404 Not Found"),
+    ]
+    assert all(attempt.place in str(error) for attempt in error.missing[0].attempts)
+    assert (tmp_path / "s" / "rejected" / f"{FILE}-{bad}").read_bytes() == b"bad"
+    assert not one.holds(wanted)
+
+
+def test_wrong_bytes_from_one_place_do_not_stop_the_next(tmp_path, server, other):
+    server.files[PATH] = DATA[::-1]
+    assert store(tmp_path, mirrors=(server.url,)).get(artifact(other)).read_bytes() == DATA
+
+
+def test_all_files_that_cannot_be_had_are_said_at_once_and_the_others_are_fetched(tmp_path, server):
+    lost = [artifact(server, file="lost-1"), artifact(server, file="lost-2")]
+    error = problem(store(tmp_path), lost[0], artifact(server), lost[1])
+    assert [missing.artifact for missing in error.missing] == lost
+    assert store(tmp_path).holds(artifact(server))
+
+
+def test_passwords_are_used_and_never_shown(tmp_path, server, said):
+    server.password = "secret"
+    private = artifact(server, url=server.url.replace("//", "//me:secret@") + PATH)
+    assert store(tmp_path).get(private).read_bytes() == DATA
+    lost = artifact(url=server.url.replace("//", "//me:secret@") + "/lost?signature=secret", file="lost")
+    for offline in (False, True):
+        error = problem(store(tmp_path, mirrors=(private.url,), offline=offline), lost)
+        assert "secret" not in str(error) + said.getvalue()
+        assert "***@" in str(error)
+
+
+# --- offline ---
+
+
+def test_offline_asks_no_server_and_says_all_that_is_missing_and_where_to_put_it(tmp_path, server):
+    one = store(tmp_path, Indexes(f"{server.url}/simple/"), (server.url,), mirrors=(server.url,), offline=True)
+    lost = [artifact(server, index="thing"), artifact(file="b.deb", pool="pool/b.deb")]
+    error = problem(one, *lost)
+    assert server.asked == []
+    assert error.offline
+    assert [missing.artifact for missing in error.missing] == lost
+    for words in (FILE, lost[0].sha256, f"{server.url}{PATH}", "project thing", "b.deb", "pool/b.deb"):
+        assert words in error.what
+    assert str(tmp_path) in error.hint
+    assert "VOLTFORGE_MIRRORS" in error.hint
+
+
+def test_offline_still_takes_from_folders_and_indexes_of_this_machine(tmp_path, server):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / FILE).write_bytes(DATA)
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / "b").write_bytes(b"b")
+    indexes = Indexes(f"{server.url}/simple/", find_links=(str(tmp_path / "links"),))
+    one = store(tmp_path / "s", indexes, mirrors=(server.url, (tmp_path / "mirror").as_uri()), offline=True)
+    paths = one.get_all([artifact(server, index="thing"), artifact(data=b"b", file="b")])
+    assert [path.read_bytes() for path in paths] == [DATA, b"b"]
+    assert server.asked == []
+
+
+# --- connections that break ---
+
+
+def test_a_download_that_was_killed_goes_on_where_it_stopped(tmp_path, server):
+    part_of(tmp_path, artifact(server)).write_bytes(DATA[:1000])
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+    assert server.sent == [(PATH, 1000, len(DATA) - 1000)]
+
+
+def test_a_download_that_was_killed_at_its_very_end_needs_no_request(tmp_path, server):
+    part_of(tmp_path, artifact(server)).write_bytes(DATA)
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+    assert server.asked == []
+
+
+def test_a_full_part_of_a_file_of_unknown_size_is_known_by_the_servers_416(tmp_path, server):
+    part_of(tmp_path, artifact(server)).write_bytes(DATA)
+    assert store(tmp_path).get(artifact(server, size=None)).read_bytes() == DATA
+    assert server.sent == [(PATH, 0, 0)]
+
+
+def test_a_part_longer_than_the_file_is_thrown_away(tmp_path, server):
+    part_of(tmp_path, artifact(server)).write_bytes(DATA + b"more")
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    length=st.integers(1, len(DATA)),
+    cuts=st.lists(st.integers(0, len(DATA)), max_size=3),
+    known=st.booleans(),
+    before=st.integers(0, len(DATA)),
+)
+def test_wherever_the_connection_breaks_the_bytes_are_right_and_none_comes_twice(server, length, cuts, known, before):
+    data = DATA[:length]
+    server.files[PATH], server.sent[:], server.faults[PATH] = data, [], [Fault(cut=cut) for cut in cuts]
+    wanted = artifact(server, data, **({} if known else {"size": None}))
+    with tempfile.TemporaryDirectory() as folder:
+        part_of(Path(folder), wanted).write_bytes(data[:before])
+        assert store(Path(folder)).get(wanted).read_bytes() == data
+    spans = [range(start, start + count) for _, start, count in server.sent]
+    assert sum(map(len, spans)) == length - min(before, length)
+    assert not known or all(span.start == before or span.start in [o.stop for o in spans] for span in spans)
+
+
+def test_a_server_that_breaks_off_without_a_length_is_asked_for_the_rest(tmp_path, server):
+    server.faults[PATH] = [Fault(cut=1000, headers={"Content-Length": ""})]
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+    assert [start for _, start, _ in server.sent] == [0, 1000]
+
+
+def test_a_server_that_falls_silent_is_asked_for_the_rest(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(index, "TIMEOUT", (5, 0.2))
+    server.faults[PATH] = [Fault(cut=1000, stall=True)]
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+    assert [start for _, start, _ in server.sent] == [0, 1000]
+
+
+def test_a_server_that_always_falls_silent_is_given_up(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(index, "TIMEOUT", (5, 0.1))
+    server.faults[PATH] = [Fault(cut=10, stall=True)] * 9
+    assert outcomes(problem(store(tmp_path), artifact(server))) == ["stopped sending, 4 times"]
+
+
+def test_a_server_that_always_breaks_off_is_given_up_and_its_part_serves_the_next_place(tmp_path, server, other):
+    server.faults[PATH] = [Fault(cut=1000)] * 9
+    assert store(tmp_path, mirrors=(server.url,)).get(artifact(other)).read_bytes() == DATA
+    assert len(server.sent) == 4
+    assert other.sent == [(PATH, 4000, len(DATA) - 4000)]
+
+
+def test_a_server_that_knows_no_ranges_starts_again_cleanly(tmp_path, server):
+    server.faults[PATH] = [Fault(cut=1000), Fault(whole=True)]
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    ("etag", "starts"),
+    [({}, [0, 0]), ({"ETag": ""}, [0, 1000, 0]), ({"ETag": 'W/"weak"'}, [0, 1000, 0])],
+    ids=["known by its ETag", "without an ETag", "with a weak ETag"],
+)
+def test_a_file_that_changes_between_two_answers_is_taken_whole(tmp_path, server, etag, starts):
+    server.files[PATH] = DATA[::-1]
+    server.faults[PATH] = [Fault(cut=1000, headers=etag)]
+    one = store(tmp_path, patience=_Changing(server, attempts=4, first=0))
+    assert one.get(artifact(server)).read_bytes() == DATA
+    assert [start for _, start, _ in server.sent] == starts
+
+
+class _Changing(Patience):
+    """Puts the right file in place while the store waits to ask again."""
+
+    def __init__(self, server: Server, **more) -> None:
+        super().__init__(**more)
+        object.__setattr__(self, "server", server)
+
+    def pause(self, failures: int) -> float:
+        self.server.files[PATH] = DATA  # type: ignore[attr-defined]
+        return 0
+
+
+@pytest.mark.parametrize("length", [300, len(DATA)])
+def test_bad_bytes_of_an_earlier_place_do_not_spoil_a_good_one(tmp_path, server, length):
+    part_of(tmp_path, artifact(server)).write_bytes(bytes(length))
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+    assert not (tmp_path / "rejected").exists()
+
+
+# --- servers that lie ---
+
+
+@pytest.mark.parametrize(
+    "lie",
+    ["bytes 0-299999/300000", "bytes 1000-1999/300000", "bytes 1000-299999/300001", "bytes 5-4/9", "lines 1-2/3", ""],
+)
+def test_a_range_that_was_not_asked_for_is_not_used(tmp_path, server, lie):
+    part_of(tmp_path, artifact(server)).write_bytes(DATA[:1000])
+    server.faults[PATH] = [Fault(headers={"Content-Range": lie}, body=b"evil")]
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+    assert sorted(start for _, start, _ in server.sent) == [0, 1000]  # the server's threads end as they like
+    assert "Range" not in server.asked[1][1]
+
+
+def test_a_part_where_the_whole_was_asked_for_is_refused(tmp_path, server):
+    server.faults[PATH] = [Fault(206, headers={"Content-Range": "bytes 0-9/10"}, body=DATA)]
+    assert outcomes(problem(store(tmp_path), artifact(server))) == ["sent another range of the file than was asked for"]
+
+
+def test_a_file_that_is_announced_with_another_size_is_not_even_begun(tmp_path, server):
+    server.files[PATH] = DATA + b"more"
+    error = problem(store(tmp_path), artifact(server))
+    assert outcomes(error) == [f"offers {len(DATA) + 4} bytes, not the {len(DATA)} that it should have"]
+
+
+def test_an_answer_without_end_is_stopped_at_the_size_that_is_known(tmp_path, server):
+    server.files[PATH] = bytes(64_000_000)
+    server.faults[PATH] = [Fault(headers={"Content-Length": ""})]
+    error = problem(store(tmp_path), artifact(server))
+    assert outcomes(error) == [f"sends more than the {len(DATA)} bytes that it should have"]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_file_that_is_sent_as_already_decoded_content_is_kept_as_it_is(tmp_path, server):
+    # Some servers call a .tar.gz `Content-Encoding: gzip`; the client must not unpack it.
+    server.faults[PATH] = [Fault(headers={"Content-Encoding": "gzip"})] * 9
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+    assert server.asked[0][1]["Accept-Encoding"] == "identity"
+
+
+def test_a_redirect_to_another_server_is_followed(tmp_path, server, other):
+    server.faults[PATH] = [Fault(302, headers={"Location": f"{other.url}{PATH}"})]
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+    assert other.paths() == [PATH]
+
+
+def test_a_redirect_into_this_machine_is_refused(tmp_path, server):
+    (tmp_path / "local").write_bytes(DATA)
+    server.faults[PATH] = [Fault(302, headers={"Location": (tmp_path / "local").as_uri()})]
+    error = problem(store(tmp_path / "s"), artifact(server))
+    assert outcomes(error) == ["leads to an address that is neither http nor https"]
+
+
+def endless(block: bytes, pause: float = 0.0):
+    """An answer that says nothing of its size and has no end."""
+    yield b"HTTP/1.1 200 OK\r\n\r\n"
+    while True:
+        yield block
+        time.sleep(pause)
+
+
+def test_a_file_of_unknown_size_without_end_is_stopped_at_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "MOST", 5_000_000)
+    with saying(lambda path: endless(bytes(100_000))) as url:
+        error = problem(store(tmp_path), artifact(url=f"{url}{PATH}", size=None))
+    assert outcomes(error) == ["sends more than the 5000000 bytes that it should have"]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_server_that_sends_next_to_nothing_is_given_up(tmp_path, monkeypatch):
+    """Each byte comes in time, and the file would take a year."""
+    monkeypatch.setattr(index, "TIMEOUT", (5, 0.2))
+    with saying(lambda path: endless(b"x", 0.02)) as url:
+        error = problem(store(tmp_path), artifact(url=f"{url}{PATH}"))
+    assert outcomes(error) == ["sends next to nothing, 4 times"]
+
+
+@pytest.mark.parametrize("status", [b"302 Found", b"503 Service Unavailable"])
+def test_the_endless_body_of_a_redirect_or_of_a_refusal_is_not_waited_for(tmp_path, server, status):
+    def answer(path: str):
+        yield b"HTTP/1.1 %s\r\nLocation: %s\r\n\r\n" % (status, f"{server.url}{PATH}".encode())
+        yield from endless(bytes(100_000))
+
+    with saying(answer) as url, bounded():
+        one, wanted = store(tmp_path), artifact(url=f"{url}{PATH}")
+        if status.startswith(b"302"):
+            assert one.get(wanted).read_bytes() == DATA
+        else:
+            assert outcomes(problem(one, wanted)) == ["answered 503 Service Unavailable"]
+
+
+@pytest.mark.parametrize("location", ["http://[", "http://\xe9.\xe9/", "http://127.0.0.1:99999/"])
+def test_a_redirect_to_no_address_is_said_and_passed_by(tmp_path, server, other, location):
+    server.faults[PATH] = [Fault(302, headers={"Location": location})] * 9
+    assert len(outcomes(problem(store(tmp_path), artifact(server)))) == 1
+    server.faults[PATH] = [Fault(302, headers={"Location": location})] * 9
+    assert store(tmp_path, mirrors=(server.url,)).get(artifact(other)).read_bytes() == DATA
+
+
+def test_numbers_of_thousands_of_digits_in_headers_are_no_numbers(tmp_path, server):
+    many = "9" * 5000
+    server.faults[PATH] = [Fault(headers={"Content-Length": many}, body=DATA)] * 9
+    store(tmp_path / "a").get(artifact(server))
+    part_of(tmp_path / "b", artifact(server)).write_bytes(DATA[:1000])
+    server.faults[PATH] = [Fault(headers={"Content-Range": f"bytes 1000-{many}/*"}, body=b"evil")]
+    assert store(tmp_path / "b").get(artifact(server)).read_bytes() == DATA
+    server.faults[PATH] = [Fault(503, headers={"Retry-After": "Mon, 99 Nov 99999 99:99:99 GMT"})] * 9
+    assert len(outcomes(problem(store(tmp_path / "c"), artifact(server)))) == 1
+
+
+# --- patience ---
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_a_server_in_trouble_is_asked_again(tmp_path, server, status):
+    server.faults[PATH] = [Fault(status)] * 2
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+
+
+def test_a_server_that_stays_in_trouble_is_given_up(tmp_path, server):
+    server.faults[PATH] = [Fault(503)] * 9
+    assert outcomes(problem(store(tmp_path), artifact(server))) == ["answered 503 Service Unavailable"]
+    assert len(server.asked) == 4
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_a_server_that_says_no_is_not_asked_again(tmp_path, server, other, status):
+    server.faults[PATH] = [Fault(status)] * 9
+    assert store(tmp_path, archives=(other.url,)).get(artifact(server, pool=FILE)).read_bytes() == DATA
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(("asked", "waited"), [("7", 7), ("3600", 20)])
+def test_a_server_that_asks_to_be_left_alone_is_but_not_for_ever(tmp_path, server, monkeypatch, asked, waited):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    server.faults[PATH] = [Fault(429, headers={"Retry-After": asked})]
+    store(tmp_path, patience=Patience(attempts=4, first=1, longest=20)).get(artifact(server))
+    assert pauses == [waited]
+
+
+def test_pauses_grow_and_stay_below_the_longest():
+    patience = Patience(first=2, longest=30)
+    assert [patience.pause(failures) for failures in range(1, 8)] == [0, 2, 4, 8, 16, 30, 30]
+
+
+def test_a_server_that_is_not_there_is_tried_as_often_as_patience_has_it(tmp_path, monkeypatch):
+    with serving() as gone:
+        wanted = artifact(gone)
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    error = problem(store(tmp_path, patience=Patience(attempts=4, first=1)), wanted)
+    assert outcomes(error) == ["cannot be connected to, or dropped the connection"]
+    assert pauses == [1, 2]  # and once at once
+
+
+def test_a_name_that_nobody_knows_is_tried_once_more_only(tmp_path, monkeypatch):
+    tries = []
+
+    def unknown(host, *_):
+        tries.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    # A stand-in for the resolver: a real one may take its time, or invent an answer.
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    error = problem(store(tmp_path), artifact(url="http://nowhere.invalid/" + FILE))
+    assert outcomes(error) == ["its name is unknown"]
+    assert tries == ["nowhere.invalid"] * 2
+
+
+@pytest.mark.parametrize("address", ["http://", "http://[", "gopher://x.example/y", "http://a b/", "http://.example/"])
+def test_an_address_that_is_none_is_said_and_passed_by(tmp_path, server, address):
+    assert outcomes(problem(store(tmp_path), artifact(url=address)))
+    assert store(tmp_path, mirrors=(address,)).get(artifact(server)).read_bytes() == DATA
+
+
+def test_a_proxy_of_the_environment_is_used(tmp_path, server, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", server.url)
+    # To a server, a request through a proxy is one with a whole URL: this one sees the path of the other's file.
+    assert store(tmp_path).get(artifact(url=f"http://upstream.invalid{PATH}")).read_bytes() == DATA
+    assert server.paths() == [PATH]
+
+
+# The proxy setting is apt's own, as apt-config tells it; CI has it.
+@pytest.mark.skipif(not shutil.which("apt-config"), reason="this machine has no apt")
+def test_the_archive_is_reached_the_way_that_apt_is_told_to(tmp_path, server, other, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "apt.conf").write_text(f'Acquire::http::Proxy "{other.url}"; Acquire::http::Proxy::127.0.0.1 "DIRECT";')
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    direct = store(tmp_path / "direct", archives=(server.url,))
+    assert direct.get(artifact(pool=FILE)).read_bytes() == DATA
+    through = store(tmp_path / "through", archives=("http://upstream.invalid",))
+    assert through.get(artifact(pool=FILE)).read_bytes() == DATA
+    assert (server.paths(), other.paths()) == ([PATH], [PATH])
+
+
+def test_certificates_that_are_not_trusted_are_said_at_once_with_the_setting_that_decides(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    authority = trustme.CA()
+    for name, issuer in (("good.pem", authority), ("other.pem", trustme.CA())):
+        issuer.cert_pem.write_to_path(tmp_path / name)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    with serving(context) as server:
+        server.files[PATH] = DATA
+        for name in ("other.pem", "none.pem"):
+            indexes = Indexes(None, certificate=str(tmp_path / name), certificate_from="SSL_CERT_FILE")
+            error = problem(store(tmp_path / "s", indexes, patience=Patience()), artifact(server))
+            assert pauses == []
+            assert f"{name}, which SSL_CERT_FILE names" in outcomes(error)[0]
+        indexes = Indexes(None, certificate=str(tmp_path / "good.pem"))
+        assert store(tmp_path / "s", indexes).get(artifact(server)).read_bytes() == DATA
+
+
+# --- several at once ---
+
+
+def several(server: Server, count: int, **more) -> list[Artifact]:
+    """So many files of that server, each with content of its own."""
+    made = []
+    for number in range(count):
+        data = random.Random(number).randbytes(100_000)
+        server.files[f"/file-{number}"] = data
+        made.append(artifact(server, data, f"file-{number}", **more))
+    return made
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_four_files_come_at_once_and_no_more(tmp_path, server):
+    wanted, hold = several(server, 9), threading.Event()
+    server.faults = {f"/{one.file}": [Fault(hold=hold)] for one in wanted}
+    paths: list[Path] = []
+    fetching = threading.Thread(target=lambda: paths.extend(store(tmp_path).get_all(wanted)))
+    fetching.start()
+    wait_until(lambda: len(server.asked) >= fetch.AT_ONCE)
+    time.sleep(0.3)  # in which a fifth would have been asked for
+    assert len(server.asked) == fetch.AT_ONCE == 4
+    hold.set()
+    fetching.join()
+    assert [path.name for path in paths] == [one.file for one in wanted]
+    assert [path.read_bytes() for path in paths] == [server.files[f"/{one.file}"] for one in wanted]
+
+
+def test_a_file_is_given_while_others_are_on_their_way(tmp_path, server):
+    wanted, hold = several(server, 3), threading.Event()
+    server.faults = {f"/{one.file}": [Fault(hold=hold)] for one in wanted[:2]}
+    arriving = store(tmp_path).arriving(wanted)
+    assert next(arriving) == (wanted[2], tmp_path / wanted[2].sha256[:16] / "file-2")
+    hold.set()
+    assert {one for one, _ in arriving} == set(wanted[:2])
+
+
+def test_a_file_that_is_named_twice_is_fetched_once(tmp_path, server, said):
+    wanted = artifact(server)
+    assert store(tmp_path).get_all([wanted, *several(server, 1), wanted])[::2] == [store(tmp_path).get(wanted)] * 2
+    assert server.paths().count(PATH) == 1
+    assert said.getvalue() == ""
+
+
+def test_of_many_files_all_that_are_missing_are_said_in_the_order_asked_for(tmp_path, server):
+    wanted = several(server, 12)
+    for one in wanted[::2]:
+        del server.files[f"/{one.file}"]
+    error = problem(store(tmp_path), *wanted)
+    assert [missing.artifact for missing in error.missing] == wanted[::2]
+    assert all(store(tmp_path).holds(one) for one in wanted[1::2])
+
+
+def test_the_machines_indexes_are_asked_for_once_however_many_files_want_them(tmp_path, server):
+    asked = []
+
+    def ask() -> Indexes:
+        asked.append(1)
+        time.sleep(0.1)  # in which others ask too
+        return NO_INDEX
+
+    many = Store(tmp_path, ask_indexes=ask, ask_archives=lambda: (), patience=Patience(attempts=1))
+    many.get_all(several(server, 4))
+    assert asked == [1]
+
+
+def test_a_file_that_cannot_be_kept_ends_the_others_and_the_next_run_goes_on_from_what_came(tmp_path, server):
+    stalls, fails = several(server, 2)
+    hold = threading.Event()
+    server.faults = {f"/{stalls.file}": [Fault(cut=50_000, stall=True)], f"/{fails.file}": [Fault(hold=hold)]}
+    part, blocked = part_of(tmp_path, stalls), tmp_path / fails.sha256[:16] / fails.file
+
+    def block() -> None:
+        wait_until(lambda: part.exists() and part.stat().st_size == 50_000)
+        (blocked / "no file").mkdir(parents=True)  # where the finished file would be put
+        hold.set()
+
+    before = set(threading.enumerate())
+    blocking = threading.Thread(target=block)
+    blocking.start()
+    with pytest.raises(NotKeptError):
+        store(tmp_path).get_all([stalls, fails])
+    blocking.join()
+    assert [one for one in threading.enumerate() if one not in before and one.name.startswith("together")] == []
+    assert store(tmp_path).get(stalls).read_bytes() == server.files[f"/{stalls.file}"]
+    assert (f"/{stalls.file}", 50_000, 50_000) in server.sent
+
+
+FETCH_ALL = """
+import sys
+from pathlib import Path
+from voltforge.sources.fetch import Artifact, Store
+from voltforge.sources.index import Indexes
+folder, url, *hashes = sys.argv[1:]
+store = Store(Path(folder), ask_indexes=lambda: Indexes(None), ask_archives=lambda: ())
+try:
+    store.get_all([Artifact(f"file-{n}", one, url=f"{url}/file-{n}") for n, one in enumerate(hashes)])
+except KeyboardInterrupt:
+    import threading
+    sys.exit(130 if threading.active_count() == 1 else 131)
+"""
+
+
+def test_ctrl_c_ends_all_downloads_and_the_next_run_goes_on_from_each(tmp_path, server):
+    wanted = several(server, 3)
+    server.faults = {f"/{one.file}": [Fault(cut=40_000, stall=True)] for one in wanted}
+    argv = [sys.executable, "-c", FETCH_ALL, str(tmp_path), server.url, *(one.sha256 for one in wanted)]
+    parts = [part_of(tmp_path, one) for one in wanted]
+    with subprocess.Popen(argv, cwd=ROOT) as child:
+        wait_until(lambda: all(part.exists() and part.stat().st_size == 40_000 for part in parts))
+        child.send_signal(signal.SIGINT)
+        # 130: interrupted, and no thread was left; a stalled server is otherwise waited for a minute.
+        assert child.wait(20) == 130
+    paths = store(tmp_path).get_all(wanted)
+    assert [path.read_bytes() for path in paths] == [server.files[f"/{one.file}"] for one in wanted]
+    assert sorted(server.sent[-3:]) == [(f"/file-{number}", 40_000, 60_000) for number in range(3)]
+
+
+# --- this machine ---
+
+
+def test_a_folder_that_cannot_be_written_is_said_as_such(tmp_path, server):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotKeptError, match=r"file.* cannot be written"):
+        store(tmp_path / "file" / "folder").get(artifact(server))
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from voltforge.sources.fetch import Artifact, Store
+from voltforge.sources.index import Indexes
+folder, url, sha256 = sys.argv[1:]
+store = Store(Path(folder), ask_indexes=lambda: Indexes(None), ask_archives=lambda: ())
+store.get(Artifact("thing-1.0.tar.gz", sha256, url=url))
+"""
+
+
+def test_processes_that_want_the_same_file_fetch_it_once(tmp_path, server):
+    argv = [sys.executable, "-c", FETCH, str(tmp_path), f"{server.url}{PATH}", artifact().sha256]
+    hold = threading.Event()
+    server.faults[PATH] = [Fault(hold=hold)]
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(subprocess.Popen(argv, cwd=ROOT))
+        while first.poll() is None and not server.asked:
+            time.sleep(0.01)
+        others = [stack.enter_context(subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE)) for _ in range(3)]
+        said = [child.stdout.readline().decode() for child in others]
+        hold.set()
+    assert said == [f"  {FILE}: another process is fetching it; waiting\n"] * 3
+    assert [child.returncode for child in (first, *others)] == [0] * 4
+    assert server.sent == [(PATH, 0, len(DATA))]
+    assert store(tmp_path, offline=True).get(artifact()).read_bytes() == DATA
+
+
+def test_a_process_that_is_killed_leaves_a_part_that_the_next_one_goes_on_from(tmp_path, server):
+    server.faults[PATH] = [Fault(cut=200_000, stall=True)]
+    argv = [sys.executable, "-c", FETCH, str(tmp_path), f"{server.url}{PATH}", artifact().sha256]
+    part = part_of(tmp_path, artifact())
+    with subprocess.Popen(argv, cwd=ROOT) as child:
+        while child.poll() is None and not (part.exists() and part.stat().st_size == 200_000):
+            time.sleep(0.01)
+        child.kill()
+    assert store(tmp_path).get(artifact(server)).read_bytes() == DATA
+    assert server.sent[-1] == (PATH, 200_000, len(DATA) - 200_000)
+
+
+def test_a_full_disk_is_said_as_such(tmp_path, server):
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    small = 'mount -t tmpfs -o size=64k none "$0" && '
+    if not shutil.which("unshare") or subprocess.run([*mount, small + "true", str(tmp_path)], check=False).returncode:
+        # Only a small file system of its own can really be full; CI is root and may mount one.
+        pytest.skip("this machine lets an ordinary user mount nothing, so no disk can be made full")
+    argv = [sys.executable, "-c", FETCH, str(tmp_path), f"{server.url}{PATH}", artifact().sha256]
+    argv = [*mount, small + 'exec "$@"', str(tmp_path), *argv]
+    ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert re.search(r"NotKeptError: .*\.part cannot be written: No space left on device", ended.stderr)
+
+
+@pytest.mark.slow
+def test_a_small_file_comes_from_the_real_index_of_this_machine(tmp_path):
+    wanted = Artifact(
+        "six-1.16.0-py2.py3-none-any.whl",
+        "8abb2f1d86890a2dfb989f9a77cfcfd3e47c2a354b01111771326f8aa26e0254",
+        size=11053,
+        index="six",
+    )
+    assert Store.from_environment(tmp_path).get(wanted).stat().st_size == 11053

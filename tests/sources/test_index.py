@@ -1,0 +1,644 @@
+"""Which index a machine is configured for, and finding files on real indexes on loopback and on disk."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+import os
+import ssl
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import trustme
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pypi_simple import PYPI_SIMPLE_ENDPOINT
+from rich.console import Console
+from uv import find_uv_bin
+
+from tests.support.corruption import ANSWERS_COUNTED, Room, cases, damaged, saying
+from tests.support.servers import Fault, Server, serving
+from voltforge.sources import index
+from voltforge.sources.fetch import Artifact, NotFetchedError, Store
+from voltforge.sources.index import Indexes, NotOnIndexError, Patience, configured, redacted
+from voltforge.system import console
+from voltforge.system.files import remove
+from voltforge.system.process import run
+
+NO_PIP = Path("no-such-python")
+"""An interpreter that is not there, so that only the environment given counts."""
+SDIST = "small-1.0.tar.gz"
+DATA = b"not really an archive" * 100
+HASH = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setattr(console, "screen", Console(file=io.StringIO()))
+
+
+@pytest.fixture
+def server():
+    with serving() as one:
+        one.files[f"/files/{SDIST}"] = DATA
+        yield one
+
+
+@pytest.fixture
+def other():
+    with serving() as one:
+        one.files[f"/files/{SDIST}"] = DATA
+        yield one
+
+
+def without_pip(environ: dict[str, str]) -> Indexes:
+    return configured({"PATH": "", **environ}, python=NO_PIP)
+
+
+# --- what the machine is configured for ---
+
+
+def test_a_machine_without_configuration_and_without_pip_uses_the_index_that_pypi_simple_knows():
+    assert without_pip({}) == Indexes(default=PYPI_SIMPLE_ENDPOINT)
+
+
+@pytest.mark.parametrize("stronger", range(3))
+def test_uvs_variables_come_before_pips(stronger):
+    order = ["UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"]
+    environ = {name: f"https://{name.lower().replace('_', '-')}.example/simple" for name in order[stronger:]}
+    assert without_pip(environ).default == environ[order[stronger]]
+
+
+def test_extra_indexes_of_both_tools_are_put_together_each_once():
+    found = without_pip({
+        "UV_INDEX": "https://a.example/simple",
+        "UV_EXTRA_INDEX_URL": "https://b.example/simple",
+        "PIP_EXTRA_INDEX_URL": "https://c.example/simple https://a.example/simple",
+    })  # fmt: skip
+    assert found.extra == ("https://a.example/simple", "https://b.example/simple", "https://c.example/simple")
+
+
+def test_folders_are_made_absolute_as_find_links_and_as_indexes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = without_pip({"PIP_FIND_LINKS": "~/wheels more", "UV_FIND_LINKS": "/a b,/c", "UV_INDEX": "simple"})
+    assert found.find_links == ("/a b", "/c", str(tmp_path / "wheels"), str(tmp_path / "more"))
+    assert found.extra == ((tmp_path / "simple").as_uri(),)
+
+
+def test_an_index_that_uv_knows_by_name_gets_the_credentials_of_that_name():
+    found = without_pip({
+        "UV_DEFAULT_INDEX": "our-team.x=https://pypi.example/simple?a=b",
+        "UV_INDEX_OUR_TEAM_X_USERNAME": "me",
+        "UV_INDEX_OUR_TEAM_X_PASSWORD": "p@ss/word",
+    })  # fmt: skip
+    assert found.default == "https://me:p%40ss%2Fword@pypi.example/simple?a=b"
+
+
+@pytest.mark.parametrize("variable", ["PIP_NO_INDEX", "UV_NO_INDEX"])
+def test_a_machine_may_be_told_to_use_no_index_at_all(variable):
+    found = without_pip({variable: "1", "PIP_FIND_LINKS": "/wheels", "UV_INDEX": "https://a.example/simple"})
+    assert found.places == ("/wheels",)
+    assert "--no-index" in found.uv_arguments()
+    assert "--index" not in found.uv_arguments()
+
+
+def test_the_first_certificate_setting_counts_and_is_remembered_by_name():
+    names = ["PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"]
+    for number, name in enumerate(names):
+        found = without_pip({each: f"/{each}.pem" for each in names[number:]})
+        assert (found.certificate, found.certificate_from) == (f"/{name}.pem", name)
+
+
+def test_pips_configuration_files_are_read_as_pip_reads_them(tmp_path):
+    (tmp_path / "pip.conf").write_text(
+        "[global]\n"
+        "index-url = https://me:it's@pypi.example/simple\n"
+        "extra-index-url =\n    file:///srv/one/simple\n    https://two.example/simple\n"
+        "find-links = /srv/wheels\n"
+        "cert = /srv/ca.pem\n"
+        "[install]\n"
+        "find-links = /srv/install\n"
+    )
+    hidden = ("PIP_", "UV_", "SSL_", "REQUESTS_")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    found = configured({**environ, "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}, _python_with_pip())
+    assert found == Indexes(
+        default="https://me:it's@pypi.example/simple",
+        extra=("file:///srv/one/simple", "https://two.example/simple"),
+        find_links=("/srv/install",),
+        certificate="/srv/ca.pem",
+        certificate_from="pip's setting `cert`",
+    )
+
+
+def test_an_environment_variable_overrides_pips_configuration_file(tmp_path):
+    (tmp_path / "pip.conf").write_text("[global]\nindex-url = https://file.example/simple\n")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
+    environ |= {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), "PIP_INDEX_URL": "https://variable.example/simple"}
+    assert configured(environ, _python_with_pip()).default == "https://variable.example/simple"
+
+
+def _python_with_pip() -> Path:
+    for python in (sys.executable, *(f"{folder}/python3" for folder in os.get_exec_path())):
+        if Path(python).exists() and not os.system(f"'{python}' -m pip --version >/dev/null 2>&1"):
+            return Path(python)
+    # pip itself is asked for its configuration: a stand-in would prove nothing. CI's .venv has it.
+    pytest.skip("no Python with pip on this machine")
+
+
+# --- what may be shown ---
+
+
+@given(
+    st.text(st.characters(codec="utf-8"), max_size=20),
+    st.text(st.characters(codec="utf-8"), max_size=20),
+    st.sampled_from(["pypi.example/simple/", "127.0.0.1:8080/a/b", "[::1]/x?sig=SECRET", "h.example#token=SECRET"]),
+)
+def test_a_shown_address_never_holds_the_password_whatever_it_is_made_of(user, password, rest):
+    shown = redacted(f"https://{user}:<{password}>@{rest}")
+    assert f"<{password}>" not in shown
+    assert "SECRET" not in shown
+    assert shown.startswith("https://***@" + rest.partition("?")[0].partition("#")[0])
+
+
+def test_the_query_of_a_signed_address_is_not_shown():
+    assert redacted("https://s3.example/file?signature=x") == "https://s3.example/file?***"
+
+
+@pytest.mark.parametrize("address", ["https://pypi.example/simple/", "file:///srv/simple", "/srv/wheels", "C@D"])
+def test_an_address_without_credentials_is_shown_as_it_is(address):
+    assert redacted(address) == address
+
+
+# --- finding a file ---
+
+
+def test_a_file_is_found_on_an_html_index_with_its_hash(server):
+    link = Indexes(server.project("small", SDIST)).find("Small", SDIST)
+    assert (link.url, link.sha256) == (f"{server.url}/files/{SDIST}", HASH)
+
+
+def test_a_file_is_found_on_a_json_index_with_its_hash(server):
+    listing = {"filename": SDIST, "url": f"../../files/{SDIST}", "hashes": {"sha256": HASH}}
+    page = {"meta": {"api-version": "1.0"}, "name": "small", "files": [listing]}
+    server.files["/simple/small/"] = json.dumps(page).encode()
+    server.types["/simple/small/"] = "application/vnd.pypi.simple.v1+json"
+    link = Indexes(f"{server.url}/simple/").find("small", SDIST)
+    assert (link.url, link.sha256) == (f"{server.url}/files/{SDIST}", HASH)
+
+
+def test_an_index_that_gives_no_hashes_is_good_enough(server):
+    assert Indexes(server.project("small", SDIST, hashes=False)).find("small", SDIST).sha256 is None
+
+
+def test_a_file_is_found_on_an_index_on_disk(tmp_path, server):
+    (tmp_path / "simple" / "small-thing").mkdir(parents=True)
+    page = f'<a href="../../files/{SDIST}#sha256={HASH}">{SDIST}</a>'
+    (tmp_path / "simple" / "small-thing" / "index.html").write_text(page)
+    indexes = Indexes(f"{server.url}/simple/", extra=((tmp_path / "simple").as_uri(),))
+    link = indexes.find("Small_Thing", SDIST)
+    assert index.local_path(link.url) == tmp_path / "files" / SDIST
+    assert link.sha256 == HASH
+
+
+def test_find_links_come_first_whether_folder_or_page(tmp_path, server):
+    indexes = Indexes(server.project("small", SDIST), find_links=(f"{server.url}/wheels.html",))
+    server.files["/wheels.html"] = f'<a href="mine/{SDIST}">download</a>'.encode()
+    assert indexes.find("small", SDIST).url == f"{server.url}/mine/{SDIST}"
+    (tmp_path / SDIST).write_bytes(DATA)
+    indexes = Indexes(indexes.default, find_links=(str(tmp_path), *indexes.find_links))
+    assert index.local_path(indexes.find("small", SDIST).url) == tmp_path / SDIST
+
+
+def test_an_extra_index_is_asked_when_the_default_one_does_not_know_the_project(server, other):
+    indexes = Indexes(f"{server.url}/simple/", extra=(other.project("small", SDIST),))
+    assert indexes.find("small", SDIST).place == indexes.extra[0]
+    assert server.paths() == ["/simple/small/"]
+
+
+def test_an_index_that_stumbles_is_asked_again_and_one_that_falls_is_passed_by(server, other):
+    server.project("small", SDIST)
+    server.faults["/simple/small/"] = [Fault(503)]
+    indexes = Indexes(f"{server.url}/simple/", extra=(other.project("small", SDIST),))
+    session = indexes.session(Patience(attempts=2, first=0))
+    assert indexes.find("small", SDIST, session).place == indexes.default
+    server.faults["/simple/small/"] = [Fault(503)] * 2
+    assert indexes.find("small", SDIST, session).place == indexes.extra[0]
+
+
+def test_what_is_nowhere_is_said_of_every_place_and_without_passwords(tmp_path, server, other):
+    server.password = "right"
+    other.files["/simple/small/"], other.types["/simple/small/"] = b"\x00", "image/png"
+    indexes = Indexes(
+        server.url.replace("//", "//me:wrong@") + "/simple/",
+        extra=(f"{other.url}/simple/", tmp_path.as_uri()),
+        find_links=(str(tmp_path), f"{other.url}/none.html"),
+    )
+    with pytest.raises(NotOnIndexError) as caught:
+        indexes.find("small", SDIST)
+    assert caught.value.attempts == (
+        (str(tmp_path), "does not have it"),
+        (f"{other.url}/none.html", "answered 404 Not Found"),
+        (server.url.replace("//", "//***@") + "/simple/", "answered 401 Unauthorized"),
+        (f"{other.url}/simple/", "its page cannot be read (UnsupportedContentTypeError)"),
+        (tmp_path.as_uri(), "does not have it"),
+    )
+    assert "wrong" not in str(caught.value)
+
+
+def test_a_page_from_the_network_cannot_point_at_a_file_of_this_machine(server):
+    server.project("small", SDIST, base="file:///etc/")
+    with pytest.raises(NotOnIndexError, match="neither http nor https"):
+        Indexes(f"{server.url}/simple/").find("small", SDIST)
+
+
+def test_credentials_go_with_a_link_to_the_same_server_and_to_no_other(server, other):
+    server.password = "p@ss"
+    for base in (f"{server.url}/files/", f"{other.url}/files/"):
+        server.project("small", SDIST, base=base)
+        link = Indexes(server.url.replace("//", "//me:p%40ss@") + "/simple/").find("small", SDIST)
+        assert ("me:p%40ss@" in link.url) == base.startswith(server.url)
+
+
+# --- answers that lie ---
+
+PATIENCE = Patience(attempts=2, first=0, longest=0)
+HTML = f"""<!DOCTYPE html><html><head><meta name="pypi:repository-version" content="1.0"><base href="/simple/small/">
+</head><body><h1>Links</h1><a href="../../files/{SDIST}#sha256={HASH}" data-requires-python="&gt;=3.8" data-yanked="bad"
+>{SDIST}</a><br/><!-- a remark --><a href="x.whl" data-core-metadata="sha256={HASH}">x&amp;y.whl</a></body></html>"""
+LISTED = {
+    "filename": SDIST, "url": f"../../files/{SDIST}", "hashes": {"sha256": HASH}, "size": len(DATA), "yanked": "bad",
+    "requires-python": ">=3.8", "upload-time": "2023-11-14T22:13:20Z", "core-metadata": {"sha256": HASH},
+}  # fmt: skip
+JSON = {"meta": {"api-version": "1.1"}, "name": "small", "versions": ["1.0"], "files": [LISTED]}
+JSON_TYPE = "application/vnd.pypi.simple.v1+json"
+
+
+@pytest.fixture(scope="module")
+def liar():
+    with serving() as one:
+        one.files[f"/files/{SDIST}"] = DATA
+        yield one
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    return Room(tmp_path_factory.mktemp("room") / "watched")
+
+
+def fetched(url: str, room: Room) -> list[str]:
+    """Fetch the file by way of the index in a watched room: it is right, or what each place did is a sentence."""
+    remove(room.out)
+    indexes = Indexes(f"{url}/simple/")
+    store = Store(room.out, ask_indexes=lambda: indexes, ask_archives=lambda: (), patience=PATIENCE)
+    wanted = Artifact(SDIST, HASH, index="small", size=len(DATA))
+    with room.watched(NotFetchedError) as caught:
+        assert store.get(wanted).read_bytes() == DATA
+    with room.watched(NotOnIndexError):
+        indexes.find("small", SDIST, indexes.session(PATIENCE))
+    return [attempt.outcome for error in caught for attempt in error.missing[0].attempts]
+
+
+def paged(liar: Server, body: bytes, kind: str, fault: Fault | None = None) -> str:
+    """Let the server answer with this page each time that it is asked."""
+    liar.files["/simple/small/"], liar.types["/simple/small/"] = body, kind
+    liar.faults["/simple/small/"] = [fault] * 9 if fault else []
+    return liar.url
+
+
+def test_the_pages_that_are_damaged_below_are_whole(liar, room):
+    assert fetched(paged(liar, HTML.encode(), "text/html"), room) == []
+    assert fetched(paged(liar, json.dumps(JSON).encode(), JSON_TYPE), room) == []
+
+
+@cases(160)
+@given(
+    damaged(HTML.encode()), st.sampled_from(["text/html", "text/html; charset=utf-16", "text/html; charset=no-such"])
+)
+@example(b"<![x[", "text/html")
+@example(b'<base href="http://[">' + HTML.encode(), "text/html")
+@example(b'<a class="a b" data-yanked href="x">' * 2 + b"<a data-gpg-sig=1 data-gpg-sig href=//[>", "text/html")
+@example(b"<a>" * 50_000, "text/html")
+@example(HTML.replace(HASH, "\x1b[2J" * 99).encode(), "text/html")
+def test_a_damaged_page_of_html_is_refused_or_read(liar, room, counted, page, kind):
+    fetched(paged(liar, page, kind), room)
+    counted(ANSWERS_COUNTED)
+
+
+ODD = st.sampled_from(
+    [None, True, -1, 0, 10**400, 1e308, "", "x", [], {}, [[]], {"sha256": "\x1b[2J"}, {"sha256": 7}, {"md5": "x"},
+     "9.9", "file:///etc/passwd", "ftp://x.example/y", "//[", "javascript:x", f"../../files/{SDIST}", SDIST, "1e999",
+     "\ud800"]
+)  # fmt: skip
+
+
+@cases(160)
+@given(
+    st.one_of(
+        damaged(json.dumps(JSON).encode()),
+        st.lists(st.tuples(st.sampled_from([*LISTED, *JSON, "api-version"]), ODD), min_size=1, max_size=3),
+    )
+)
+@example(b"[" * 100_000)
+@example(b'{"a":' * 100_000)
+@example([("size", -1)])
+@example([("yanked", True), ("size", 10**400)])
+def test_a_damaged_page_of_json_is_refused_or_read(liar, room, counted, damage):
+    if isinstance(damage, list):
+        page = json.loads(json.dumps(JSON))
+        for key, value in damage:
+            place = (
+                page["files"][0] if key in LISTED and page["files"] else page["meta"] if key == "api-version" else page
+            )
+            if isinstance(place, dict):
+                place[key] = value if key != "files" or isinstance(value, list) else []
+        damage = json.dumps(page).encode()
+    fetched(paged(liar, damage, JSON_TYPE), room)
+    counted(ANSWERS_COUNTED)
+
+
+HEADERS = st.dictionaries(
+    st.sampled_from(
+        ["Content-Type", "Content-Length", "Content-Encoding", "Content-Range", "Content-Disposition", "Location",
+         "Retry-After", "Transfer-Encoding", "Set-Cookie", "ETag", "X-PyPI-Last-Serial", "Connection"]
+    ),
+    st.sampled_from(
+        ["9" * 5000, "-5", "7", "1, 2", "gzip", "deflate", "zstd", "gzip, gzip, gzip, gzip, gzip, gzip", "chunked",
+         "x" * 60_000, "http://[", "file:///etc/passwd", "ftp://x.example/y", "/simple/small/", "//", "?", "\xff\xfe",
+         "http://127.0.0.1:99999/", "http://\xe9.\xe9/", "http:///x", "http://..", "mailto:x", "nan", "1e999", "; ;",
+         "Mon, 99 Nov 99999 99:99:99 GMT", "bytes 0-5/9", "a=b; expires=x", "close", "image/png",
+         "text/html; charset=utf-7", "text/html; charset=" + "x" * 3000]
+    ),
+    max_size=3,
+)  # fmt: skip
+
+
+@cases(200)
+@given(
+    st.sampled_from(
+        [None, None, 206, 300, 301, 302, 303, 304, 307, 308, 400, 401, 404, 416, 429, 500, 503, 599, 700, 999]
+    ),
+    HEADERS,
+    st.sampled_from([b"", b"no page", b"\x1f\x8b\x08damaged", HTML.encode()]),
+    st.sampled_from(["/simple/small/", f"/files/{SDIST}"]),
+)
+@example(302, {"Location": "http://["}, b"", "/simple/small/")
+@example(503, {"Retry-After": "Mon, 99 Nov 99999 99:99:99 GMT"}, b"", "/simple/small/")
+@example(None, {"Content-Length": "9" * 5000}, b"x", f"/files/{SDIST}")
+@example(206, {"Content-Range": f"bytes 0-{'9' * 5000}/*"}, b"x", f"/files/{SDIST}")
+def test_odd_headers_are_refused_or_survived(liar, room, counted, status, headers, body, path):
+    paged(liar, HTML.encode(), "text/html")
+    liar.faults[path] = [Fault(status, headers=headers, body=body)] * 9
+    fetched(liar.url, room)
+    liar.faults[path] = []
+    counted(ANSWERS_COUNTED)
+
+
+ANSWER = b"""HTTP/1.1 200 OK
+Content-Type: text/html
+Transfer-Encoding: chunked
+
+5
+<a hr
+4
+ef=x
+0
+
+""".replace(b"\n", b"\r\n")
+
+
+@cases(120)
+@given(damaged(ANSWER))
+@example(ANSWER.replace(b"5\r", b"-5\r"))
+@example(ANSWER.replace(b"5\r", b"f" * 5000 + b"\r"))
+@example(b"HTTP/1.1 100 Continue\r\n\r\n" * 99 + ANSWER)
+@example(b"")
+def test_what_is_hardly_http_is_refused_or_survived(room, counted, answer):
+    with saying(lambda path: [answer]) as url:
+        fetched(url, room)
+    counted(ANSWERS_COUNTED)
+
+
+@pytest.mark.parametrize(
+    ("page", "kind", "words"),
+    [
+        (b"[" * 100_000, JSON_TYPE, "its page cannot be read (RecursionError)"),
+        (b"<![x[", "text/html", "its page cannot be read (ParserRejectedMarkup)"),
+        (HTML.encode(), "image/png", "its page cannot be read (UnsupportedContentTypeError)"),
+        (HTML.replace(HASH, "0" * 64).encode(), "text/html", f"has a file of that name with sha256 {'0' * 64}"),
+        (HTML.replace(SDIST, "other.tar.gz").encode(), "text/html", "does not have it"),
+        (
+            HTML.replace("../../", "ftp://x.example/").encode(),
+            "text/html",
+            "leads to an address that is neither http nor",
+        ),
+        (HTML.replace("../../files", "javascript:files").encode(), "text/html", "leads to an address that is neither"),
+    ],
+)
+def test_a_page_that_cannot_be_used_is_said_to_be_so(liar, room, page, kind, words):
+    [outcome] = fetched(paged(liar, page, kind), room)
+    assert outcome.startswith(words)
+
+
+def test_a_file_is_taken_by_its_hash_though_the_index_takes_it_back_or_lies_about_its_size(liar, room):
+    for key, value in (("yanked", True), ("size", -1), ("size", 10**300)):
+        page = {**JSON, "files": [{**LISTED, key: value}]}
+        fetched(paged(liar, json.dumps(page).encode(), JSON_TYPE), room)
+        assert (room.out / HASH[:16] / SDIST).exists() == (key == "yanked" or value == -1 or value > 0)
+
+
+def test_a_hash_that_is_none_counts_as_none_and_is_never_shown(liar, room):
+    assert fetched(paged(liar, HTML.replace(HASH, "\x1b[2J").encode(), "text/html"), room) == []
+
+
+def test_words_of_a_server_are_never_shown(room):
+    with saying(lambda path: [b"HTTP/1.1 404 \x1b[2Jcleared\r\nContent-Length: 0\r\n\r\n"]) as url:
+        assert fetched(url, room) == ["does not have it"]
+    with saying(lambda path: [b"HTTP/1.1 403 \x1b[2Jcleared\r\nContent-Length: 0\r\n\r\n"]) as url:
+        assert fetched(url, room) == ["answered 403 Forbidden"]
+    assert (
+        redacted("http://x.example/\x1b[2J\ud800" + "y" * 9000) == "http://x.example/%1B[2J%3F" + "y" * 474 + "\u2026"
+    )
+
+
+ENDLESS = b"HTTP/1.1 %s\r\nContent-Type: text/html\r\nLocation: /simple/small/\r\n\r\n"
+
+
+def endless(status: bytes, block: bytes, pause: float = 0.0):
+    """The same bytes again and again."""
+    yield ENDLESS % status
+    while True:
+        yield block
+        time.sleep(pause)
+
+
+def test_a_page_without_end_is_given_up_at_its_bound(room):
+    with saying(lambda path: endless(b"200 OK", b"<a href=x>y</a>" * 4000)) as url:
+        assert fetched(url, room) == ["sends a page of more than 16.0 MB"]
+
+
+def test_a_page_that_inflates_without_end_is_given_up_at_its_bound(room):
+    packed = gzip.compress(bytes(300_000_000))
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+    with saying(lambda path: [head % len(packed), packed]) as url:
+        assert fetched(url, room) == ["sends a page of more than 16.0 MB"]
+
+
+def test_a_page_that_comes_by_the_byte_is_given_up_in_time(room, monkeypatch):
+    monkeypatch.setattr(index, "PAGE_TIME", 0.2)
+    with saying(lambda path: endless(b"200 OK", b" ", 0.01)) as url:
+        assert fetched(url, room) == ["has not sent its page in 0 s"]
+
+
+@pytest.mark.parametrize("status", [b"302 Found", b"503 Service Unavailable"])
+def test_the_endless_body_of_a_redirect_or_of_a_refusal_is_not_waited_for(room, status):
+    with saying(lambda path: endless(status, b"x" * 60_000)) as url:
+        words = "redirects without end" if status.startswith(b"302") else "answered 503 Service Unavailable"
+        assert fetched(url, room) == [words]
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("/simple/small/", "redirects without end"),
+        ("file:///etc/passwd", "leads to an address that is neither http nor https"),
+        ("ftp://x.example/y", "leads to an address that is neither http nor https"),
+        ("http://[", "sends a header, or redirects to an address, that is none"),
+        ("http://127.0.0.1:99999/", "sends a header, or redirects to an address, that is none"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/simple/small/", f"/files/{SDIST}"])
+def test_a_redirect_that_leads_nowhere_is_said_to(liar, room, path, location, words):
+    paged(liar, HTML.encode(), "text/html")
+    liar.faults[path] = [Fault(302, headers={"Location": location.replace("/simple/small/", path)})] * 99
+    [outcome] = fetched(liar.url, room)
+    liar.faults[path] = []
+    assert outcome == words or "is not an address" in outcome
+
+
+# --- certificates ---
+
+
+@pytest.fixture
+def private(tmp_path):
+    """An https server whose certificate only ``ca.pem`` vouches for."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    with serving(context) as one:
+        one.files[f"/files/{SDIST}"] = DATA
+        one.project("small", SDIST)
+        yield one
+
+
+def test_the_configured_certificates_are_trusted_even_where_requests_own_variable_names_others(
+    private, tmp_path, monkeypatch
+):
+    trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "other.pem"))
+    indexes = Indexes(f"{private.url}/simple/", certificate=str(tmp_path / "ca.pem"), certificate_from="PIP_CERT")
+    assert indexes.find("small", SDIST).sha256 == HASH
+
+
+def test_a_certificate_that_is_not_trusted_is_said_with_the_setting_that_decides(private, tmp_path):
+    trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
+    for name, words in (("other.pem", "is not trusted by"), ("none.pem", "there is no")):
+        indexes = Indexes(f"{private.url}/simple/", certificate=str(tmp_path / name), certificate_from="SSL_CERT_FILE")
+        with pytest.raises(NotOnIndexError, match=f"{words} .*{name}, which SSL_CERT_FILE names"):
+            indexes.find("small", SDIST)
+
+
+def test_without_a_setting_the_sentence_says_which_variable_to_set(private, monkeypatch):
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(NotOnIndexError, match="SSL_CERT_FILE can name"):
+        Indexes(f"{private.url}/simple/").find("small", SDIST)
+
+
+# --- uv ---
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """A real wheel of nothing but itself, and a requirements file that locks it by hash."""
+    info = "small-1.0.dist-info"
+    members = {
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: small\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "small.py": "",
+    }
+    record = []
+    path = tmp_path / "files" / "small-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+            mark = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+            record.append(f"{name},sha256={mark},{len(text)}")
+        archive.writestr(f"{info}/RECORD", "\n".join([*record, f"{info}/RECORD,,"]) + "\n")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "lock.txt").write_text(f"small==1.0 --hash=sha256:{digest}\n")
+    return path
+
+
+def installed(indexes: Indexes, tmp_path: Path) -> bool:
+    argv = [find_uv_bin(), "pip", "install", "--no-config", "--no-cache", "--python", sys.executable, "--target"]
+    argv += [str(tmp_path / "target"), "--require-hashes", "--requirements", str(tmp_path / "lock.txt")]
+    argv += indexes.uv_arguments()
+    assert "secret" not in " ".join(argv)
+    run(argv, env=indexes.uv_environment())
+    return (tmp_path / "target" / "small.py").exists()
+
+
+def test_uv_installs_from_an_index_on_disk_though_an_earlier_index_knows_another_version(wheel, tmp_path, server):
+    server.files["/files/small-0.9-py3-none-any.whl"] = b""
+    (tmp_path / "simple" / "small").mkdir(parents=True)
+    page = f'<a href="../../files/{wheel.name}">{wheel.name}</a>'
+    (tmp_path / "simple" / "small" / "index.html").write_text(page)
+    earlier = server.project("small", "small-0.9-py3-none-any.whl")
+    indexes = Indexes(f"{server.url}/none/", extra=(earlier, (tmp_path / "simple").as_uri()))
+    assert installed(indexes, tmp_path)
+
+
+def test_uv_installs_from_a_find_links_folder_with_no_index_at_all(wheel, tmp_path):
+    assert installed(Indexes(None, find_links=(str(wheel.parent),)), tmp_path)
+
+
+@pytest.mark.parametrize("role", ["default", "extra", "find_links"])
+def test_uv_gets_credentials_in_every_role_and_never_on_its_command_line(wheel, tmp_path, server, other, role):
+    server.password = "secret/@:"
+    server.files[f"/files/{wheel.name}"] = wheel.read_bytes()
+    server.project("small", wheel.name, base=f"{server.url}/files/")
+    server.files["/links.html"], server.types["/links.html"] = server.files["/simple/small/"], "text/html"
+    place = server.url.replace("//", "//me:secret%2F%40%3A@")
+    indexes = {
+        "default": Indexes(f"{place}/simple/"),
+        "extra": Indexes(f"{other.url}/simple/", extra=(f"{place}/simple/",)),
+        "find_links": Indexes(f"{other.url}/simple/", find_links=(f"{place}/links.html",)),
+    }[role]
+    assert installed(indexes, tmp_path)
+
+
+def test_uv_trusts_the_configured_certificates(wheel, tmp_path, private):
+    private.files[f"/files/{wheel.name}"] = wheel.read_bytes()
+    indexes = Indexes(private.project("small", wheel.name), certificate=str(tmp_path / "ca.pem"))
+    assert installed(indexes, tmp_path)
+
+
+def test_uv_is_not_told_a_second_time_what_its_arguments_say():
+    environ = {"UV_INDEX": "https://a.example/simple", "UV_FIND_LINKS": "/wheels", "UV_NO_INDEX": "1", "LANG": "C"}
+    assert Indexes().uv_environment(environ) == {"LANG": "C"}
+
+
+@pytest.mark.slow
+def test_the_index_of_this_machine_has_a_file_that_is_on_every_index():
+    link = configured().find("six", "six-1.16.0-py2.py3-none-any.whl")
+    assert link.sha256 in (None, "8abb2f1d86890a2dfb989f9a77cfcfd3e47c2a354b01111771326f8aa26e0254")

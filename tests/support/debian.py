@@ -1,0 +1,116 @@
+"""The PyTorch that can be had where the release tarball of 2.9.0 cannot: Debian's source of 2.6.0, to be built as ours.
+
+Debian's archive has it without most vendored parts; tests/packages/pytorch/debian.toml lists what stands in for them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.support.checkouts import PACKAGES
+from voltforge.compile import jobs, sandbox
+from voltforge.compile.build import Workshop
+from voltforge.compile.toolchain import Toolchain
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.sources import tree
+from voltforge.sources.environment import Environment
+from voltforge.sources.recipe import Source, SourceRecipe, parsed
+from voltforge.sources.tree import Patch, Tree
+from voltforge.system import files
+
+NEWER = {"USE_NVSHMEM", "USE_FBGEMM_GENAI"}
+"""Options of the recipe that PyTorch has since 2.8."""
+UNDONE = (
+    ("tools/generate_torch_version.py", "version + '+debian'", 'os.environ["PYTORCH_BUILD_VERSION"]'),
+    ("tools/setup_helpers/cmake.py", "max_jobs, '-v']", "max_jobs]"),
+    ("CMakeLists.txt", "set(CMAKE_VERBOSE_MAKEFILE ON)", ""),
+    ("CMakeLists.txt", 'to the shared objects" ON)', 'to the shared objects" OFF)'),
+    ("cmake/Dependencies.cmake", "set(CUDNN_FRONTEND_INCLUDE_DIR /usr/include/)",
+     "set(CUDNN_FRONTEND_INCLUDE_DIR ${PROJECT_SOURCE_DIR}/third_party/cudnn_frontend/include)"),
+    ("cmake/Dependencies.cmake", '  add_library(fp16 STATIC "/usr/include/fp16.h")',
+     '  find_file(FP16_HEADER fp16.h REQUIRED)\n  add_library(fp16 STATIC "${FP16_HEADER}")'),
+)  # fmt: skip
+"""Where Debian's packaging has its own version, its own paths, or prints every command."""
+DEVIATIONS = {
+    "USE_SYSTEM_LIBS": "1",  # the vendored parts are gone
+    "USE_FBGEMM": "0",  # not in Debian
+    "USE_MKLDNN": "0",  # these three would take more packages, and nothing that is compiled here
+    "USE_XNNPACK": "0",
+    "USE_PYTORCH_QNNPACK": "0",
+}
+VENDORED = {"cutlass": "cutlass_library/source/", "cudnn_frontend": ""}
+"""Parts that come from wheels: where in the wheel the folder lies that upstream has in third_party/."""
+
+
+def parts() -> dict[str, list[Source]]:
+    """The files that it is made of: ``source``, ``packaging`` and ``packages`` of Debian's, and :data:`VENDORED`."""
+    found = parsed(PACKAGES / "pytorch" / "debian.toml")
+    lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
+    return {name: [Source.model_validate(one) for one in several] for name, several in lists.items()}
+
+
+def upstream(pipeline: Pipeline, folder: Path) -> Tree:
+    """The sources of 2.6.0 in the new ``folder``, as upstream has them but for what Debian left out."""
+    folder.mkdir()
+    [source] = parts()["source"]
+    return Tree(folder, tree.unpack(pipeline.store.get(source.artifact), folder))
+
+
+def patched(pipeline: Pipeline, original: Tree) -> Tree:
+    """The same, beside it: Debian's patches, its packages for vendored parts in ``deb/usr``, and :data:`VENDORED`."""
+    folder, known = original.path.with_name("patched"), parts()
+    shutil.copytree(original.path, folder, symlinks=True)
+    (folder / "debian").mkdir()
+    [packaging] = known["packaging"]
+    tree.unpack(pipeline.store.get(packaging.artifact), folder / "debian")
+    for line in (folder / "debian/patches/series").read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            tree.apply(Patch(folder / "debian/patches" / line.strip(), line.strip(), ""), folder)
+    for name, old, new in UNDONE:
+        text = (folder / name).read_text()
+        assert text.count(old) == 1, (name, old)
+        (folder / name).write_text(text.replace(old, new))
+    for package in known["packages"]:
+        part = original.path.with_name("package")
+        part.mkdir()
+        tree.unpack(pipeline.store.get(package.artifact), part)  # its single top folder, usr, is left out
+        shutil.copytree(part, folder / "deb/usr", symlinks=True, dirs_exist_ok=True)
+        files.remove(part)
+    for name, inside in VENDORED.items():
+        [wheel] = known[name]
+        with zipfile.ZipFile(pipeline.store.get(wheel.artifact)) as archive:
+            headers = tuple(f"{inside}{place}include/" for place in ("", "tools/util/"))
+            for member in archive.namelist():
+                if member.startswith(headers) and not member.endswith("/"):
+                    target = folder / "third_party" / name / member.removeprefix(inside)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(archive.read(member))
+    return Tree(folder, original.epoch)
+
+
+def workshop(
+    pipeline: Pipeline, grown: Tree, toolchain: Toolchain, work: Path, env: Mapping[str, str] | None = None
+) -> Workshop:
+    """A place for the build with the recipe's options, but for what 2.6.0 and Debian do not have, and ``env``."""
+    recipe = pipeline.recipes["torch"]
+    assert isinstance(recipe, SourceRecipe)
+    pipeline.package(recipe).stage("environment").run()
+    environment = Environment(pipeline.scratch / "environments" / "torch-build")
+    around = sandbox.choose("auto")
+    system = f"{around.place('tree', work / 'tree')}/deb/usr"
+    own = {name: value for name, value in recipe.build.env.items() if name not in NEWER}
+    own |= {**DEVIATIONS, "CMAKE_PREFIX_PATH": f"{{environment}};{system}"}
+    own |= {"LD_LIBRARY_PATH": f"{system}/lib/x86_64-linux-gnu", **(env or {})}
+    changed = {"version": "2.6.0", "build": recipe.build.model_copy(update={"env": own, "options": ()})}
+    count, _ = jobs.count("", recipe.build.memory_per_job)
+    return Workshop(recipe.model_copy(update=changed), grown, environment, toolchain, around, count, work)
+
+
+def configured(shop: Workshop) -> list[str]:
+    """Run CMake in a workshop that was prepared; what it said, line by line."""
+    log = shop.work / "configure.log"
+    shop.run([shop.places["environment"] / "bin/python", "setup.py", "build", "--cmake-only"], log=log)
+    return log.read_text(errors="replace").splitlines()

@@ -1,0 +1,198 @@
+"""What vLLM, with our series, decides on a pretended Volta: what it takes, what it refuses and in which words."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.beside import Beside
+from tests.support.checkouts import ROOT
+from voltforge.sources import tree
+from voltforge.sources.environment import Environment
+
+pytestmark = pytest.mark.build
+
+Answers = Mapping[tuple[str, str, str, str], Mapping[str, str]]
+FIRST_CHOICE = 7
+"""The series up to 0006 makes vLLM build and start; from here on it changes what vLLM chooses."""
+
+
+def read(lines: str) -> Answers:
+    found = [json.loads(line) for line in lines.splitlines()]
+    return {tuple(one.pop(key) for key in ("quantization", "family", "kv_cache", "cards")): one for one in found}
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tables for the documentation are written."""
+    return tmp_path_factory.mktemp("choices") / "tables.md"
+
+
+@pytest.fixture(scope="module")
+def answers(beside: Beside, tables: Path) -> Answers:
+    """The whole table at 7.0."""
+    return read(beside.run("-m", "volta.choices", "--markdown", tables))
+
+
+def of(
+    answers: Answers, quantization: str, family: str, kv_cache: str = "auto", cards: str = "one"
+) -> Mapping[str, Any]:
+    return answers[quantization, family, kv_cache, cards]
+
+
+def test_experts_never_get_marlin(answers: Answers) -> None:
+    """0007-moe-without-marlin."""
+    assert of(answers, "AWQ", "Mixtral")["experts"] == "MoeWNA16Method"
+    assert of(answers, "compressed-tensors W4A16", "Qwen3 MoE")["experts"] == "CompressedTensorsWNA16MoEMethod"
+    assert not [one for one in answers.values() if "Marlin" in one["experts"] + one["linear"]]
+
+
+def test_awq_is_taken_and_its_layers_are_tritons(answers: Answers) -> None:
+    """0008-awq-from-7.0."""
+    assert of(answers, "AWQ", "Llama")["linear"] == "AWQLinearMethod (Triton)"
+    assert of(answers, "AWQ", "Mixtral")["linear"] == "AWQLinearMethod (Triton)"
+
+
+def test_w4a16_is_taken_and_its_layers_are_exllamas(answers: Answers) -> None:
+    """0009-w4a16-from-7.0."""
+    for quantization in ("W4A16", "W4A16, per channel", "W8A16"):
+        assert of(answers, f"compressed-tensors {quantization}", "Qwen2")["linear"] == "ExllamaLinearKernel"
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "awq_calls_triton_for_one_token_and_for_many",
+        "exllama_has_one_row_of_zero_points_for_weights_per_channel",
+    ],
+)
+def test_the_chosen_kernels_are_called_as_they_must_be(check: str, beside: Beside) -> None:
+    """0008-awq-from-7.0 and 0009-w4a16-from-7.0."""
+    beside.run(ROOT / "tests" / "scripts" / "chosen_kernels.py", check)
+
+
+@pytest.mark.parametrize("kv_cache", ["fp8", "fp8_e4m3"])
+def test_an_e4m3_cache_is_refused_at_the_start_in_a_sentence_that_names_e5m2(answers: Answers, kv_cache: str) -> None:
+    """0010-kv-cache-dtype."""
+    said = of(answers, "none, float16", "Llama", kv_cache)
+    assert said["when"] == "start"
+    assert re.fullmatch(
+        r"A KV cache of \w+ needs compute capability 8\.9, .* --kv-cache-dtype fp8_e5m2, .*", said["refused"]
+    )
+
+
+def test_an_e5m2_cache_changes_no_choice_whatever_the_quantization(answers: Answers) -> None:
+    """0010-kv-cache-dtype: it was refused for every compressed-tensors checkpoint."""
+    for (quantization, family, kv_cache, cards), choice in answers.items():
+        if kv_cache == "fp8_e5m2":
+            assert choice == of(answers, quantization, family, cards=cards), (quantization, family)
+    assert not of(answers, "compressed-tensors W4A16", "Mixtral", "fp8_e5m2")["refused"]
+
+
+def test_two_cards_take_the_custom_all_reduce_with_nvlink_or_when_told_to_and_say_so(answers: Answers) -> None:
+    """0011-all-reduce."""
+
+    def said(cards: str) -> str:
+        found: str = of(answers, "none, float16", "Llama", cards=cards)["all_reduce"]
+        return found
+
+    assert re.match(r"custom kernel\. .*NVLink joins all cards", said("2, NVLink"))
+    assert re.match(
+        r"NCCL\. .*7\.0 and NVLink does not join them all.* --no-disable-custom-all-reduce", said("2, PCIe")
+    )
+    forced = said("2, PCIe, --no-disable-custom-all-reduce")
+    assert re.match(r"custom kernel\. .*--no-disable-custom-all-reduce forces it", forced)
+    assert said("2, NVLink, --disable-custom-all-reduce") == "NCCL."
+    assert said("4, NVLink").startswith("custom kernel.")
+    assert said("4, PCIe").startswith("NCCL.")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "family", "words"),
+    [
+        ("none, float16", "DeepSeek V2 (MLA)", "MLA.* VLLM_MLA_DISABLE=1"),
+        ("none, float16", "Whisper", "cross attention.* decoder-only"),
+        ("none, --dtype bfloat16", "Llama", "bfloat16.* --dtype auto"),
+        ("compressed-tensors W8A8 int8", "Llama", "W8A8 int8.* 7.5.* GPTQ, AWQ"),
+        ("compressed-tensors W8A8 int8", "Mixtral", "W8A8 int8.* 7.5.* GPTQ, AWQ"),
+        ("compressed-tensors FP8", "Llama", "FP8.* GPTQ, AWQ"),
+        ("FP8", "Qwen3 MoE", "FP8.* GPTQ, AWQ"),
+        ("compressed-tensors W4A16, asymmetric", "Llama", "zero points.* GPTQ, AWQ"),
+        ("compressed-tensors W4A16, per channel", "Mixtral", "experts per channel.* with groups"),
+        ("compressed-tensors W4A16", "Gemma 2", "float32.* without quantization"),
+        ("GPTQ 4 bit, act-order", "Mixtral", "experts in activation order.* without act-order"),
+        ("GPTQ 4 bit, asymmetric", "Mixtral", "experts with zero points.* symmetric"),
+        ("GPTQ 4 bit, per channel", "Mixtral", "experts with one group.* with groups"),
+        ("AWQ, per channel", "Qwen3 MoE", "experts with one group.* with groups"),
+    ],
+)
+def test_what_cannot_run_is_refused_at_the_start_in_one_sentence(
+    answers: Answers, quantization: str, family: str, words: str
+) -> None:
+    """0013-refusals."""
+    said = of(answers, quantization, family)
+    assert said["when"] == "start"
+    assert re.search(words, said["refused"]), said["refused"]
+    assert re.fullmatch(r"[^.]*(?:\.\d[^.]*)*\.", said["refused"]), "one sentence"
+
+
+def test_act_order_of_compressed_tensors_is_for_one_card_or_a_pipeline(answers: Answers) -> None:
+    """0013-refusals: the kernel for it, Exllama's, wants all inputs on one card."""
+
+    def said(cards: str) -> Mapping[str, Any]:
+        return of(answers, "compressed-tensors W4A16, act-order", "Llama", cards=cards)
+
+    assert said("one")["linear"] == said("2 in a pipeline")["linear"] == "ExllamaLinearKernel"
+    assert said("2, PCIe")["when"] == "start"
+    assert re.search("activation order on several cards.* --pipeline-parallel-size", said("2, PCIe")["refused"])
+
+
+def test_nothing_else_fails_when_layers_are_built(answers: Answers) -> None:
+    late = {one["refused"] for one in answers.values() if one["when"] == "building"}
+    assert all("install bitsandbytes" in sentence for sentence in late), late
+    assert not [one for one in answers.values() if one["dtype"] == "bfloat16"]
+    assert {one["attention"] for one in answers.values() if not one["refused"]} == {"TRITON_ATTN"}
+
+
+def stock(site_packages: Path, patches: Path, folder: Path) -> Path:
+    """A folder with the environment's vllm, its Python as it was before the series began to change choices."""
+    shutil.copytree(site_packages / "vllm", folder / "vllm")
+    for patch in reversed(tree.series(patches)):
+        if int(patch.path.name[:4]) >= FIRST_CHOICE:
+            parts = re.split(r"^(?=diff --git )", patch.path.read_text(), flags=re.MULTILINE)
+            packaged = "".join(part for part in parts if part.startswith("diff --git a/vllm/"))
+            undone = subprocess.run(
+                ["patch", "-R", "-p1", "-F0", "-s"], input=packaged, cwd=folder, text=True, capture_output=True
+            )
+            assert undone.returncode == 0, f"{patch.path.name}: {undone.stdout}"
+    return folder
+
+
+def test_a_card_of_8_0_is_answered_as_without_the_patches_that_change_choices(
+    beside: Beside, installed: Environment, repository: Path, tmp_path: Path
+) -> None:
+    """On 8.0, the same table with and without; only an e4m3 cache differs, which Triton cannot compile below 8.9."""
+    folder = stock(installed.site_packages, repository / "patches" / "vllm", tmp_path)
+
+    def ask(before: Path | None) -> Answers:
+        return read(beside.run("-m", "volta.choices", "--capability", "8.0", before=before))
+
+    with ThreadPoolExecutor() as both:
+        with_ours, without = both.map(ask, (None, folder))
+    differ = {case for case in without if with_ours[case] != without[case]}
+    assert {kv_cache for _, _, kv_cache, _ in differ} == {"fp8", "fp8_e4m3"}
+    assert all("needs compute capability 8.9" in with_ours[case]["refused"] for case in differ)
+
+
+def test_the_document_has_these_tables(answers: Answers, tables: Path, repository: Path) -> None:
+    """`python -m volta.choices --markdown` writes them; the lines around them are ours."""
+    assert answers
+    assert tables.read_text() in (repository / "docs" / "volta.md").read_text()

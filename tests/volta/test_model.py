@@ -1,0 +1,193 @@
+"""The small Llama of `volta.gpu.model`: vLLM takes its folders, and the comparison finds what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.beside import Beside, Workbench
+from volta.gpu.operations import NO_GPU, Row
+
+pytestmark = [pytest.mark.slow, pytest.mark.build]
+
+PROGRAM = ("-m", "volta.gpu.model")
+LOADED = """
+import contextlib, json, sys, tempfile
+from pathlib import Path
+from volta import choices, reference
+choices.pretended((7, 0))
+choices.quiet()
+import torch
+from safetensors.torch import load_file
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.quantization.utils.quant_utils import pack_rows
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
+from volta.gpu import model
+
+def loaded(variant, graphs, folder):
+    exact = model.write(folder, variant)
+    config = EngineArgs(**model.arguments(folder, variant, graphs=graphs)).create_engine_config()
+    if not torch.distributed.is_initialized():
+        choices.joined(config, 0, folder)
+    with set_current_vllm_config(config), set_default_torch_dtype(torch.float16), torch.device("cpu"):
+        made = initialize_model(vllm_config=config)
+        get_model_loader(config.load_config).load_weights(made, config.model_config)
+    return exact, config, made.model.layers[1].mlp.down_proj
+
+said = {}
+with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as name:
+    for number, variant in enumerate(model.VARIANTS):
+        for graphs in (False, True):
+            exact, config, layer = loaded(variant, graphs, Path(name) / f"{number}-{graphs}")
+        stored = load_file(Path(name) / f"{number}-True" / "model.safetensors")
+        right = exact["model.layers.1.mlp.down_proj.weight"].T.double()
+        if variant.quantization == "awq":
+            same = torch.equal(reference.awq_weights(layer.qweight, layer.scales, layer.qzeros), right)
+        elif variant.quantization == "gptq":
+            numbers = (right / layer.scales.double().repeat_interleave(model.GROUP, 0)).round().int() + 8
+            same = torch.equal(pack_rows(numbers, 4, *numbers.shape), layer.qweight)
+        else:
+            same = torch.equal(layer.weight.T.double(), right)
+        there = all(torch.equal(one.data, stored[f"model.layers.1.mlp.down_proj.{part}"])
+                    for part, one in layer.named_parameters())
+        method = type(layer.quant_method).__name__
+        said[variant.name] = [method, config.cache_config.cache_dtype, there, same]
+print(json.dumps(said))
+"""
+SPOILT = """
+import json
+from dataclasses import replace
+from volta.gpu import model
+
+variant = next(one for one in model.VARIANTS if one.name == {variant!r})
+exact = model.weights(variant.quantization)[1]
+reference = model.Reference(exact, variant)
+
+def spoilt():
+    used, asked, maker = dict(exact), model.prompts(), variant
+    {spoil}
+    made = model.Reference(used, maker)
+    return [made.greedy(prompt) for prompt in asked]
+
+answers = spoilt()
+model.CONFIG["rope_theta"] = 10000.0
+{after}
+print(json.dumps([row.verdict for row in model.compare("it", answers, reference)]))
+"""
+KEYS, DOWN = "model.layers.2.self_attn.k_proj.weight", "model.layers.0.mlp.down_proj.weight"
+OTHER = "next(token for token in one.best[-1] if token != one.tokens[-1])"
+WRONGS = {
+    "nothing": ("float16", "", "", "right", "right"),
+    "two heads of keys are swapped": (
+        "float16", f"used['{KEYS}'] = used['{KEYS}'].roll(model.HEAD, 0)", "", None, "wrong",
+    ),
+    "one group of inputs of one matrix has half its scale": (
+        "float16", f"used['{DOWN}'] = used['{DOWN}'].clone(); used['{DOWN}'][:, :128] *= 0.5", "", None, "wrong",
+    ),
+    "the angles of positions have another base": (
+        "float16", "model.CONFIG['rope_theta'] = 9000.0", "", None, "wrong",
+    ),
+    "a cache keeps more than e5m2": (
+        "float16, fp8_e5m2 cache", "maker = model.VARIANTS[0]", "", None, "wrong",
+    ),
+    "a decided token is another": (
+        "float16", "", f"answers = [replace(one, tokens=[*one.tokens[:-1], {OTHER}]) for one in answers]",
+        "wrong", "right",
+    ),
+    "there are too few tokens": ("float16", "asked = asked[:1]", "", "wrong", "right"),
+}  # fmt: skip
+GLUE = """
+import json, tempfile
+from pathlib import Path
+import vllm
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
+from volta.gpu import model
+
+variant = model.VARIANTS[0]
+short = model.Reference(model.weights()[1], variant, "float16")
+
+class Llm:
+    def __init__(self, **arguments):
+        assert arguments["model"] and arguments["enforce_eager"]
+
+    def generate(self, asked, sampling, use_tqdm):
+        assert (sampling.temperature, sampling.max_tokens, sampling.logprobs) == (0, model.TOKENS, model.BEST)
+        for number, one in enumerate(asked):
+            said = short.greedy(one["prompt_token_ids"])
+            best = [{token: Logprob(found) for token, found in step.items()} for step in said.best]
+            done = CompletionOutput(0, "", said.tokens, 0.0, best)
+            yield RequestOutput(str(number), None, said.prompt, None, [done], True)
+
+vllm.LLM = Llm
+with tempfile.TemporaryDirectory() as name:
+    model.generate(Path(name), variant, False, Path(name) / "answers.json")
+    answers, took = model.read(Path(name) / "answers.json")
+reference = model.Reference(model.weights()[1], variant)
+print(json.dumps([vars(row) for row in model.compare("it", answers, reference, took)]))
+"""
+
+
+def last(lines: str) -> Any:
+    return json.loads(lines.splitlines()[-1])
+
+
+def test_vllm_on_a_pretended_volta_takes_each_folder_and_reads_the_weights_that_the_reference_has(
+    beside: Beside,
+) -> None:
+    assert last(beside.run("-c", LOADED)) == {
+        "float16": ["UnquantizedLinearMethod", "auto", True, True],
+        "float16, fp8_e5m2 cache": ["UnquantizedLinearMethod", "fp8_e5m2", True, True],
+        "GPTQ 4 bit": ["GPTQLinearMethod", "auto", True, True],
+        "AWQ 4 bit": ["AWQLinearMethod", "auto", True, True],
+    }
+
+
+def test_float16_on_the_cpu_in_vllms_place_is_within_half_of_every_bound(beside: Beside) -> None:
+    about, *rows = map(json.loads, beside.run(*PROGRAM, "--device", "cpu", "--json").splitlines())
+    assert about["device"] == "CPU"
+    assert len(rows) == 8
+    for row in (Row(**one) for one in rows):
+        assert row.verdict == "right", row
+        assert row.error is not None
+        assert row.bound is not None
+        assert row.error <= row.bound / 2
+        assert row.error or "tokens" in row.operation
+
+
+@pytest.fixture(scope="module")
+def bench(beside: Beside) -> Iterator[Workbench]:
+    """Where models are spoilt."""
+    made = Workbench(beside)
+    yield made
+    made.end()
+
+
+@pytest.mark.parametrize("wrong", WRONGS)
+def test_what_is_wrong_is_found(bench: Workbench, wrong: str) -> None:
+    variant, spoil, after, tokens, logarithms = WRONGS[wrong]
+    found = last(bench.does(SPOILT.format(variant=variant, spoil=spoil, after=after)))
+    assert found[1] == logarithms
+    assert tokens in {None, found[0]}
+
+
+def test_what_vllm_answers_is_written_read_and_compared(beside: Beside) -> None:
+    """A stand-in for vllm.LLM, which needs a GPU, gives vLLM's own kinds of answers."""
+    tokens, logarithms = (Row(**one) for one in last(beside.run("-c", GLUE)))
+    assert (tokens.verdict, logarithms.verdict) == ("right", "right")
+    assert tokens.microseconds
+    assert "64 tokens" in tokens.said
+
+
+def test_without_a_gpu_it_says_so_in_a_sentence_and_exits_with_5(beside: Beside) -> None:
+    done = subprocess.run([beside.python, *PROGRAM], env=dict(beside.environ), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (NO_GPU, "")
+    assert "finds no GPU" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

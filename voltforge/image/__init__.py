@@ -1,0 +1,1 @@
+"""The runtime image: its base, its layers and the OCI archive."""

@@ -1,0 +1,1 @@
+"""What goes in: recipes, downloads, patched trees and locked environments, each by its hash."""

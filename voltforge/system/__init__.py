@@ -1,0 +1,1 @@
+"""This machine: files, programs, the terminal. Every other room may use it."""

@@ -1,0 +1,646 @@
+"""What a wheel must be before it is kept: every check is made, and all findings are told at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import mmap
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from packaging.requirements import Requirement
+from packaging.tags import Tag
+from packaging.utils import canonicalize_name
+
+from voltforge.binary import cubin
+from voltforge.binary.elf import Elf, ElfError, Loader, is_binary, system_libraries
+from voltforge.errors import VoltforgeError
+from voltforge.sources import options
+from voltforge.system import console, files
+from voltforge.system.process import ProgramFailed, run
+from voltforge.wheel.signing import Trust
+from voltforge.wheel.wheelfile import (
+    PROVIDED,
+    PlatformTag,
+    Wheel,
+    WheelError,
+    members,
+    platform_tag,
+    record_problems,
+    unpack,
+)
+from voltforge.wheel.wheelhouse import Wheelhouse
+
+DRIVER = "libcuda.so.1"
+"""The library of the NVIDIA driver, which no wheel brings and a build machine need not have."""
+PATIENCE = 600.0
+"""Seconds that a program asked about the environment may take; a first import of torch from a cold disk takes 60."""
+
+_PRIVATE = re.compile(
+    rb"/(?:home|root|tmp|var/tmp)/(?![\w.+/-]*XXXXXX)[\w.+/-]+\.(?:c|cc|cpp|cxx|cu|cuh|h|hpp|hxx|inl)(?![\w.+/-])"
+)
+"""Names of source files in somebody's own folders, as ``__FILE__`` leaves them in a binary.
+
+A folder alone is no sign of a leak, nor is a template of mkstemps(3): NCCL means ``/tmp/nccl-XXXXXX`` at run time, and
+PyTorch's fuser ``/tmp/pytorch_fuserXXXXXX.cpp``.
+"""
+_SHOWN = 3
+"""How many examples a finding names."""
+_WIDTH = 60
+"""How much of a mangled name it shows."""
+_ANSWER = "voltforge: "
+_IMPORT = f"""
+import importlib, os, sys
+try:
+    importlib.import_module(sys.argv[1])
+except BaseException as problem:
+    lines = str(problem).splitlines() or [""]
+    print(f"\\n{_ANSWER}{{type(problem).__name__}}: {{lines[0]}}", flush=True)
+    os._exit(1)
+os._exit(0)  # what a library does when Python ends is not in question
+"""
+_OPERATORS = """
+import importlib, json, os, pathlib, sys
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+import torch
+pathlib.Path(sys.argv[1]).write_text(json.dumps(torch._C._dispatch_get_all_op_names()))
+os._exit(0)
+"""
+_ANSWERS = """
+import importlib, json, os, pathlib, sys
+names = {}
+for module in sys.argv[2].split():
+    importlib.import_module(module)
+    names[module.split(".")[0]] = sys.modules[module.split(".")[0]]
+def answer(expression):
+    try:
+        return [True, str(eval(expression, names))]
+    except Exception as problem:
+        return [False, f"{type(problem).__name__}: {problem}"]
+pathlib.Path(sys.argv[1]).write_text(json.dumps([answer(expression) for expression in sys.argv[3:]]))
+os._exit(0)
+"""
+_ABOUT = """
+import json, sys, sysconfig
+print(json.dumps([sys.executable, sysconfig.get_path("platlib")]))
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    check: str
+    """The check's name, in a word or two."""
+    severity: Literal["pass", "fail", "note"]
+    """``fail`` keeps the wheel out; ``note`` is for the person to know."""
+    detail: str
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a recipe promises of its wheel."""
+
+    extensions: tuple[str, ...] = ()
+    """Paths in the wheel that must be there and be shared objects: ``vllm/_C.abi3.so``."""
+    arch: tuple[str, ...] = ()
+    """What binaries with device code must have code for, and for nothing else; if empty, that is not looked at.
+
+    Written as in TORCH_CUDA_ARCH_LIST: ``7.0``, ``9.0a``, ``7.0+PTX``.
+    """
+    absent: tuple[str, ...] = ()
+    """Patterns that neither a binary's path nor a kernel's mangled name may match: ``*_vllm_fa*``, ``*marlin*``.
+
+    Python files are not meant: ``gptq_marlin.py`` may stay where its kernels must not.
+    """
+    max_size: int | None = None
+    """The most bytes that the wheel file may have."""
+    runpath: tuple[str, ...] = ()
+    """Patterns for RUNPATH entries; if empty, whatever stays inside site-packages is allowed."""
+    requires: tuple[str, ...] = ()
+    """Requirements that it must have for every user: a name, or with the very versions, ``triton==3.5.0``."""
+    requires_not: tuple[str, ...] = ()
+    """Names of projects that it must not require."""
+    imports: tuple[str, ...] = ()
+    """Modules that must import where it is installed: ``vllm._C``."""
+    ops: tuple[str, ...] = ()
+    """PyTorch operators that these modules must register: ``_C::rms_norm``."""
+    config: str | None = None
+    """A Python expression whose text has the configuration, as ``NAME=VALUE``: ``torch.__config__.show()``."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """The variables of the build, with which the configuration must agree on those that it names."""
+    says: Mapping[str, str] = field(default_factory=dict)
+    """Python expressions, and the patterns that the texts of their values must match."""
+    provided: tuple[str, ...] = PROVIDED
+    """Patterns of SONAMEs that other wheels and the driver bring."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A Python environment that the wheel is for, or is installed in."""
+
+    python: Path
+    """Its interpreter."""
+    site: Path
+    """Its site-packages folder."""
+
+    @classmethod
+    def of(cls, python: Path) -> Environment:
+        """Ask an environment's interpreter about itself.
+
+        Raises:
+            ProgramFailed: it does not run.
+        """
+        executable, site = json.loads(run([python, "-I", "-c", _ABOUT], timeout=PATIENCE).output.splitlines()[-1])
+        return cls(Path(executable), Path(site))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A wheel under examination, and all that the checks may look at."""
+
+    wheel: Wheel
+    folder: Path
+    """Its unpacked content."""
+    expect: Expectation
+    linked: Mapping[str, int] | None = None
+    forbidden_paths: tuple[str, ...] = ()
+    environment: Environment | None = None
+    driver_stub: Path | None = None
+    binaries: Mapping[str, Elf] = field(default_factory=dict)
+    """Its programs and shared objects by their paths in the wheel."""
+    malformed: tuple[str, ...] = ()
+    """Why files that begin like binaries could not be read."""
+
+    @functools.cached_property
+    def members(self) -> list[str]:
+        """The paths of its files, in order."""
+        return sorted(members(self.folder))
+
+    @functools.cached_property
+    def platform(self) -> PlatformTag:
+        """What auditwheel says of its binaries."""
+        return platform_tag(self.wheel.path, self.expect.provided)
+
+
+Check = Callable[[Subject], Iterable[Finding]]
+
+
+def verify(
+    path: Path,
+    expect: Expectation,
+    *,
+    linked: Mapping[str, int] | None = None,
+    forbidden_paths: Sequence[str] = (),
+    environment: Path | None = None,
+    driver_stub: Path | None = None,
+) -> list[Finding]:
+    """Examine a wheel and tell everything that is wrong with it, and what is right.
+
+    Args:
+        path: the wheel.
+        expect: what its recipe promises.
+        linked: how many CUDA objects were linked into each extension, by its path in the wheel, where that is known.
+        forbidden_paths: folders of the build machine that must not be named in any file.
+        environment: the interpreter of an environment that holds what the wheel requires, and for the import checks
+            the wheel itself. Without it, what needs one is noted as not checked.
+        driver_stub: a folder with a stub of ``libcuda.so.1``, for machines without a driver.
+
+    Returns:
+        the findings in the order of :data:`CHECKS`. A wheel that cannot be opened has one finding, a failure.
+
+    Raises:
+        ProgramFailed: the environment's interpreter does not run.
+    """
+    where = Environment.of(environment) if environment else None
+    with tempfile.TemporaryDirectory(prefix="voltforge-") as name:
+        folder = Path(name)
+        try:
+            wheel = Wheel.read(path)
+            unpack(path, folder)
+        except WheelError as error:
+            return [Finding("wheel", "fail", error.what)]
+        binaries, malformed = _binaries(folder)
+        subject = Subject(
+            wheel, folder, expect, linked, tuple(forbidden_paths), where, driver_stub, binaries, malformed
+        )  # fmt: skip
+        return [finding for check in CHECKS for finding in check(subject)]
+
+
+def failed(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings for which the wheel must not be kept."""
+    return [finding for finding in findings if finding.severity == "fail"]
+
+
+def report(findings: Iterable[Finding]) -> None:
+    """Show the findings to the person as a table."""
+    marks = {"pass": "ok", "fail": "FAIL", "note": "note"}
+    console.table("", ("", "check", "found"), ((marks[f.severity], f.check, f.detail) for f in findings))
+
+
+def check_record(subject: Subject) -> Iterator[Finding]:
+    """Every file has the hash and the size of RECORD, and none is missing on either side (PEP 376)."""
+    problems = [*record_problems(subject.folder), *subject.malformed]
+    return _judged("wheel", problems, f"{len(subject.members)} files, each with the hash of RECORD")
+
+
+def check_tag(subject: Subject) -> Iterator[Finding]:
+    """File name and WHEEL have the same tags, and these promise no more than the binaries keep (PEP 425, PEP 600)."""
+    wheel = subject.wheel
+    problems = []
+    if wheel.tags != wheel.declared:
+        problems.append(f"the file name says {_tags(wheel.tags)} and WHEEL says {_tags(wheel.declared)}")
+    try:
+        possible = subject.platform
+    except WheelError as error:
+        yield from _judged("tag", [*problems, error.what], "")
+        return
+    claimed = sorted({tag.platform for tag in wheel.tags})
+    for tag in claimed:
+        if not _covers(tag, possible.tag):
+            problems.append(f"{tag} promises more than {possible.tag}, which is what it can run on: {possible.why}")
+    yield from _judged("tag", problems, f"{_tags(wheel.tags)}; {possible.why}")
+    if possible.glibc or possible.libstdcxx:
+        floors = {"glibc": possible.glibc, "GLIBCXX": possible.libstdcxx}
+        needs = " and ".join(f"{name} {version}" for name, version in floors.items() if version)
+        yield Finding("tag", "note", f"needs {needs}, or newer")
+
+
+def check_requirements(subject: Subject) -> Iterator[Finding]:
+    """METADATA requires what it should, and not what it should not."""
+    expect, problems = subject.expect, []
+    has = {
+        canonicalize_name(requirement.name): requirement
+        for requirement in subject.wheel.requires
+        if not requirement.marker or requirement.marker.evaluate({"extra": ""})
+    }
+    for wanted in map(Requirement, expect.requires):
+        found = has.get(canonicalize_name(wanted.name))
+        if not found:
+            problems.append(f"it does not require {wanted}")
+        elif wanted.specifier and found.specifier != wanted.specifier:
+            problems.append(f"it requires {found}, not {wanted}")
+    for name in expect.requires_not:
+        if found := has.get(canonicalize_name(name)):
+            problems.append(f"it requires {found}")
+    return _judged("requirements", problems, f"{len(has)} for every user")
+
+
+def check_size(subject: Subject) -> Iterator[Finding]:
+    """The wheel is no larger than its budget."""
+    size, most = subject.wheel.path.stat().st_size, subject.expect.max_size
+    if most is None:
+        yield Finding("size", "note", files.size(size))
+        return
+    problems = [f"{files.size(size)}, over the {files.size(most)} that it may have"] if size > most else []
+    yield from _judged("size", problems, f"{files.size(size)} of at most {files.size(most)}")
+
+
+def check_extensions(subject: Subject) -> Iterator[Finding]:
+    """Every extension is there."""
+    wanted = subject.expect.extensions
+    problems = [
+        f"{name} {'is not a shared object' if name in subject.members else 'is missing'}"
+        for name in wanted
+        if name not in subject.binaries
+    ]
+    return _judged("extensions", problems, ", ".join(wanted) or "none are asked for")
+
+
+def check_images(subject: Subject) -> Iterator[Finding]:
+    """Every device image is for an asked architecture, each unit has one for each, and PTX is there only if asked."""
+    arch, linked = subject.expect.arch, subject.linked or {}
+    if not arch:
+        return
+    wanted = cubin.names(arch)
+    problems = [f"{name} should hold device code and is missing" for name in linked if name not in subject.binaries]
+    counts = []
+    for name, binary in subject.binaries.items():
+        try:
+            images = cubin.images(binary.path)
+        except VoltforgeError as error:
+            problems.append(error.what.replace(str(binary.path), name))
+            continue
+        linked_images = [image for image in images if not image.relocatable]
+        if len(linked_images) < len(images):
+            pieces = f"{name} holds {len(images) - len(linked_images)} relocatable images"
+            if linked_images:
+                yield Finding("device code", "note", f"{pieces} of no use beside the linked ones")
+            else:
+                problems.append(f"{pieces}, which nvlink has not linked: no driver can load them")
+        found = Counter(image.name for image in linked_images)
+        if foreign := {image: count for image, count in found.items() if image not in wanted}:
+            problems.append(f"{name} holds {_counted(foreign)}, which nobody asked for")
+        units = linked.get(name)
+        for image in sorted(wanted):
+            if units is not None and found[image] != units:
+                count = f"{found[image]} images of {image}"
+                problems.append(f"{name} holds {count}, and {units} CUDA objects were linked into it")
+            elif found and not found[image]:
+                problems.append(f"{name} holds no {image}")
+        if asked := {image: found[image] for image in wanted if found[image]}:
+            counts.append(f"{name} {_counted(asked)}")
+    if counts:
+        yield Finding("device code", "note" if problems else "pass", "; ".join(counts))
+    yield from (Finding("device code", "fail", problem) for problem in problems)
+    if not counts and not problems:
+        yield Finding("device code", "pass", "none")
+
+
+def check_absent(subject: Subject) -> Iterator[Finding]:
+    """No binary is there that should not be, and no kernel in one; see :func:`voltforge.binary.cubin.kernels`."""
+    patterns = subject.expect.absent
+    problems = []
+    for name, binary in subject.binaries.items():
+        problems += [f"{name} should not be there" for pattern in patterns if fnmatchcase(name, pattern)]
+        kernels = cubin.kernels(binary.path) if patterns else ()
+        for pattern in patterns:
+            if matching := sorted(kernel for kernel in kernels if fnmatchcase(kernel, pattern)):
+                count = f"{len(matching)} kernels or device variables that match {pattern}"
+                problems.append(f"{name} has {count}, such as {matching[0][:_WIDTH]}")
+    return _judged("absent", problems, f"nothing compiled matches {', '.join(patterns)}" if patterns else "")
+
+
+def check_paths(subject: Subject) -> Iterator[Finding]:
+    """No file names a folder of the machine that it was built on; what is compressed inside a file is not seen."""
+    forbidden = [path.rstrip("/").encode() for path in subject.forbidden_paths if path.rstrip("/")]
+    # A path must end where the forbidden one does: /work is not named by /workspace.
+    exact = re.compile(rb"(?:" + b"|".join(map(re.escape, forbidden)) + rb")(?![\w.+-])") if forbidden else None
+    problems = []
+    for name in subject.members:
+        found = Counter(_occurrences(subject.folder / name, exact)) if exact else Counter[str]()
+        if name in subject.binaries:
+            found += Counter(_occurrences(subject.folder / name, _PRIVATE))
+        if found:
+            problems.append(f"{name} names {_several(sorted(found))}")
+    return _judged("build paths", problems, "no file names a folder of the build machine")
+
+
+def check_runpath(subject: Subject) -> Iterator[Finding]:
+    """Every RUNPATH leads from the binary itself to somewhere inside site-packages, or is one that is asked for."""
+    allowed = subject.expect.runpath
+    problems, seen = [], 0
+    for name, binary in subject.binaries.items():
+        for entry in binary.runpath + binary.rpath:
+            seen += 1
+            if allowed and not any(fnmatchcase(entry, pattern) for pattern in allowed):
+                problems.append(f"{name} has {entry}, which is none of {', '.join(allowed)}")
+            elif not _inside(name, entry):
+                problems.append(f"{name} has {entry}, which leads out of site-packages")
+    return _judged("RUNPATH", problems, f"{seen} entries, each inside site-packages" if seen else "none")
+
+
+def check_stripped(subject: Subject) -> Iterator[Finding]:
+    """No binary carries what only debuggers read."""
+    problems = []
+    for name, binary in subject.binaries.items():
+        if not binary.stripped:
+            spare = sum(s.size for s in binary.sections if s.name in {".symtab", ".strtab"} or ".debug_" in s.name)
+            problems.append(f"{name} is not stripped: {files.size(spare)} of symbols")
+    return _judged("stripped", problems, f"{len(subject.binaries)} binaries")
+
+
+def check_symbols(subject: Subject) -> Iterator[Finding]:
+    """Every symbol that a binary cannot do without is found in what it needs, as ld.so would look for it."""
+    environment = subject.environment
+    if not subject.binaries:
+        return
+    if not environment:
+        yield Finding("symbols", "note", "not checked: it needs an environment with what the wheel requires")
+        return
+    site = environment.site
+    loader = Loader(
+        site,
+        staged=subject.folder,
+        program=environment.python,
+        lent=(site / "torch" / "lib", *sorted(site.glob("nvidia/*/lib"))),
+        last=(subject.driver_stub,) if subject.driver_stub else (),
+    )
+    problems, lent, total = [], {}, 0
+    for name, binary in subject.binaries.items():
+        try:
+            found = loader.resolve(name)
+        except ElfError as error:
+            problems.append(error.what)
+            continue
+        total += len(binary.undefined)
+        if found.missing:
+            problems.append(f"{name} needs {', '.join(found.missing)}, found nowhere")
+        if found.unresolved:
+            count = f"{len(found.unresolved)} of its {len(binary.undefined)} symbols"
+            problems.append(f"{name} finds {count} nowhere: {_several(map(str, found.unresolved))}")
+        if found.lent:
+            lent[name] = found.lent
+    yield from _judged("symbols", problems, f"all {total} that {len(subject.binaries)} binaries ask for are found")
+    if lent:
+        names = sorted({library for libraries in lent.values() for library in libraries})
+        yield Finding(
+            "symbols", "note", f"{_several(lent)} find {', '.join(names)} only where torch has been imported before"
+        )  # fmt: skip
+
+
+def check_imports(subject: Subject) -> Iterator[Finding]:
+    """The modules import where the wheel is installed, and register the operators that the recipe names."""
+    expect, environment = subject.expect, subject.environment
+    if not (expect.imports or expect.ops):
+        return
+    if not environment:
+        yield Finding("imports", "note", "not checked: it needs an environment with the wheel installed")
+        return
+    if other := [name for name in subject.binaries if not _same(subject.folder / name, environment.site / name)]:
+        yield Finding("imports", "fail", f"{environment.site} holds another build of {_several(other)}, or none")
+        return
+    problems = []
+    for module in expect.imports:
+        answer = _ask(subject, environment, _IMPORT, module)
+        if answer:
+            problems.append(f"import {module}: {answer}")
+    yield from _judged("imports", problems, ", ".join(expect.imports))
+    if expect.ops and not problems:
+        yield from _operators(subject, environment)
+
+
+def check_config(subject: Subject) -> Iterator[Finding]:
+    """Where it is installed, its own account of its configuration agrees with the variables of its build."""
+    expression, wanted = subject.expect.config, subject.expect.variables
+    if not expression or not subject.environment:
+        return
+    answers, problem = _answers(subject, subject.environment, [expression])
+    if problem or not answers[0][0]:
+        yield Finding("configuration", "fail", problem or f"{expression}: {answers[0][1]}")
+        return
+    told = dict(re.findall(r"\b([A-Z][A-Z0-9_]*)=([^\s,;]*)", answers[0][1]))
+    both = sorted(wanted.keys() & told.keys())
+    problems = [f"it says {name}={told[name]}, and was built with {wanted[name]}" for name in both
+                if not options.agree(told[name], wanted[name])]  # fmt: skip
+    if not both:
+        problems = [f"{expression} names none of the variables of its build"]
+    yield from _judged("configuration", problems, f"{len(both)} variables as in the recipe: {', '.join(both)}")
+
+
+def check_answers(subject: Subject) -> Iterator[Finding]:
+    """Where it is installed, what it says of itself is what the recipe promises."""
+    says = subject.expect.says
+    if not says:
+        return
+    if not subject.environment:
+        yield Finding("answers", "note", "not checked: it needs an environment with the wheel installed")
+        return
+    answers, problem = _answers(subject, subject.environment, list(says))
+    if problem:
+        yield Finding("answers", "fail", problem)
+        return
+    for (expression, pattern), (fine, answer) in zip(says.items(), answers, strict=True):
+        if not fine or not fnmatchcase(answer.strip(), pattern):
+            yield Finding("answers", "fail", f"{expression} is {answer.strip()[:300]!r}, not {pattern!r}")
+        else:
+            yield Finding("answers", "pass", f"{expression} is {answer.strip()[:300]}")
+
+
+def kept(house: Wheelhouse, path: Path, trust: Trust) -> list[Finding]:
+    """Whether index, receipt, provenance and signature go with a wheel of the wheelhouse."""
+    problems, by = house.disagreements(Wheel.read(path), trust)
+    return [*_judged("provenance", problems, f"wheel, index, receipt and provenance agree; signed by {by}")]
+
+
+CHECKS: tuple[Check, ...] = (
+    check_record,
+    check_tag,
+    check_requirements,
+    check_size,
+    check_extensions,
+    check_images,
+    check_absent,
+    check_paths,
+    check_runpath,
+    check_stripped,
+    check_symbols,
+    check_imports,
+    check_config,
+    check_answers,
+)
+"""All checks, from what needs least to what needs most."""
+
+
+def _judged(check: str, problems: Iterable[str], fine: str) -> Iterator[Finding]:
+    """A failure for each problem, or one word that all is well."""
+    found = [Finding(check, "fail", problem) for problem in problems]
+    yield from found or ([Finding(check, "pass", fine)] if fine else [])
+
+
+def _operators(subject: Subject, environment: Environment) -> Iterator[Finding]:
+    wanted = set(subject.expect.ops)
+    spaces = {name.partition("::")[0] for name in wanted}
+    with tempfile.TemporaryDirectory(prefix="voltforge-") as name:
+        answer = Path(name) / "operators.json"
+        if problem := _ask(subject, environment, _OPERATORS, str(answer), *subject.expect.imports):
+            yield Finding("operators", "fail", problem)
+            return
+        # An operator's overloads follow its name after a dot.
+        has = {full.partition(".")[0] for full in json.loads(answer.read_bytes())}
+    mine = {full for full in has if full.partition("::")[0] in spaces}
+    missing = [f"{name} is not registered" for name in sorted(wanted - mine)]
+    yield from _judged("operators", missing, f"all {len(wanted)} are registered")
+    if mine - wanted:
+        yield Finding(
+            "operators", "note", f"{len(mine - wanted)} more are registered: {_several(sorted(mine - wanted))}"
+        )
+
+
+def _answers(
+    subject: Subject, environment: Environment, expressions: Sequence[str]
+) -> tuple[list[tuple[bool, str]], str]:
+    """The values of expressions in the environment as text, each with whether it has one, or what went wrong."""
+    with tempfile.TemporaryDirectory(prefix="voltforge-") as name:
+        answer = Path(name) / "answers.json"
+        modules = " ".join(subject.expect.imports)
+        if problem := _ask(subject, environment, _ANSWERS, str(answer), modules, *expressions):
+            return [], problem
+        return [(fine, text) for fine, text in json.loads(answer.read_bytes())], ""
+
+
+def _ask(subject: Subject, environment: Environment, script: str, *words: str) -> str:
+    """Run a script in the environment; what went wrong in one line, or nothing."""
+    variables = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    variables.setdefault("LOGNAME", "voltforge")  # torch asks for it, and a user id in a container may have no name
+    if subject.driver_stub and DRIVER not in system_libraries():
+        variables["LD_LIBRARY_PATH"] = str(subject.driver_stub)
+    try:
+        run([environment.python, "-I", "-c", script, *words], env=variables, timeout=PATIENCE)
+    except ProgramFailed as error:
+        lines = [line for line in error.output.splitlines() if line.strip()]
+        told = [line.removeprefix(_ANSWER) for line in lines if line.startswith(_ANSWER)]
+        return (told or lines or [error.what])[-1] if error.status == 1 else error.what
+    return ""
+
+
+def _binaries(folder: Path) -> tuple[dict[str, Elf], tuple[str, ...]]:
+    found, malformed = {}, []
+    for name in sorted(members(folder)):
+        if is_binary(folder / name):
+            try:
+                found[name] = Elf.read(folder / name)
+            except ElfError as error:
+                malformed.append(error.what.replace(str(folder / name), name))
+    return found, tuple(malformed)
+
+
+def _counted(images: Mapping[str, int]) -> str:
+    """``sm_70 (29), sm_80 (52)``, in the order of the architectures."""
+    order = sorted(images, key=lambda name: (name.split("_")[0] != "sm", len(name.rstrip("af")), name))
+    return ", ".join(f"{name} ({images[name]})" for name in order)
+
+
+def _occurrences(path: Path, pattern: re.Pattern[bytes]) -> list[str]:
+    if not path.stat().st_size:
+        return []
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return [match.decode(errors="replace") for match in pattern.findall(content)]
+
+
+def _inside(name: str, entry: str) -> bool:
+    """Whether a RUNPATH entry of the binary at ``name`` in site-packages leads to site-packages or below."""
+    first, _, rest = entry.replace("${ORIGIN}", "$ORIGIN").partition("/")
+    goal = os.path.normpath(PurePosixPath(name).parent / rest)
+    return first == "$ORIGIN" and goal.split("/")[0] != ".."
+
+
+def _covers(claimed: str, possible: str) -> bool:
+    """Whether a machine that takes the claimed platform tag always meets the possible one."""
+    if possible == "any" or claimed == possible:
+        return True
+    floor, least = _floor(claimed), _floor(possible)
+    return floor[1] == least[1] and (floor[0] is None or (least[0] is not None and floor[0] >= least[0]))
+
+
+def _floor(tag: str) -> tuple[tuple[int, int] | None, str]:
+    """The glibc that a platform tag asks for, if any, and its machine; PEP 600 says what the older tags mean."""
+    if match := re.fullmatch(r"manylinux_(\d+)_(\d+)_(\w+)", tag):
+        return (int(match[1]), int(match[2])), match[3]
+    older = {"manylinux1_": (2, 5), "manylinux2010_": (2, 12), "manylinux2014_": (2, 17)}
+    for prefix, glibc in older.items():
+        if tag.startswith(prefix):
+            return glibc, tag.removeprefix(prefix)
+    return None, tag.removeprefix("linux_")
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and files.sha256(one) == files.sha256(other)
+
+
+def _tags(tags: Iterable[Tag]) -> str:
+    return ", ".join(sorted(map(str, tags)))
+
+
+def _several(names: Iterable[str]) -> str:
+    everything = list(names)
+    more = f" and {len(everything) - _SHOWN} more" if len(everything) > _SHOWN else ""
+    return ", ".join(everything[:_SHOWN]) + more

@@ -1,0 +1,739 @@
+"""How alike two built files are: byte by byte, member by member, and in binaries section by section."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import ctypes
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import mmap
+import os
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
+
+from voltforge.binary import cubin
+from voltforge.binary.cubin import FatbinError, Image
+from voltforge.binary.elf import MAGIC, ElfError, opened
+from voltforge.system import console, files
+from voltforge.system.process import ProgramFailed, run
+
+if TYPE_CHECKING:
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.sections import Section
+
+Tier = Literal["identical", "archive only", "same code and symbols", "different"]
+"""From the most alike to the least.
+
+``archive only``: every member is the same with the same mode; order, times or compression of the archive differ.
+``same code and symbols``: only binaries differ, and their machine code, device code and dynamic symbols do not.
+"""
+WORDS: Mapping[Tier, str] = {
+    "identical": "the same, bit for bit",
+    "archive only": "the same in every member; the archives around them differ",
+    "same code and symbols": "the same in machine code, device code and symbols; other parts of binaries differ",
+    "different": "not the same",
+}
+MOST = 20
+"""Differences that are kept of one comparison; the rest is counted."""
+MOST_OF_ONE = 6
+"""Differences that are kept of one member."""
+WIDTH = 120
+"""Characters of a text's line that are shown."""
+PATIENCE = 1800.0
+"""Seconds that diffoscope is given; on a wheel of gigabytes it would take hours."""
+
+_DEVICE = cubin.SECTIONS
+_CODE = re.compile(r"\.(?:text|plt)(?:\..*)?|\.(?:init|fini)")
+"""Sections with machine code (System V gABI, figure 4-13)."""
+_BOOKKEEPING = re.compile(
+    r"\.(?:gnu\.|rela?\.|relr\.|got|eh_frame|note\.|dynsym|dynstr|dynamic|hash|symtab|strtab|shstrtab).*"
+)
+"""Sections that hold addresses, sizes and names of what is in others: told after those."""
+_FOLLOW = {".note.gnu.build-id", ".gnu_debuglink"}
+"""Sections that hold a hash of the others (ld(1), --build-id)."""
+_DERIVED = {"digest", "size", "diff_ids", "mediaType"}
+"""Keys of the OCI's image-spec that say what a layer is packed to: they follow from the layers."""
+_OF_LAYERS = {"history", "org.opencontainers.image.base.digest"}
+"""Keys that name what layers were made of, by ids and hashes that change with them."""
+_PRINTABLE = re.compile(rb"[\x20-\x7e]{4,}")
+_AROUND = 40
+"""Bytes on either side of a difference in which a string is looked for."""
+_SHOWN = 8
+"""Bytes of a difference that are shown."""
+_TEXT_HEAD = 8192
+"""Bytes in which a zero tells that a file is no text."""
+_LINKS = {tarfile.SYMTYPE: "a link to", tarfile.LNKTYPE: "another name of"}
+_UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, ValueError, NotImplementedError)
+"""What opening an archive that is none can raise: its bytes are compared then."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something in which two files differ, and what stands there in each."""
+
+    file: str
+    """The member: ``vllm/_C.abi3.so``; of an image with its layer: ``layer 13, opt/vllm/bin/vllm``."""
+    section: str
+    """Where in it: a section of a binary, ``line 12`` of a text, ``byte 0x40``, ``mode``; empty for the whole."""
+    symbol: str
+    """What covers the first differing byte, or the kernels that differ; empty where nothing is known."""
+    one: str
+    """What the first has there, in few words."""
+    other: str
+    """What the second has there."""
+
+    @property
+    def place(self) -> str:
+        """File, section and symbol in a row."""
+        return " ".join(word for word in (self.file, self.section, self.symbol) if word)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How alike two files are."""
+
+    one: Path
+    other: Path
+    sha256: tuple[str, str]
+    tier: Tier
+    differences: tuple[Difference, ...] = ()
+    """The first :data:`MOST`, in the order of the members."""
+    more: int = 0
+    """How many there are besides."""
+    detail: Path | None = None
+    """Where :func:`report` writes what diffoscope says, if that is installed and they differ."""
+
+
+def compare(one: Path, other: Path) -> Comparison:
+    """Compare two wheels, two archives of OCI image layouts, or two files of any other kind.
+
+    What a RECORD, an SBOM, a build id or an image's manifest only repeats is told once, where it is. What cannot be
+    opened as the archive that it seems to be is compared byte by byte.
+    """
+    sha256 = files.sha256(one), files.sha256(other)
+    if sha256[0] == sha256[1]:
+        return Comparison(one, other, sha256, "identical")
+    with tempfile.TemporaryDirectory(prefix="voltforge-") as scratch:
+        found = _Found(Path(scratch))
+        try:
+            _look(one, other, found)
+        except _UNREADABLE:
+            found = _Found(Path(scratch))
+            found.add(_bytes(one.name, one, other))
+    detail = other.with_name(f"{other.name}.diffoscope.txt") if shutil.which("diffoscope") else None
+    return Comparison(one, other, sha256, found.tier, tuple(found.differences), found.more, detail)
+
+
+def report(comparison: Comparison) -> None:
+    """Print how alike the two are and where they differ; with diffoscope, write its report besides."""
+    names = dict.fromkeys((comparison.one.name, comparison.other.name))
+    console.step(f"{' and '.join(names)}: {WORDS[comparison.tier]}")
+    for path, sha256 in zip((comparison.one, comparison.other), comparison.sha256, strict=True):
+        console.note(f"{sha256}  {path}")
+    rows = [(one.file, one.section, one.symbol, one.one, one.other) for one in comparison.differences]
+    if rows:
+        console.table("", ("file", "where", "what", "first", "second"), rows)
+    if comparison.more:
+        console.note(f"and {comparison.more} more")
+    if comparison.detail:
+        words: list[str | Path] = ["diffoscope", "--text", comparison.detail, comparison.one, comparison.other]
+        try:
+            run(words, ok=(0, 1), timeout=PATIENCE)
+            console.note(f"diffoscope's report: {comparison.detail}")
+        except ProgramFailed as error:
+            console.warn(error.what)
+
+
+@dataclass
+class _Found:
+    """The differences so far."""
+
+    scratch: Path
+    differences: list[Difference] = field(default_factory=list)
+    more: int = 0
+    same_code: bool = True
+    """Whether each of them is in a binary whose code and symbols are the same."""
+
+    def add(self, differences: Iterable[Difference], *, same_code: bool = False) -> None:
+        """Take in what differs in one member."""
+        rows = list(differences)
+        room = min(MOST_OF_ONE, MOST - len(self.differences))
+        self.differences += rows[:room]
+        self.more += len(rows[room:])
+        self.same_code &= same_code or not rows
+
+    @property
+    def tier(self) -> Tier:
+        if not self.differences:
+            return "archive only"
+        return "same code and symbols" if self.same_code else "different"
+
+    @contextlib.contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A folder for as long as it is needed."""
+        with tempfile.TemporaryDirectory(dir=self.scratch) as name:
+            yield Path(name)
+
+
+def _look(one: Path, other: Path, found: _Found) -> None:
+    if zipfile.is_zipfile(one) and zipfile.is_zipfile(other):
+        with zipfile.ZipFile(one) as first, zipfile.ZipFile(other) as second:
+            _members("", _Zip(first), _Zip(second), found)
+    elif _is_layout(one) and _is_layout(other):
+        with tarfile.open(one) as first, tarfile.open(other) as second:
+            _images(_Layout(first), _Layout(second), found)
+    else:
+        differences, same_code = _contents(one.name, one, other)
+        found.add(differences, same_code=same_code)
+
+
+# Archives and their members.
+
+
+@dataclass(frozen=True)
+class _Member:
+    """What is compared of a member before its content."""
+
+    kind: str
+    mode: int
+    owner: str
+    size: int
+    sha256: str
+
+
+class _Archive(Protocol):
+    def members(self) -> dict[str, _Member]:
+        """All members by name."""
+
+    def take(self, names: Mapping[str, Path]) -> None:
+        """Write the content of each of these members to a file."""
+
+
+@dataclass(frozen=True)
+class _Zip:
+    archive: zipfile.ZipFile
+
+    def members(self) -> dict[str, _Member]:
+        return {entry.filename: self._member(entry) for entry in self.archive.infolist()}
+
+    def take(self, names: Mapping[str, Path]) -> None:
+        for name, path in names.items():
+            with self.archive.open(name) as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target, files.BLOCK)
+
+    def _member(self, entry: zipfile.ZipInfo) -> _Member:
+        mode = entry.external_attr >> 16
+        kind = "a folder" if entry.is_dir() else "a link" if stat.S_ISLNK(mode) else "a file"
+        with self.archive.open(entry) as content:
+            return _Member(kind, stat.S_IMODE(mode), "", entry.file_size, _sha256(content))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of an image (layer.md of the OCI's image-spec): a tar stream, packed or not."""
+
+    layout: _Layout
+    digest: str
+
+    def members(self) -> dict[str, _Member]:
+        with self._opened() as tar:
+            return {entry.name: self._member(tar, entry) for entry in tar}
+
+    def take(self, names: Mapping[str, Path]) -> None:
+        with self._opened() as tar:
+            for entry in tar:
+                if entry.isfile() and entry.name in names and (content := tar.extractfile(entry)):
+                    with names[entry.name].open("wb") as target:
+                        shutil.copyfileobj(content, target, files.BLOCK)
+
+    def _opened(self) -> tarfile.TarFile:
+        return tarfile.open(fileobj=_inflated(self.layout.blob(self.digest)), mode="r|")
+
+    def _member(self, tar: tarfile.TarFile, entry: tarfile.TarInfo) -> _Member:
+        kind = "a folder" if entry.isdir() else "a file" if entry.isfile() else f"of type {entry.type.decode()}"
+        if entry.type in _LINKS:
+            kind = f"{_LINKS[entry.type]} {entry.linkname}"
+        content = tar.extractfile(entry) if entry.isfile() else None
+        return _Member(
+            kind, stat.S_IMODE(entry.mode), f"{entry.uid}:{entry.gid}", entry.size, _sha256(content) if content else ""
+        )
+
+
+def _members(prefix: str, one: _Archive, other: _Archive, found: _Found) -> None:
+    """Compare two archives by the names, kinds, modes, owners and contents of their members."""
+    first, second = one.members(), other.members()
+    names = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
+    changed = [name for name in names if _content_differs(first.get(name), second.get(name))]
+    with found.folder() as folder:
+        here = {name: folder / f"{number}.one" for number, name in enumerate(changed)}
+        there = {name: folder / f"{number}.other" for number, name in enumerate(changed)}
+        one.take(here)
+        other.take(there)
+        for name in names:
+            if name in here and _repeats(name, here[name], there[name], names):
+                continue
+            found.add(_attributes(f"{prefix}{name}", first.get(name), second.get(name)))
+            if name in here:
+                differences, same_code = _contents(f"{prefix}{name}", here[name], there[name])
+                found.add(differences, same_code=same_code)
+
+
+def _content_differs(one: _Member | None, other: _Member | None) -> bool:
+    return one is not None and other is not None and "" != one.sha256 != other.sha256 != ""
+
+
+def _attributes(name: str, one: _Member | None, other: _Member | None) -> Iterator[Difference]:
+    if one is None or other is None:
+        yield Difference(name, "", "", *(f"{member.size} bytes" if member else "absent" for member in (one, other)))
+        return
+    for what in ("kind", "mode", "owner"):
+        values = getattr(one, what), getattr(other, what)
+        if values[0] != values[1]:
+            texts = (f"{value:#o}" if what == "mode" else value for value in values)
+            yield Difference(name, what, "", *texts)
+
+
+def _repeats(name: str, one: Path, other: Path, differing: Iterable[str]) -> bool:
+    """Whether a RECORD (PEP 376) or SBOM (PEP 770) differs only in what it says of other members that differ."""
+    path = PurePosixPath(name)
+    read = next((read for pattern, read in _REPEATING.items() if path.match(pattern)), None)
+    if not read:
+        return False
+    root = next(folder for folder in path.parents if folder.name.endswith(".dist-info")).parent
+    known = {os.path.relpath(member, root) for member in differing}
+    try:
+        return bool(read(one, known) == read(other, known))
+    except (ValueError, AttributeError):  # it is no SBOM
+        return False
+
+
+def _record(path: Path, known: set[str]) -> list[list[str]]:
+    rows = csv.reader(io.StringIO(path.read_text("utf-8", errors="replace"), newline=""))
+    return [row for row in rows if row and os.path.normpath(row[0]) not in known]
+
+
+def _sbom(path: Path, known: set[str]) -> Any:
+    """A CycloneDX document without its number, which is made of the rest, and without the files that are known."""
+    document = json.loads(path.read_bytes())
+    components = [one for one in document.get("components", ()) if one.get("name") not in known]
+    return {**document, "serialNumber": "", "components": components}
+
+
+_REPEATING = {"*.dist-info/RECORD": _record, "*.dist-info/sboms/*.cdx.json": _sbom}
+"""Members of a wheel that hold the hashes of others, and how they are read without some of them."""
+
+
+# Contents.
+
+
+def _contents(name: str, one: Path, other: Path) -> tuple[list[Difference], bool]:
+    """The differences between two files, and whether they are binaries with the same code and symbols."""
+    heads = _head(one), _head(other)
+    if all(head.startswith(MAGIC) for head in heads):
+        try:
+            return _binaries(name, one, other)
+        except (ElfError, FatbinError):
+            return _bytes(name, one, other), False
+    if not any(b"\0" in head for head in heads):
+        return _lines(name, one, other), False
+    return _bytes(name, one, other), False
+
+
+def _lines(name: str, one: Path, other: Path) -> list[Difference]:
+    """The first line that differs, and how many there are."""
+    with one.open("rb") as first, other.open("rb") as second:
+        for number, lines in enumerate(itertools.zip_longest(first, second), 1):
+            if lines[0] != lines[1]:
+                return [Difference(name, f"line {number}", "", *map(_line, lines))]
+    return []
+
+
+def _line(line: bytes | None) -> str:
+    if line is None:
+        return "ends before"
+    text = line.decode(errors="replace").removesuffix("\n")
+    return text[:WIDTH] + ("…" if len(text) > WIDTH else "")
+
+
+def _bytes(name: str, one: Path, other: Path) -> list[Difference]:
+    with _mapped(one) as first, _mapped(other) as second:
+        at = _differs(_Part(first, 0, len(first)), _Part(second, 0, len(second)))
+        if at is None:
+            return []
+        values = (_value(_Part(content, 0, len(content)), at) for content in (first, second))
+        return [Difference(name, f"byte {at:#x}", "", *values)]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of a file's bytes."""
+
+    content: mmap.mmap | bytes
+    begin: int
+    size: int
+
+    def __getitem__(self, place: slice) -> bytes:
+        start, stop, _ = place.indices(self.size)
+        return self.content[self.begin + start : self.begin + stop]
+
+
+def _differs(one: _Part, other: _Part) -> int | None:
+    """Where two stretches first differ, from their beginnings; ``None`` where they do not."""
+    size = min(one.size, other.size)
+    for at in range(0, size, files.BLOCK):
+        here, there = one[at : at + files.BLOCK], other[at : at + files.BLOCK]
+        here, there = here[: size - at], there[: size - at]
+        if here != there:
+            return at + next(number for number, pair in enumerate(zip(here, there, strict=True)) if pair[0] != pair[1])
+    return None if one.size == other.size else size
+
+
+def _value(part: _Part, at: int) -> str:
+    """What stands at a place: its bytes, and the string that they belong to, if it looks like one."""
+    if at >= part.size:
+        return f"ends after {part.size} bytes"
+    shown = part[at : at + _SHOWN].hex(" ")
+    begin = max(0, at - _AROUND)
+    for match in _PRINTABLE.finditer(part[begin : at + _AROUND]):
+        if match.start() <= at - begin < match.end():
+            return f'{shown} at {at:#x}, in "{match[0].decode()}"'
+    return f"{shown} at {at:#x}"
+
+
+# Binaries.
+
+
+@dataclass(frozen=True)
+class _Binary:
+    """A parsed binary and its bytes."""
+
+    elf: ELFFile
+    content: mmap.mmap
+
+    def sections(self) -> dict[tuple[str, int], tuple[int, Section]]:
+        """Number and section by name, and by how many of the name come before it; in the order of the file."""
+        seen: Counter[str] = Counter()
+        found = {}
+        for number, section in sorted(enumerate(self.elf.iter_sections()), key=lambda item: item[1]["sh_offset"]):
+            if section["sh_type"] != "SHT_NULL":
+                found[section.name, seen[section.name]] = number, section
+                seen[section.name] += 1
+        return found
+
+    def part(self, section: Section) -> _Part:
+        """The bytes of a section; none of one that has none in the file."""
+        size = 0 if section["sh_type"] == "SHT_NOBITS" else section["sh_size"]
+        return _Part(self.content, section["sh_offset"], size)
+
+    def symbol(self, number: int, section: Section, offset: int) -> str:
+        """The symbol that covers a byte of a section, the innermost if there are several; else nothing."""
+        from elftools.elf.sections import SymbolTableSection
+
+        address = section["sh_addr"] + offset
+        best: tuple[int, str] | None = None
+        for table in (".symtab", ".dynsym"):
+            symbols = self.elf.get_section_by_name(table)
+            for symbol in symbols.iter_symbols() if isinstance(symbols, SymbolTableSection) else ():
+                begin, size = symbol["st_value"], symbol["st_size"]
+                if symbol["st_shndx"] == number and begin <= address < begin + size and (not best or size < best[0]):
+                    best = size, symbol.name
+            if best:
+                return best[1]
+        return ""
+
+    def dynamic(self) -> Counter[tuple[str, str]]:
+        """The dynamic symbols: name, and kind and size in words."""
+        from elftools.elf.sections import SymbolTableSection
+
+        table = self.elf.get_section_by_name(".dynsym")
+        found: Counter[tuple[str, str]] = Counter()
+        for symbol in table.iter_symbols() if isinstance(table, SymbolTableSection) else ():
+            kind = str(symbol["st_info"]["type"]).removeprefix("STT_").lower()
+            home = "undefined" if symbol["st_shndx"] == "SHN_UNDEF" else f"{symbol['st_size']} bytes"
+            found[symbol.name, f"{kind}, {home}"] += 1
+        return found
+
+
+def _binaries(name: str, one: Path, other: Path) -> tuple[list[Difference], bool]:
+    """The sections, device images and dynamic symbols that differ, and whether code and symbols are the same."""
+    with opened(one) as first, opened(other) as second:
+        binaries = _Binary(*first), _Binary(*second)
+        symbols = _dynamic_symbols(name, *binaries)
+        device = _device_code(name, one, other)
+        told = {".dynsym"} if symbols else set()
+        told |= set(_DEVICE) if device else set()
+        sections = [row for row in _sections(name, *binaries) if row.section not in told]
+    same = not symbols and not device and not any(_CODE.fullmatch(row.section) for row in sections)
+    following = [row for row in sections if row.section in _FOLLOW]
+    keeping = [row for row in sections if _BOOKKEEPING.fullmatch(row.section) and row not in following]
+    first_of_all = [row for row in sections if row not in keeping and row not in following]
+    return [*first_of_all, *device, *symbols, *keeping] or following or _bytes(name, one, other), same
+
+
+def _sections(name: str, one: _Binary, other: _Binary) -> Iterator[Difference]:
+    first, second = one.sections(), other.sections()
+    for key in [*first, *(key for key in second if key not in first)]:
+        if key not in first or key not in second:
+            sizes = (f"{side[key][1]['sh_size']} bytes" if key in side else "absent" for side in (first, second))
+            yield Difference(name, key[0], "", *sizes)
+            continue
+        (number, here), (its, there) = first[key], second[key]
+        parts = one.part(here), other.part(there)
+        at = _differs(*parts)
+        if at is not None:
+            symbol = one.symbol(number, here, at) or other.symbol(its, there, at)
+            yield Difference(name, key[0], symbol, *(_value(part, at) for part in parts))
+        elif here["sh_size"] != there["sh_size"]:
+            yield Difference(name, key[0], "", f"{here['sh_size']} bytes", f"{there['sh_size']} bytes")
+
+
+def _dynamic_symbols(name: str, one: _Binary, other: _Binary) -> list[Difference]:
+    first, second = one.dynamic(), other.dynamic()
+    here, there = dict((first - second).keys()), dict((second - first).keys())
+    return [
+        Difference(name, ".dynsym", symbol, here.get(symbol, "absent"), there.get(symbol, "absent"))
+        for symbol in sorted({*here, *there})
+    ]
+
+
+def _device_code(name: str, one: Path, other: Path) -> list[Difference]:
+    """The device images that differ, each with its container, and with the kernels in which they differ."""
+    first, second = _images_of(one), _images_of(other)
+    rows = []
+    for key in sorted({*first, *second}):
+        here, there = first.get(key), second.get(key)
+        values = [
+            f"{image.name} of container {image.container}, sha256 {image.sha256()[:12]}" if image else "absent"
+            for image in (here, there)
+        ]
+        if values[0] != values[1]:
+            section = next(section for section, relocatable in _DEVICE.items() if relocatable == key[0])
+            rows.append(Difference(name, section, _kernels(here, there), *values))
+    return rows
+
+
+def _images_of(path: Path) -> dict[tuple[bool, int, int], Image]:
+    """The device images by section, container and place in it."""
+    places: Counter[tuple[bool, int]] = Counter()
+    found = {}
+    for image in cubin.images(path):
+        container = image.relocatable, image.container
+        found[(*container, places[container])] = image
+        places[container] += 1
+    return found
+
+
+def _kernels(one: Image | None, other: Image | None) -> str:
+    """The kernels of which two images have other code, or else the sections; nothing where they are packed."""
+    if not one or not other:
+        return ""
+    try:
+        first, second = _image_sections(one), _image_sections(other)
+    except ElfError:
+        return ""  # compressed, or PTX
+    names = [
+        name
+        for name in [*first, *(name for name in second if name not in first)]
+        if first.get(name) != second.get(name)
+    ]
+    kernels = [name.removeprefix(".text.") for name in names if name.startswith(".text.")]
+    return ", ".join((kernels or names)[:5])
+
+
+def _image_sections(image: Image) -> dict[str, str]:
+    """The hash of each section of a cubin, by name."""
+    with tempfile.TemporaryDirectory(prefix="voltforge-") as folder:
+        path = Path(folder) / image.name
+        with image.path.open("rb") as file:
+            file.seek(image.offset)
+            path.write_bytes(file.read(image.size))
+        with opened(path) as (elf, _):
+            return {section.name: files.sha256_bytes(section.data()) for section in elf.iter_sections()}
+
+
+# Images.
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """An archive of an OCI image layout (image-layout.md of the image-spec)."""
+
+    tar: tarfile.TarFile
+
+    def blob(self, digest: str) -> IO[bytes]:
+        return self.file(f"blobs/{digest.replace(':', '/')}")
+
+    def file(self, name: str) -> IO[bytes]:
+        content = self.tar.extractfile(name)
+        if content is None:
+            raise KeyError(name)
+        return content
+
+    def document(self, digest: str) -> Any:
+        return json.load(self.blob(digest))
+
+    def manifests(self) -> dict[str, str]:
+        """Digests of the manifests by the names of their images."""
+        entries = json.load(self.file("index.json"))["manifests"]
+        key = "org.opencontainers.image.ref.name"
+        return {str(entry.get("annotations", {}).get(key, "")): str(entry["digest"]) for entry in entries}
+
+
+def _is_layout(path: Path) -> bool:
+    if not tarfile.is_tarfile(path):
+        return False
+    with tarfile.open(path) as tar:
+        return {"oci-layout", "index.json"} <= set(tar.getnames())
+
+
+def _images(one: _Layout, other: _Layout, found: _Found) -> None:
+    """Compare two layouts: the names, and each image once, whatever names it has."""
+    first, second = one.manifests(), other.manifests()
+    found.add(
+        Difference("index.json", name, "", *(side.get(name, "absent")[:19] for side in (first, second)))
+        for name in sorted(first.keys() ^ second.keys())
+    )
+    for here, there in dict.fromkeys((first[name], second[name]) for name in first if name in second):
+        if here != there:
+            _image(one, other, (one.document(here), other.document(there)), found)
+
+
+def _image(one: _Layout, other: _Layout, manifests: tuple[Any, Any], found: _Found) -> None:
+    layers = [[str(layer["digest"]) for layer in manifest["layers"]] for manifest in manifests]
+    configurations = one.document(manifests[0]["config"]["digest"]), other.document(manifests[1]["config"]["digest"])
+    left_out = _DERIVED | (_OF_LAYERS if layers[0] != layers[1] else set())
+    for name, documents in (("manifest", manifests), ("configuration", configurations)):
+        values = [dict(_leaves(document, left_out)) for document in documents]
+        found.add(
+            Difference(name, key, "", *(side.get(key, "absent")[:WIDTH] for side in values))
+            for key in sorted({*values[0], *values[1]})
+            if values[0].get(key) != values[1].get(key)
+        )
+    for number, (here, there) in enumerate(itertools.zip_longest(*layers)):
+        if here is None or there is None:
+            found.add([Difference(f"layer {number}", "", "", here or "absent", there or "absent")])
+        elif here != there:
+            _layers(f"layer {number}", _Layer(one, here), _Layer(other, there), found)
+
+
+def _layers(name: str, one: _Layer, other: _Layer, found: _Found) -> None:
+    try:
+        _members(f"{name}, ", one, other, found)
+    except _NoLibraryError as error:
+        found.add([Difference(name, f"not looked into: {error}", "", one.digest[:19], other.digest[:19])])
+
+
+def _leaves(value: Any, left_out: set[str], path: str = "") -> Iterator[tuple[str, str]]:
+    """Each single value of a JSON document with the keys that lead to it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key not in left_out:
+                yield from _leaves(item, left_out, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _leaves(item, left_out, f"{path}[{number}]")
+    else:
+        yield path, str(value)
+
+
+# Packed streams.
+
+
+class _NoLibraryError(Exception):
+    """The system has no library that unpacks this."""
+
+
+def _inflated(source: IO[bytes]) -> IO[bytes]:
+    """The unpacked bytes of a layer: gzip, zstd (RFC 8878) or plain tar, by its first bytes."""
+    magic = source.read(4)
+    source.seek(0)
+    if magic[:2] == b"\x1f\x8b":
+        return gzip.GzipFile(fileobj=source)  # type: ignore[return-value]
+    if magic == b"\x28\xb5\x2f\xfd":
+        return io.BufferedReader(_Zstd(source), 1 << 17)
+    return source
+
+
+class _Buffer(ctypes.Structure):
+    """ZSTD_inBuffer and ZSTD_outBuffer of zstd.h."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t), ("pos", ctypes.c_size_t))
+
+
+class _Zstd(io.RawIOBase):
+    """A zstd stream, unpacked while it is read by the system's libzstd: Python has a module for it only since 3.14."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        try:
+            self._library = ctypes.CDLL("libzstd.so.1")
+        except OSError as error:
+            raise _NoLibraryError("this machine has no libzstd.so.1") from error
+        self._library.ZSTD_createDStream.restype = ctypes.c_void_p
+        self._library.ZSTD_decompressStream.restype = ctypes.c_size_t
+        self._stream = ctypes.c_void_p(self._library.ZSTD_createDStream())
+        self._source, self._held = source, b""
+        self._taken = _Buffer(None, 0, 0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        """Fill ``target`` as far as one step goes; 0 at the end."""
+        room = (ctypes.c_char * len(target)).from_buffer(target)
+        given = _Buffer(ctypes.addressof(room), len(target), 0)
+        while not given.pos:
+            if self._taken.pos == self._taken.size:
+                self._held = self._source.read(files.BLOCK)
+                if not self._held:
+                    return 0
+                held = ctypes.cast(ctypes.c_char_p(self._held), ctypes.c_void_p)
+                self._taken = _Buffer(held, len(self._held), 0)
+            left = self._library.ZSTD_decompressStream(self._stream, ctypes.byref(given), ctypes.byref(self._taken))
+            if self._library.ZSTD_isError(ctypes.c_size_t(left)):
+                raise ValueError("a layer is no zstd stream")
+        return int(given.pos)
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "_stream"):
+            self._library.ZSTD_freeDStream(self._stream)
+        super().close()
+
+
+# Small things.
+
+
+def _sha256(content: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := content.read(files.BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_TEXT_HEAD)
+
+
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
+    """The bytes of a file, which may be empty."""
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            yield b""
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield content

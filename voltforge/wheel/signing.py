@@ -1,0 +1,310 @@
+"""The key: what is said of a wheel is signed with one, and believed where a trusted one has signed it.
+
+Envelopes are DSSE v1 (secure-systems-lab/dsse) as in-toto uses it, signatures are Ed25519 (RFC 8032), and keys are PEM
+files: PKCS#8 for the private one, SubjectPublicKeyInfo for public ones, as ``openssl pkey`` reads and writes both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from voltforge.errors import VoltforgeError
+from voltforge.system import files
+
+if TYPE_CHECKING:
+    from securesystemslib.dsse import Envelope
+
+# cryptography and securesystemslib take a tenth of a second to import, which every ./doit would pay: they are imported
+# by the functions that need them.
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+"""What an envelope says of its payload: an in-toto statement, as JSON."""
+
+_BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----\n.*?(?:-----END \1-----|(?=-----BEGIN)|\Z)", re.DOTALL)
+"""A PEM block (RFC 7468), up to the next one if it has no end."""
+_KEYID = re.compile(r"[0-9a-f]{64}")
+
+
+class SignatureError(VoltforgeError):
+    """A key that cannot be used, or an envelope that no trusted key has signed."""
+
+
+@dataclass(frozen=True)
+class Signer:
+    """A private key, for signing."""
+
+    keyid: str
+    """What envelopes call it: a hexadecimal SHA-256 of the public key, as securesystemslib and in-toto have it."""
+    raw: bytes
+    """The public key, 32 bytes."""
+    secret: bytes = field(repr=False)
+    """The private key, 32 bytes."""
+
+    @classmethod
+    def load(cls, path: Path) -> Signer:
+        """The private key in a PEM file (PKCS#8, without a password).
+
+        Raises:
+            SignatureError: it cannot be read, is no Ed25519 key, or can be read by others.
+        """
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+        try:
+            with path.open("rb") as file:
+                mode, pem = os.fstat(file.fileno()).st_mode, file.read()
+        except OSError as error:
+            raise SignatureError(f"the key {path} cannot be read: {error.strerror}") from error
+        if mode & 0o077:
+            raise SignatureError(f"the key {path} is open to others than its owner", hint=f"chmod 600 {path}")
+        try:
+            return cls._of(load_pem_private_key(pem, None))
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
+            raise SignatureError(
+                f"{path} is not an Ed25519 key in PEM without a password", hint="openssl genpkey -algorithm ed25519"
+            ) from error
+
+    @classmethod
+    def _of(cls, private: Any) -> Signer:
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+        if not isinstance(private, Ed25519PrivateKey):
+            raise ValueError("another kind of key")
+        raw = private.public_key().public_bytes_raw()
+        return cls(_keyid(raw), raw, private.private_bytes_raw())
+
+    @property
+    def public(self) -> str:
+        """The public key as a PEM block, for the file of those who shall trust it."""
+        return _pem(self.raw)
+
+
+@dataclass(frozen=True)
+class Trust:
+    """The public keys whose signatures are believed; without any, nothing is."""
+
+    keys: Mapping[str, bytes] = field(default_factory=dict)
+    """Public keys of 32 bytes by their key id."""
+
+    @classmethod
+    def load(cls, path: Path) -> Trust:
+        """The public keys in a text file, as PEM blocks; what stands between them is comment.
+
+        Raises:
+            SignatureError: it cannot be read, holds no key, or a block is no Ed25519 public key.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise SignatureError(f"the trusted keys {path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise SignatureError(f"the trusted keys {path} are not UTF-8 text") from error
+        raws = []
+        for number, block in enumerate(_BLOCK.finditer(text), 1):
+            try:
+                raws.append(_raw(block[0]))
+            except ValueError as error:
+                line = text.count("\n", 0, block.start()) + 1
+                raise SignatureError(
+                    f"block {number} of {path}, {block[1].lower()} in line {line}, is not an Ed25519 public key",
+                    hint="openssl pkey -pubin -text shows what it is",
+                ) from error
+        if not raws:  # perhaps of another format: to believe nothing for that reason would be hard to find
+            raise SignatureError(f"{path} holds no public key in PEM", hint="add one, or remove the file")
+        return cls({_keyid(raw): raw for raw in raws})
+
+    @classmethod
+    def of(cls, *signers: Signer) -> Trust:
+        """Trust in the keys of these signers."""
+        return cls({signer.keyid: signer.raw for signer in signers})
+
+    def __or__(self, other: Trust) -> Trust:
+        return Trust({**self.keys, **other.keys})
+
+    def __bool__(self) -> bool:
+        return bool(self.keys)
+
+
+def make_key(path: Path) -> Signer:
+    """A new private key at ``path``, for its owner alone, whole or not at all.
+
+    Raises:
+        SignatureError: there is a file already, which is never replaced, or it cannot be written.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    if os.path.lexists(path):
+        raise SignatureError(f"there is a file at {path} already, and a key is never replaced", hint="move it away")
+    private = Ed25519PrivateKey.generate()
+    try:
+        with files.replacing(path, 0o600) as file:
+            file.write(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    except OSError as error:
+        raise SignatureError(f"the key {path} cannot be written: {error.strerror}") from error
+    return Signer._of(private)
+
+
+def sealed(payload: bytes, signer: Signer | None) -> bytes:
+    """An envelope around ``payload``, one line of JSON; without a signer it has no signature.
+
+    Equal payloads and keys give equal bytes: Ed25519 takes no random number.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # it does not say that it exports it
+
+    envelope = Envelope(payload, PAYLOAD_TYPE, {})
+    if signer:
+        envelope.sign(CryptoSigner(Ed25519PrivateKey.from_private_bytes(signer.secret)))
+    return _line(envelope)
+
+
+def payload(envelope: bytes) -> bytes:
+    """What is in an envelope, whoever wrote it: no signature is checked.
+
+    Raises:
+        SignatureError: it is malformed.
+    """
+    return bytes(_opened(envelope).payload)
+
+
+def verified(envelope: bytes, trust: Trust) -> bytes:
+    """What is in an envelope that at least one trusted key has signed.
+
+    Raises:
+        SignatureError: it is malformed or not signed, or no trusted key has signed what is in it.
+    """
+    opened = _opened(envelope)
+    if not opened.signatures:
+        raise SignatureError("the statement is not signed", hint="its maker needs a key: VOLTFORGE_KEY")
+    known = [keyid for keyid in opened.signatures if keyid in trust.keys]
+    if not known:
+        raise SignatureError(
+            f"the statement is signed by the unknown key {', '.join(opened.signatures)}",
+            hint="add the public key to the file of VOLTFORGE_TRUSTED if you trust its owner",
+        )
+    if not any(_right(opened, trust.keys[keyid]) for keyid in known):
+        raise SignatureError(f"the signature of the statement by the key {', '.join(known)} is wrong")
+    return bytes(opened.payload)
+
+
+def default_key(environ: Mapping[str, str]) -> Path:
+    """Where the private key is if VOLTFORGE_KEY names no file."""
+    return _settings(environ) / "key.pem"
+
+
+def default_trusted(environ: Mapping[str, str]) -> Path:
+    """Where the trusted public keys are if VOLTFORGE_TRUSTED names no file."""
+    return _settings(environ) / "trusted.pem"
+
+
+def configured(environ: Mapping[str, str]) -> tuple[Signer | None, Trust]:
+    """The person's own key, if there is one, and the keys that they trust: those of the file and their own.
+
+    A file that VOLTFORGE_KEY or VOLTFORGE_TRUSTED names must be there; the defaults need not be.
+
+    Raises:
+        SignatureError: a file cannot be used.
+    """
+    key, trusted = environ.get("VOLTFORGE_KEY"), environ.get("VOLTFORGE_TRUSTED")
+    key_path, trusted_path = Path(key or default_key(environ)), Path(trusted or default_trusted(environ))
+    signer = Signer.load(key_path) if key or key_path.exists() else None
+    trust = Trust.load(trusted_path) if trusted or trusted_path.exists() else Trust()
+    return signer, trust | Trust.of(*([signer] if signer else []))
+
+
+def _settings(environ: Mapping[str, str]) -> Path:
+    """The folder of a person's settings (XDG Base Directory Specification, which ignores relative paths)."""
+    named = Path(environ.get("XDG_CONFIG_HOME", ""))
+    home = Path(environ.get("HOME") or os.path.expanduser("~"))  # noqa: PTH111 - Path.home() raises where none is
+    return (named if named.is_absolute() else home / ".config") / "voltforge"
+
+
+def _opened(line: bytes) -> Envelope:
+    """An envelope from its line of JSON, of which there is one form: no byte can change unnoticed."""
+    from securesystemslib.dsse import Envelope
+
+    try:
+        value = json.loads(line)
+        if not _well_formed(value):
+            raise ValueError("other fields than those of an envelope")
+        opened = Envelope.from_dict(value)
+        same = _line(opened) == line
+    except (ValueError, RecursionError) as error:
+        raise SignatureError("it is not a DSSE envelope of an in-toto statement") from error
+    if not same:  # base64 and JSON allow many ways to write the same
+        raise SignatureError("it is a DSSE envelope, but not written as voltforge writes one")
+    return opened
+
+
+def _well_formed(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"payload", "payloadType", "signatures"}:
+        return False
+    signatures = value["signatures"]
+    return (
+        isinstance(value["payload"], str)
+        and value["payloadType"] == PAYLOAD_TYPE
+        and isinstance(signatures, list)
+        and all(
+            isinstance(one, dict)
+            and one.keys() == {"keyid", "sig"}
+            and all(isinstance(part, str) for part in one.values())
+            and _KEYID.fullmatch(one["keyid"])
+            for one in signatures
+        )
+    )
+
+
+def _line(envelope: Envelope) -> bytes:
+    return json.dumps(envelope.to_dict(), sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def _right(envelope: Envelope, raw: bytes) -> bool:
+    from securesystemslib.exceptions import VerificationError
+
+    try:
+        # One key at a time: Envelope.verify stops at the first signature that it cannot make sense of.
+        envelope.verify([_key(raw)], 1)
+    except VerificationError:
+        return False
+    return True
+
+
+def _key(raw: bytes) -> Any:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]  # as above
+
+    return SSlibKey.from_crypto(Ed25519PublicKey.from_public_bytes(raw))
+
+
+def _keyid(raw: bytes) -> str:
+    return str(_key(raw).keyid)
+
+
+def _pem(raw: bytes) -> str:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    public = Ed25519PublicKey.from_public_bytes(raw)
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def _raw(pem: str) -> bytes:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        public = load_pem_public_key(pem.encode())
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(public, Ed25519PublicKey):
+        raise ValueError("another kind of key")
+    return public.public_bytes_raw()

@@ -1,0 +1,316 @@
+"""A wheel with every device image removed but those of the archs that are asked for.
+
+For any wheel: its binaries with device code are thinned (see :mod:`voltforge.binary.fatbin`), all are stripped, its
+version gets a local part that says so. What a project needs beyond that stands in its recipe.
+Libraries of NVIDIA's are never changed, for their licence does not allow it.
+"""
+
+from __future__ import annotations
+
+import calendar
+import hashlib
+import mmap
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from voltforge.binary import cubin, elf
+from voltforge.binary.elf import Elf
+from voltforge.binary.fatbin import ThinError, thin_binary
+from voltforge.errors import VoltforgeError, listed
+from voltforge.sources.recipe import Stub, Thin
+from voltforge.system import console, files, programs
+from voltforge.system.process import run
+from voltforge.wheel.wheelfile import Wheel, members, normalise, set_runpaths, unpack
+
+NVIDIA = (
+    "libcuda[.-]*", "libcudart[.-]*", "libcublas*", "libcudnn*", "libcufft*", "libcufile*", "libcupti*", "libcurand*",
+    "libcusolver*", "libcusparse*", "libnccl[.-]*", "libnvJitLink*", "libnvrtc*", "libnvshmem*", "libnvToolsExt*",
+)  # fmt: skip
+"""File names of NVIDIA's libraries as wheels bundle them, ``libcudart-218eec4c.so.12`` among them: left as they are."""
+
+STUB_FLAGS = (
+    "-shared", "-fPIC", "-O1", "-std=c11", "-w", "-fno-builtin", "-fno-ident", "-fno-stack-protector",
+    "-fno-asynchronous-unwind-tables", "-fcf-protection=none", "-nostartfiles", "-Wl,-s", "-Wl,-z,now",
+    "-Wl,--build-id=none", "-Wl,--hash-style=gnu",
+)  # fmt: skip
+"""How gcc makes a stub: nothing of the machine goes into it but the compiler's version."""
+_STUB = """\
+extern long write(int, const void *, unsigned long);
+extern _Noreturn void abort(void);
+static _Noreturn void stop(const char *text, unsigned long size) { write(2, text, size); abort(); }
+#define STOPS(name, text) void name(void) { static const char said[] = text "\\n"; stop(said, sizeof said - 1); }
+#define ANSWERS(name, value) int name(void) { return value; }
+"""
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_DATA = ("_ZTI", "_ZTS", "_ZTT", "_ZTV", "_ZGV")
+"""How the names of C++ objects that are no functions begin (Itanium C++ ABI, 5.1.4)."""
+_ALLOCATED = 2
+"""SHF_ALLOC: what a program has in memory (elf(5))."""
+_ARCH_LIST = re.compile(rb"(?:(?:sm|compute)_\d+[af]? )+(?:sm|compute)_\d+[af]?(?=\0)")
+_PLAIN = Thin()
+_VERSION_LINE = re.compile(r"^(__version__ = )(['\"]).*\2$", re.MULTILINE)
+
+
+def thin_wheel(
+    wheel: Path,
+    out_dir: Path,
+    archs: Sequence[str],
+    *,
+    drop_foreign: bool = False,
+    special: Thin = _PLAIN,
+    complete: Callable[[Path, int], None] = lambda *_: None,
+) -> Path:
+    """Write ``wheel``, thinned to ``archs``, into ``out_dir``; equal wheels give equal bytes.
+
+    Its version gets a local part: ``2.9.0`` becomes ``2.9.0+sm70.thin``. Its tags stay.
+
+    Args:
+        wheel: a wheel of any project whose licence allows changes.
+        out_dir: where the result goes, and room for all that is in the wheel while it is made.
+        archs: as recipes have them: ``7.0``, ``9.0a``, ``7.0+PTX``.
+        drop_foreign: leave out binaries and containers that have device code, but none for ``archs``; else they are an
+            error.
+        special: what this project needs beyond what every wheel gets.
+        complete: is given the unpacked wheel and its epoch, to put in what describes the rest.
+
+    Raises:
+        ThinError: one of its binaries cannot be thinned; it names all of them.
+        WheelError: it is no well-formed wheel.
+    """
+    names = cubin.names(archs)
+    stock = Wheel.read(wheel)
+    if stock.name.startswith("nvidia-"):
+        raise ThinError(wheel, "is NVIDIA's own, and its licence does not allow it to be changed")
+    highest = max(map(cubin.capability, names))
+    stubs = {soname: stub for soname, stub in special.stubs.items() if not stub.since or _tens(stub.since) > highest}
+    version = _version(stock.version, archs)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".thin-", dir=out_dir) as scratch:
+        folder = Path(scratch) / "wheel"
+        unpack(wheel, folder)
+        _drop(wheel, folder, special.drop)
+        _replace_libraries(wheel, folder, stubs)
+        _thin_binaries(wheel, folder, archs, drop_foreign)
+        set_runpaths(folder, special.runpath)
+        for stub in stubs.values():
+            for name, line in stub.lines.items():
+                _drop_line(wheel, folder, name, line)
+        if special.arch_list:
+            _tell_archs(wheel, folder, special.arch_list, names)
+        if special.version:
+            _tell_version(wheel, folder, special.version, version)
+        _rename(folder, stock, version, [stub.requirement for stub in stubs.values() if stub.requirement])
+        tag = "-".join(wheel.stem.split("-")[-3:])
+        epoch = _newest(wheel)
+        complete(folder, epoch)
+        return normalise(folder, out_dir, tag=tag, epoch=epoch)
+
+
+def make_stub(path: Path, soname: str, symbols: Iterable[str], stub: Stub) -> None:
+    """Compile a library that exports ``symbols``: functions that answer, or say a sentence and end the program.
+
+    The sentence goes to standard error: which function was called, of which library, and the stub's ``why``.
+
+    Raises:
+        ThinError: a symbol cannot be a function.
+        ElfError: there is no gcc.
+        ProgramFailed: gcc does not make it.
+    """
+    source = _STUB
+    for symbol in sorted(symbols):
+        if not _IDENTIFIER.fullmatch(symbol) or symbol.startswith(_DATA):
+            raise ThinError(Path(soname), f"has {symbol}, which is no function, so that no stub can take its place")
+        if symbol in stub.answers:
+            source += f"ANSWERS({symbol}, {stub.answers[symbol]})\n"
+        else:
+            source += f'STOPS({symbol}, "{symbol} was called, a function of {soname}, {stub.why}.")\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="voltforge-") as scratch:
+        text = Path(scratch) / "stub.c"
+        text.write_text(source, encoding="ascii")
+        run(
+            [programs.tool("gcc", "install gcc"), *STUB_FLAGS, f"-Wl,-soname,{soname}", "-o", path, text],
+            cwd=text.parent,
+        )
+
+
+def _drop(wheel: Path, folder: Path, patterns: Iterable[str]) -> None:
+    names = members(folder)
+    for pattern in patterns:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise ThinError(wheel, f"holds nothing that matches {pattern}, which should be dropped")
+        for name in matching:
+            (folder / name).unlink()
+
+
+def _replace_libraries(wheel: Path, folder: Path, stubs: Mapping[str, Stub]) -> None:
+    """Put the stubs in place, with the functions that the binaries import from the libraries that they stand for."""
+    if not stubs:
+        return
+    binaries = {name: Elf.read(folder / name) for name in _binaries(folder)}
+    for soname, stub in stubs.items():
+        place = f"{stub.folder}/{soname}"
+        replaced = binaries.pop(place, None)
+        asked = {symbol for binary in binaries.values() for symbol in binary.undefined}
+        if replaced:
+            others = {name for binary in binaries.values() for name in binary.names}
+            symbols = {symbol for symbol in asked if symbol.name in replaced.names - others}
+        else:
+            symbols = {symbol for symbol in asked if symbol.name.startswith(stub.prefix)}
+        if not symbols or not any(soname in binary.needed for binary in binaries.values()):
+            raise ThinError(wheel, f"imports nothing from {soname}, which should be replaced")
+        if versioned := sorted(str(symbol) for symbol in symbols if symbol.version):
+            raise ThinError(wheel, f"imports {versioned[0]} from {soname}, and no stub has versions")
+        make_stub(folder / place, soname, {symbol.name for symbol in symbols}, stub)
+
+
+def _thin_binaries(wheel: Path, folder: Path, archs: Sequence[str], drop_foreign: bool) -> None:
+    """Thin and strip every binary in place; all that stands against it is said at once."""
+    names = cubin.names(archs)
+    problems: list[str] = []
+    for name in _binaries(folder):
+        path = folder / name
+        if any(fnmatchcase(path.name, pattern) for pattern in NVIDIA):
+            continue
+        try:
+            images = cubin.images(path)
+            if images and not any(image.name in names for image in images):
+                if not drop_foreign:
+                    has = ", ".join(dict.fromkeys(image.name for image in images))
+                    problems.append(f"{name} has device code for {has} alone")
+                    continue
+                path.unlink()
+                console.note(f"left out {name}, which has no device code for {', '.join(archs)}")
+                continue
+            if images:
+                thinned = thin_binary(path, path, archs, drop_foreign=drop_foreign)
+                console.note(f"{name}: {files.size(thinned.before)} to {files.size(thinned.after)}")
+            _strip(path)
+        except VoltforgeError as error:
+            problems.append(error.what.replace(str(path), name))
+    if problems:
+        hint = "" if drop_foreign else "drop_foreign leaves out what has code for other archs alone"
+        raise ThinError(wheel, f"holds binaries that cannot be:{listed(problems)}", hint=hint)
+
+
+def _strip(path: Path) -> None:
+    """Strip a binary in place, and make sure that it loads as before: patchelf lays some out so that strip harms them.
+
+    Raises:
+        ThinError: it does not.
+    """
+    before = _loaded(path)
+    elf.strip(path)
+    if _loaded(path) != before:
+        raise ThinError(path, "is damaged by strip; binutils of another release may do better")
+
+
+def _loaded(path: Path) -> set[tuple[str, int, bool, str]]:
+    """What is loaded of a binary: its sections by name, with address, whether that is where it loads, and SHA-256.
+
+    Their order, in the table that only tools read, is not part of it: strip may change it.
+    """
+    with elf.opened(path) as (file, _), path.open("rb") as content:
+        found = set()
+        for section in file.iter_sections():
+            if section["sh_flags"] & _ALLOCATED and section["sh_type"] != "SHT_NOBITS":
+                begin, size, address = section["sh_offset"], section["sh_size"], section["sh_addr"]
+                digest = hashlib.sha256()
+                content.seek(begin)
+                for at in range(0, size, files.BLOCK):
+                    digest.update(content.read(min(files.BLOCK, size - at)))
+                at_home = begin in file.address_offsets(address, size)
+                found.add((section.name, address, at_home, digest.hexdigest()))
+        return found
+
+
+def _binaries(folder: Path) -> list[str]:
+    return [name for name in sorted(members(folder)) if elf.is_binary(folder / name)]
+
+
+def _part(wheel: Path, folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise ThinError(wheel, f"holds no {name}, which should be changed")
+    return folder / name
+
+
+def _drop_line(wheel: Path, folder: Path, name: str, line: str) -> None:
+    path = _part(wheel, folder, name)
+    text = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    at = [number for number, found in enumerate(text) if found.strip() == line]
+    if len(at) != 1:
+        raise ThinError(wheel, f"has the line {line} {len(at)} times in {name}, not once")
+    del text[at[0]]
+    files.write(path, "".join(text))
+
+
+def _tell_archs(wheel: Path, folder: Path, name: str, names: frozenset[str]) -> None:
+    """Shorten the list of archs that is compiled into a library, filled up with spaces: torch splits it at those."""
+    with _part(wheel, folder, name).open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        lists = [(match.start(), match[0]) for match in _ARCH_LIST.finditer(content)]
+        if len(lists) != 1:
+            raise ThinError(wheel, f"holds {len(lists)} lists of archs in {name}, not one")
+        begin, listed_archs = lists[0]
+        kept = [arch for arch in listed_archs.split() if arch.decode() in names]
+        if not kept:
+            raise ThinError(wheel, f"lists none of the asked archs in {name}: {listed_archs.decode()}")
+        content[begin : begin + len(listed_archs)] = b" ".join(kept).ljust(len(listed_archs))
+
+
+def _tens(arch: str) -> int:
+    """``7.0`` as 70."""
+    return int(arch.replace(".", ""))
+
+
+def _version(version: Version, archs: Iterable[str]) -> Version:
+    parts = [version.local] if version.local else []
+    parts += [name.replace("_", "") for arch in archs for name in sorted(cubin.names([arch]), reverse=True)]
+    return Version(f"{version.public}+{'.'.join([*dict.fromkeys(parts), 'thin'])}")
+
+
+def _tell_version(wheel: Path, folder: Path, name: str, version: Version) -> None:
+    path = _part(wheel, folder, name)
+    text, count = _VERSION_LINE.subn(rf"\g<1>\g<2>{version}\g<2>", path.read_text(encoding="utf-8"))
+    if count != 1:
+        raise ThinError(wheel, f"says __version__ {count} times in {name}, not once")
+    files.write(path, text)
+
+
+def _rename(folder: Path, stock: Wheel, version: Version, dropped: Sequence[str]) -> None:
+    """Give the unpacked wheel its new version, in METADATA and in the names of its own folders, and fewer needs."""
+    for old in [path for path in folder.iterdir() if path.suffix in {".dist-info", ".data"}]:
+        old.rename(old.with_name(f"{old.stem.split('-')[0]}-{version}{old.suffix}"))
+    metadata = next(folder.glob("*.dist-info")) / "METADATA"
+    head, blank, body = metadata.read_bytes().decode().replace("\r\n", "\n").partition("\n\n")
+    lines, left = [], set(dropped)
+    for line in head.split("\n"):
+        key, _, value = line.partition(": ")
+        if key.lower() == "requires-dist" and (name := _project(value)) in dropped:
+            left.discard(name)
+            continue
+        lines.append(f"{key}: {version}" if key.lower() == "version" else line)
+    if left:
+        raise ThinError(stock.path, f"does not require {', '.join(sorted(left))}, which should no longer be required")
+    files.write(metadata, "\n".join(lines) + blank + body)
+
+
+def _project(requirement: str) -> str:
+    try:
+        return canonicalize_name(Requirement(requirement).name)
+    except InvalidRequirement:
+        return ""
+
+
+def _newest(wheel: Path) -> int:
+    """The time of its newest entry, in seconds since 1970."""
+    with zipfile.ZipFile(wheel) as archive:
+        return max(calendar.timegm((*entry.date_time, 0, 0, 0)) for entry in archive.infolist())
