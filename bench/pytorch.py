@@ -2,8 +2,8 @@
 
 The source is Debian's 2.6.0 (tests/support/debian.py says why), with our recipe's options, environment, toolkit and
 sandbox. It is configured, its code is generated, and a sample of its objects is compiled, drawn at random from each
-kind; the gate measures each. An object that was not drawn is taken to be like one of its kind that was, at random; what waits for
-what is ninja's own graph. Nothing is linked.
+kind; the gate measures each. An object that was not drawn is taken to be like one of its kind that was, at random;
+what waits for what is ninja's own graph. Nothing is linked.
 """
 
 import argparse
