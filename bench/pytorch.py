@@ -62,7 +62,7 @@ def configured(pipeline, scratch):
 def compiled(shop, targets):
     """Compile some objects, and all that they wait for; those that failed are left out of what the gate measured."""
     ninja = shop.places["environment"] / "bin" / "ninja"
-    with console.live("pytorch") as tell:
+    with console.progress("pytorch") as tell:
         words = [ninja, "-C", "build", f"-j{shop.gate.window}", "-k", "0", *targets]
         try:
             shop.run(words, log=shop.work / "ninja.log", watch=lambda line, _: tell(line) if line else None)

@@ -130,7 +130,7 @@ def resolved(requirements, folder):
         "-o",
         folder / "stock.txt",
     ]
-    environment.uv(wanted, words, indexes)
+    environment.run_uv(wanted, words, indexes)
     return dict(pins((folder / "stock.txt").read_text()))
 
 

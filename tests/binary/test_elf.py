@@ -269,7 +269,7 @@ def test_rpath_serves_what_a_library_loads_and_runpath_does_not(tmp_path, librar
         str(middle), "-Wl,-rpath,$ORIGIN/deep", f"-Wl,{dtags}", "-Wl,--unresolved-symbols=ignore-all",
     )  # fmt: skip
     # The test's gcc writes libmiddle.so under its path, for it has no SONAME; named by itself it must be searched for.
-    subprocess.run([programs.tool("patchelf"), "--replace-needed", str(middle), "libmiddle.so", top], check=True)
+    subprocess.run([programs.find("patchelf"), "--replace-needed", str(middle), "libmiddle.so", top], check=True)
     found = Loader(tmp_path).resolve("top.so")
     assert found.missing == ()
     assert found.beyond == (() if reaches else (("libmiddle.so", "libbase.so.1"),))

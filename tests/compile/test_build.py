@@ -35,7 +35,7 @@ from voltforge.sources.environment import Environment
 from voltforge.sources.tree import Tree
 from voltforge.system import files
 from voltforge.system.process import Usage
-from voltforge.system.progress import Work
+from voltforge.system.progress import ProgressState
 from voltforge.wheel import wheelfile
 
 KINDS = ("fetch", "tree", "environment", "build")
@@ -59,10 +59,12 @@ def objects(pipeline: Pipeline) -> dict[str, int]:
 
 def test_its_progress_is_step_object_and_memory() -> None:
     progress = Progress("saxpy")
-    assert progress.see("-- Detecting CXX", Usage()) == Work("configuring", memory=0)
+    assert progress.see("-- Detecting CXX", Usage()) == ProgressState("configuring", memory=0)
     line = "[3/41] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"
-    assert progress.see(line, Usage(now=1_500_000_000)) == Work("cache_kernels.cu.o", 3, 41, memory=1_500_000_000)
-    assert progress.see("", Usage(now=1)) == Work("cache_kernels.cu.o", 3, 41, memory=1)
+    assert progress.see(line, Usage(now=1_500_000_000)) == ProgressState(
+        "cache_kernels.cu.o", 3, 41, memory=1_500_000_000
+    )
+    assert progress.see("", Usage(now=1)) == ProgressState("cache_kernels.cu.o", 3, 41, memory=1)
 
 
 def test_its_progress_is_jobs_memory_and_time_left_where_its_compilers_ask_for_leave(tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_its_progress_is_jobs_memory_and_time_left_where_its_compilers_ask_for_l
     line = "[2/8] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"
     gate.status = Status(running=1, waiting=2, elsewhere=1)  # a place is free: the two wait for memory
     beyond, mean = 8 - 2 - 1 - 2 - 1, 20
-    assert progress.see(line, Usage(now=5)) == Work(
+    assert progress.see(line, Usage(now=5)) == ProgressState(
         "cache_kernels.cu.o", 2, 8, jobs=1, waiting=2, elsewhere=1, memory=5, limit=12_000_000_000,
         left=beyond * mean / 2,
     )  # fmt: skip

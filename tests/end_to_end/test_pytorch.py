@@ -80,7 +80,7 @@ def ninja(shop: Workshop, *targets: str) -> list[Path]:
 
 def test_the_source_knows_every_option_of_the_recipe_but_the_newer_ones(recipe: SourceRecipe, upstream: Tree) -> None:
     with pytest.raises(OptionError) as caught:
-        options.check(recipe, upstream.path)
+        options.check_variables(recipe, upstream.path)
     assert set(caught.value.unknown) == debian.NEWER
 
 
@@ -88,7 +88,7 @@ def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(recipe: Source
     env = {name: value for name, value in recipe.build.env.items() if name not in debian.NEWER} | {"USE_CUDDN": "1"}
     misspelt = recipe.model_copy(update={"build": recipe.build.model_copy(update={"env": env})})
     with pytest.raises(OptionError) as caught:
-        options.check(misspelt, upstream.path)
+        options.check_variables(misspelt, upstream.path)
     assert caught.value.unknown == {"USE_CUDDN": ["USE_CUDNN"]}
 
 
@@ -97,7 +97,7 @@ def test_it_is_configured_as_the_recipe_says(shop: Workshop, summary: list[str])
     assert told["cuDNN version"] == "9.10.2"
     assert (told["BLAS"], told["LAPACK"], told["USE_NCCL"], told["USE_SYSTEM_NCCL"]) == ("mkl", "mkl", "1", "ON")
     assert (told["USE_FLASH_ATTENTION"], told["USE_MEM_EFF_ATTENTION"]) == ("0", "1")
-    assert not [line for line in summary if options.contradicted(line, shop.recipe.build.env)]
+    assert not [line for line in summary if options.contradiction(line, shop.recipe.build.env)]
     compiled_for = set(re.findall(r"arch=compute_\w+,code=\w+", (shop.work / "tree/build/build.ninja").read_text()))
     assert compiled_for == {"arch=compute_70,code=sm_70"}
 

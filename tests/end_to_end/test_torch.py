@@ -85,8 +85,8 @@ def test_thinned_torch_works_in_an_environment_of_what_it_still_requires(torch, 
     lock.write_text("".join(pin for pin in pins if pin.split("==")[0] not in {"torch", *LEFT_OUT}))
     store = Pipeline.load(repository, Settings()).store
     fresh = environment.create(lock, tmp_path / "environment", store.indexes)
-    environment.add(fresh, thin)
-    assert environment.unmet(fresh) == []
+    environment.install_wheel(fresh, thin)
+    assert environment.unmet_requirements(fresh) == []
     done = subprocess.run([fresh.python, "-I", "-c", CPU_TEST], capture_output=True, text=True, check=False)
     assert (done.stderr, done.stdout) == ("", "2.9.0+sm70.thin ['sm_70']\n")
     loaded = fresh.site_packages / "nvidia"

@@ -17,7 +17,7 @@ from tests.support.beside import Beside
 from tests.support.checkouts import ROOT, doit
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import environment, tree
-from voltforge.sources.environment import Environment, unmet
+from voltforge.sources.environment import Environment, unmet_requirements
 from voltforge.sources.fetch import Artifact
 from voltforge.sources.index import configured
 from voltforge.sources.tree import Tree
@@ -119,7 +119,7 @@ def test_pip_picks_it_from_the_wheelhouse_beside_the_machines_own_index(vllm: Pi
 
 
 def test_nothing_that_it_requires_is_missing(installed: Environment) -> None:
-    assert unmet(installed) == []
+    assert unmet_requirements(installed) == []
 
 
 @pytest.mark.parametrize(

@@ -127,9 +127,9 @@ def test_the_same_command_gives_the_wheels_own_bytes_and_leaves_the_build_alone(
     vllm: Pipeline, cubins: list[bytes], tmp_path: Path
 ) -> None:
     bench = Bench.of(vllm)
-    before = files.picture(bench.shop.folders["tree"]), sorted(bench.shop.folders["home"].iterdir())
+    before = files.folder_digest(bench.shop.folders["tree"]), sorted(bench.shop.folders["home"].iterdir())
     made = cuda_kernels.compiled(bench, SMALL, tmp_path / "log")
-    assert (files.picture(bench.shop.folders["tree"]), sorted(bench.shop.folders["home"].iterdir())) == before
+    assert (files.folder_digest(bench.shop.folders["tree"]), sorted(bench.shop.folders["home"].iterdir())) == before
     assert made.cubin in cubins
     assert ".target sm_70" in made.ptx
     assert set(cuda_kernels.entries(made.ptx)) == cuda_kernels.kernels(made.cubin)

@@ -45,7 +45,7 @@ def settled(tmp_path: Path) -> Environment:
         ("quick", quick, []),
     ):
         metadata = "".join(f"Requires-Dist: {one}\n" for one in requires)
-        environment.add(made, wheel(tmp_path / name, content, name=name, metadata=metadata))
+        environment.install_wheel(made, wheel(tmp_path / name, content, name=name, metadata=metadata))
     return made
 
 

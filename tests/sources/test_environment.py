@@ -91,25 +91,25 @@ def test_offline_everything_that_is_missing_is_named_at_once(lock: Path, indexes
 
 
 def test_packages_can_be_put_into_a_folder_without_an_interpreter(lock: Path, indexes: Indexes, tmp_path: Path) -> None:
-    environment.unpack(lock, tmp_path / "folder", indexes, offline=True)
+    environment.install_into(lock, tmp_path / "folder", indexes, offline=True)
     assert (tmp_path / "folder" / "greeting.py").is_file()
     assert not (tmp_path / "folder" / "pyvenv.cfg").exists()
 
 
 def test_what_is_required_and_not_there_is_told_in_uvs_words(lock: Path, indexes: Indexes, tmp_path: Path) -> None:
     made = environment.create(lock, tmp_path / "environment", indexes, offline=True)
-    (unmet,) = environment.unmet(made)
+    (unmet,) = environment.unmet_requirements(made)
     assert "greeting" in unmet
     assert "companion==2" in unmet
-    environment.add(made, wheel(tmp_path / "other", {"companion.py": ""}, name="companion", version="2"))
-    assert environment.unmet(made) == []
+    environment.install_wheel(made, wheel(tmp_path / "other", {"companion.py": ""}, name="companion", version="2"))
+    assert environment.unmet_requirements(made) == []
 
 
 def test_a_wheel_that_is_none_is_refused_in_a_sentence(lock: Path, indexes: Indexes, tmp_path: Path) -> None:
     made = environment.create(lock, tmp_path / "environment", indexes, offline=True)
     (broken := tmp_path / "broken-1.0-py3-none-any.whl").write_bytes(b"no zip")
     with pytest.raises(InstallError, match=r"broken-1\.0-py3-none-any\.whl could not be installed"):
-        environment.add(made, broken)
+        environment.install_wheel(made, broken)
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)

@@ -6,8 +6,8 @@ import pytest
 
 from tests.support.samples import tree
 from voltforge.sources import options
-from voltforge.sources.options import OptionError, declared
-from voltforge.sources.recipe import Build, Expect, Source, SourceRecipe
+from voltforge.sources.options import OptionError, declared_variables
+from voltforge.sources.recipe import BuildSettings, Expect, Source, SourceRecipe
 
 CMAKE = """
 option(USE_CUDNN "Use cuDNN" ON)   # option(IN_A_COMMENT "")
@@ -51,25 +51,25 @@ def source(tmp_path):
 
 def recipe(**env):
     source = Source(file="thing-1.0.tar.gz", sha256="ab" * 32, index="thing")
-    build = Build(lock="a.txt", env=env, options=PATTERNS)
+    build = BuildSettings(lock="a.txt", env=env, options=PATTERNS)
     return SourceRecipe(
         name="thing", version="1.0", source=source, build=build, expect=Expect(lock="a.txt"), path="thing.toml"
     )
 
 
 def test_what_cmake_and_setup_py_declare_is_known(source):
-    found = declared(source, PATTERNS)
+    found = declared_variables(source, PATTERNS)
     assert found >= set(KNOWN)
     assert not found & {"IN_A_COMMENT", "IN_A_LONG_COMMENT", "NOT_CACHED", "NOWHERE", "Welcome", "X"}
 
 
 def test_variables_that_are_known_pass(source):
-    options.check(recipe(**dict.fromkeys(KNOWN, "1")), source)
+    options.check_variables(recipe(**dict.fromkeys(KNOWN, "1")), source)
 
 
 def test_every_unknown_variable_is_named_with_the_nearest_known_one(source):
     with pytest.raises(OptionError) as caught:
-        options.check(recipe(USE_CUDNN="1", USE_CUDDS="0", USE_NCLL="1", Q="1"), source)
+        options.check_variables(recipe(USE_CUDNN="1", USE_CUDDS="0", USE_NCLL="1", Q="1"), source)
     assert caught.value.unknown == {"USE_CUDDS": ["USE_CUDSS"], "USE_NCLL": ["USE_NCCL"], "Q": []}
     assert re.search(r"thing.toml sets variables that thing 1\.0 does not know", caught.value.what)
     assert "USE_CUDDS, perhaps meant for USE_CUDSS" in caught.value.what
@@ -77,4 +77,4 @@ def test_every_unknown_variable_is_named_with_the_nearest_known_one(source):
 
 def test_a_recipe_that_names_no_files_is_not_held_to_them(source):
     free = recipe(ANYTHING="1")
-    options.check(free.model_copy(update={"build": free.build.model_copy(update={"options": ()})}), source)
+    options.check_variables(free.model_copy(update={"build": free.build.model_copy(update={"options": ()})}), source)

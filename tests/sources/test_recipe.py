@@ -446,7 +446,7 @@ def test_a_recipe_with_any_value_anywhere_is_a_recipe_or_a_recipe_error(data):
 @given(st.text())
 def test_any_text_in_a_variable_is_filled_in_or_refused(text):
     try:
-        build = recipe.Build(lock="a", env={"A": text})
+        build = recipe.BuildSettings(lock="a", env={"A": text})
     except ValueError:
         return
     assert isinstance(build.variables(**dict.fromkeys(recipe.PLACEHOLDERS, "1"))["A"], str)
@@ -464,7 +464,7 @@ def keys(model: type[BaseModel]) -> dict[str, Any]:
     [
         ("## A package", recipe.SourceRecipe),
         ("### `[source]`", recipe.Source),
-        ("### `[build]`", recipe.Build),
+        ("### `[build]`", recipe.BuildSettings),
         ("### `[finish]`", recipe.Finish),
         ("### `[expect]`", recipe.Expect),
         ("## A stock wheel", recipe.ThinRecipe),
@@ -490,7 +490,7 @@ def test_the_reference_lists_every_key_and_no_other(repository, heading, model):
     [
         ("## A package", recipe.SourceRecipe),
         ("### `[source]`", recipe.Source),
-        ("### `[build]`", recipe.Build),
+        ("### `[build]`", recipe.BuildSettings),
         ("### `[finish]`", recipe.Finish),
         ("### `[expect]`", recipe.Expect),
         ("### `[thin]`", recipe.Thin),

@@ -17,7 +17,7 @@ from voltforge.compile.toolchain import Toolchain
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import tree
 from voltforge.sources.environment import Environment
-from voltforge.sources.recipe import Source, SourceRecipe, parsed
+from voltforge.sources.recipe import Source, SourceRecipe, read_toml
 from voltforge.sources.tree import Patch, Tree
 from voltforge.system import files
 
@@ -47,7 +47,7 @@ VENDORED = {"cutlass": "cutlass_library/source/", "cudnn_frontend": ""}
 
 def parts() -> dict[str, list[Source]]:
     """The files that it is made of: ``source``, ``packaging`` and ``packages`` of Debian's, and :data:`VENDORED`."""
-    found = parsed(PACKAGES / "pytorch" / "debian.toml")
+    found = read_toml(PACKAGES / "pytorch" / "debian.toml")
     lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
     return {name: [Source.model_validate(one) for one in several] for name, several in lists.items()}
 

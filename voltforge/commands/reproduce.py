@@ -108,7 +108,7 @@ class Second:
             ProgramFailed: it failed.
         """
         log.unlink(missing_ok=True)
-        with console.live(label) as tell:
+        with console.progress(label) as tell:
             run(
                 [*self.around, *words], cwd=self.root, env=self.environ, log=log,
                 watch=lambda line, _: tell(line.strip()) if line else None,

@@ -325,7 +325,7 @@ def measure(server: Server, load: Load, *, warm: bool = True) -> Measurement:
         ServeError: not one request of the first round was answered.
     """
     texts = prompts(load)
-    with console.live(load.name) as tell:
+    with console.progress(load.name) as tell:
         if warm:
             tell("warming up")
             short = replace(

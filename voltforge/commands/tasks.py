@@ -115,7 +115,7 @@ def of(stage: Stage, checkout: Checkout) -> dict[str, Any]:
             return True
         # The turn is taken here, in doit's own process, and not by its workers (doit -n).
         waited = turn.take()
-        console.keep(checkout.scratch / "logs" / "run.log", turn.command)
+        console.log_to(checkout.scratch / "logs" / "run.log", turn.command)
         return waited and stage.current()
 
     before = [one.name for one in stage.after()]

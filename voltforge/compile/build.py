@@ -24,7 +24,7 @@ from voltforge.sources.recipe import SourceRecipe
 from voltforge.sources.tree import Tree, sync
 from voltforge.system import console, files
 from voltforge.system.process import Completed, ProgramFailed, Usage, run
-from voltforge.system.progress import Work
+from voltforge.system.progress import ProgressState
 
 ERROR = re.compile(
     r"\b(?:fatal )?error\b ?:|\bError:|\bfatal *:|undefined reference|cannot find -l"
@@ -337,11 +337,11 @@ def _compiled(shop: Workshop, log: Path) -> Built:
     argv: list[str | Path] = [places["environment"] / "bin/python", "-m", "build", "--wheel", "--no-isolation",
             "--skip-dependency-check", *settings, "--outdir", places["dist"], places["tree"]]  # fmt: skip
     log.unlink(missing_ok=True)
-    with console.live(recipe.name) as tell:
+    with console.progress(recipe.name) as tell:
         progress = Progress(recipe.name, shop.gate, next(iter(shop.logs), None))
 
         def watch(line: str, usage: Usage) -> None:
-            if wrong := options.contradicted(line, recipe.build.env):
+            if wrong := options.contradiction(line, recipe.build.env):
                 raise BuildError(recipe.name, line, log, wrong)
             tell(progress.see(line, usage))
 
@@ -399,13 +399,13 @@ class Progress:
         self.log = log
         """What ccache says that it does, if it is asked."""
         self.found = Found()
-        self.work = Work("configuring")
+        self.work = ProgressState("configuring")
 
-    def see(self, line: str, usage: Usage) -> Work:
+    def see(self, line: str, usage: Usage) -> ProgressState:
         """Take a line in and give all that is known now."""
         if match := re.match(r"\[(\d+)/(\d+)\] (.*\S)", line):
             target = match[3].split()[-1].rsplit("/", 1)[-1]
-            self.work = Work(target, int(match[1]), int(match[2]))
+            self.work = ProgressState(target, int(match[1]), int(match[2]))
         if not self.gate:
             return replace(self.work, memory=usage.now)
         at, there = self.gate.status, self.gate.allowed

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 
 from voltforge.compile.costs import Needs
 from voltforge.errors import VoltforgeError
-from voltforge.system import console, files
+from voltforge.system import console, files, programs
 from voltforge.system.process import ProgramFailed, run
-from voltforge.system.programs import tool
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -293,7 +292,9 @@ def dependencies(folder: Path, jobs: Sequence[Job]) -> list[frozenset[int]]:
     Where ninja cannot say it, no job waits for another, and that is told.
     """
     try:
-        dot = run([tool("ninja", "install the ninja package beside voltforge"), "-C", folder, "-t", "graph"]).output
+        dot = run(
+            [programs.find("ninja", "install the ninja package beside voltforge"), "-C", folder, "-t", "graph"]
+        ).output
     except ProgramFailed as error:
         console.warn(f"what waits for what is not known, for ninja cannot say it: {error.what}")
         return [frozenset()] * len(jobs)

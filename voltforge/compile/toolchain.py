@@ -288,7 +288,7 @@ def _assemble(archives: Sequence[Artifact], lock: Path, store: Store, home: Path
             part = parts / str(archives.index(archive))
             part.mkdir(parents=True)
             tree.unpack(path, part)
-    environment.unpack(lock, parts / "wheels", store.indexes, offline=store.offline)
+    environment.install_into(lock, parts / "wheels", store.indexes, offline=store.offline)
     for path in sorted(parts.rglob("*")):
         place = _place(path.as_posix().removeprefix(parts.as_posix()))
         if place and path.is_file() and not (home / place).exists():

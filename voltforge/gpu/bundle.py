@@ -149,7 +149,7 @@ def _make(pipeline: Pipeline) -> Values:
     images = cuda_kernels.images(pipeline)
     with tempfile.TemporaryDirectory(dir=_folder(path.parent)) as scratch:
         recorded = Path(scratch) / "triton.zip"
-        with triton_kernels.installed(pipeline) as settled, console.live("kernels") as tell:
+        with triton_kernels.installed(pipeline) as settled, console.progress("kernels") as tell:
             console.step("record what vLLM launches on 7.0")
             words: list[str | Path] = ["-m", "volta.record", recorded, "--jobs", triton_kernels.jobs(pipeline)]
             triton_kernels.asked(pipeline, settled, *words, watch=lambda line, _: tell(line) if line else None)
@@ -179,7 +179,7 @@ def _program(pipeline: Pipeline, scratch: Path) -> Iterator[tuple[str, bytes]]:
     for python in PYTHONS:
         tag = f"cp{python.replace('.', '')}"
         folder = scratch / tag
-        environment.unpack(
+        environment.install_into(
             _lock(pipeline), folder, pipeline.store.indexes, offline=pipeline.store.offline, python=python
         )
         for path in sorted(one for one in folder.rglob("*") if one.is_file() and not one.name.endswith(LEFT_OUT)):

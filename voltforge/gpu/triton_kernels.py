@@ -50,7 +50,7 @@ def verify(pipeline: Pipeline) -> None:
 
     with installed(pipeline) as settled:
         console.step("compile Triton's kernels for 7.0")
-        with console.live("kernels") as tell:
+        with console.progress("kernels") as tell:
             rows = compiled(pipeline, settled, tell=tell)
     console.table("Triton kernels on 7.0", tables.HEADINGS, tables.summary(rows))
     files.write_json(pipeline.root / "build" / "triton.json", rows)
@@ -176,7 +176,7 @@ def installed(pipeline: Pipeline) -> Iterator[Environment]:
     package: Package = pipeline.package(pipeline.recipes["vllm"])
     settled = package.settled(package.recipe.beside(package.recipe.expect.lock), "vllm-kernels-verify")
     try:
-        environment.add(settled, found.path)
+        environment.install_wheel(settled, found.path)
         yield settled
     finally:
         files.remove(settled.path)

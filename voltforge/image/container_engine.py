@@ -158,7 +158,7 @@ def choose() -> Engine:
 
 def _call(words: Sequence[str | Path], engine: str, what: str) -> str:
     try:
-        with console.live(engine) as tell:
+        with console.progress(engine) as tell:
             return run(words, watch=lambda line, _: tell(line) if line else None).output
     except ProgramFailed as error:
         raise EngineError(engine, what, error.output or error.what) from error

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 from voltforge.binary import elf
 from voltforge.errors import VoltforgeError, listed
 from voltforge.sources.environment import Environment
-from voltforge.sources.recipe import Pattern, Section, parsed
+from voltforge.sources.recipe import Pattern, RecipeTable, read_toml
 from voltforge.system import console, files
 
 PREFIX = Path("opt/vllm")
@@ -44,7 +44,7 @@ class ImageError(VoltforgeError):
     """An image that cannot be put together."""
 
 
-class Omission(Section):
+class Omission(RecipeTable):
     """Files of a project that are not needed at run time."""
 
     project: Pattern
@@ -52,14 +52,14 @@ class Omission(Section):
     why: str
 
 
-class EntryPoints(Section):
+class EntryPoints(RecipeTable):
     """Lines of a project's entry_points.txt that name what is left out."""
 
     project: Pattern
     lines: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-class LeaveOut(Section):
+class LeaveOut(RecipeTable):
     """docker/leave-out.toml."""
 
     files: tuple[Omission, ...] = ()
@@ -75,7 +75,7 @@ class LeaveOut(Section):
             ImageError: it breaks a rule; all problems are named.
         """
         try:
-            return cls.model_validate(parsed(path))
+            return cls.model_validate(read_toml(path))
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
             raise ImageError(f"{path.name} cannot be used:{listed(problems)}") from error

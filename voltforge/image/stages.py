@@ -120,7 +120,7 @@ class Runtime:
                  *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "doc", "locale", "info")),
                  f"--customize-hook=rm -rf {empty}", suite, root, f"deb {mirrors[0]} {suite} main"]  # fmt: skip
         try:
-            with console.live("mmdebstrap") as tell:
+            with console.progress("mmdebstrap") as tell:
                 run(
                     words,
                     env={**_plain_environment(), "SOURCE_DATE_EPOCH": "0"},
@@ -156,7 +156,7 @@ class Runtime:
         configuration = context / "configuration" / "opt" / "voltforge"
         files.write(configuration / "start.py", (self.checkout.root / "docker" / "start.py").read_bytes())
         compiled = context / "kernels" / KERNELS.relative_to("/")
-        with layers.united(context, self.folder / "united") as united, console.live("kernels for 7.0") as tell:
+        with layers.united(context, self.folder / "united") as united, console.progress("kernels for 7.0") as tell:
             packages = united / settled.site_packages.relative_to(settled.path)
             said = triton_kernels.warm(self.checkout, settled, packages, compiled, KERNELS, tell)
         console.note(f"{said}, compiled ahead for 7.0")
@@ -196,8 +196,8 @@ class Runtime:
         store = self.checkout.store
         settled = environment.create(lock, self.folder / "environment", store.indexes, offline=store.offline)
         for one in wheels.values():
-            environment.add(settled, one.path)
-        if unmet := environment.unmet(settled):
+            environment.install_wheel(settled, one.path)
+        if unmet := environment.unmet_requirements(settled):
             raise ImageError(f"the wheels do not go together: {'; '.join(unmet)}", hint="./doit lock, ./doit wheels")
         return settled
 

@@ -128,7 +128,7 @@ class Compiled(Package):
         patches = self.series()
         console.step(f"unpack {self.source.file} and apply {len(patches)} patches")
         grown = tree.grow(self.fetched(), patches, self.checkout.scratch / "trees" / self.recipe.name)
-        return {"path": str(grown.path), "epoch": grown.epoch, "picture": files.picture(grown.path)}
+        return {"path": str(grown.path), "epoch": grown.epoch, "picture": files.folder_digest(grown.path)}
 
     def _settle(self, _: str) -> Values:
         lock = self.recipe.beside(self.recipe.build.lock)
@@ -136,12 +136,12 @@ class Compiled(Package):
         settled = self.settled(lock, lock.stem)
         for folder in {path for pattern in self.recipe.build.links for path in settled.site_packages.glob(pattern)}:
             elf.link_libraries(folder)
-        return {"path": str(settled.path), "picture": files.picture(settled.path)}
+        return {"path": str(settled.path), "picture": files.folder_digest(settled.path)}
 
     def _build(self, key: str) -> Values:
         around = sandbox.choose(self.checkout.settings.sandbox)
         shop = self.workshop(around)
-        options.check(self.recipe, shop.tree.path)
+        options.check_variables(self.recipe, shop.tree.path)
         console.step(f"build {self.recipe.name} {self.recipe.version} with {shop.toolchain}")
         console.note(f"{shop.jobs} jobs at most, fewer where memory is short; sandbox: {around.kind}")
         if around.kind == "none":

@@ -84,7 +84,7 @@ def tools() -> dict[str, Path]:
     Raises:
         ElfError: one is not installed.
     """
-    found = {tool: programs.tool(tool, f"install {tool}") for tool in TOOLS}
+    found = {tool: programs.find(tool, f"install {tool}") for tool in TOOLS}
     found |= {name: shutil.which(path) or path for name, path in _behind(found["gcc"]).items()}
     return {name: Path(path).resolve() for name, path in found.items()}
 

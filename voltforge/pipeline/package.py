@@ -134,13 +134,13 @@ class Package(ABC):
     def examined(self, path: Path, linked: Mapping[str, int] | None) -> list[Finding]:
         """All findings on a wheel, which is installed in a fresh environment for it."""
         fresh = self.settled(self.recipe.beside(self.recipe.expect.lock), f"{self.recipe.name}-verify")
-        environment.add(fresh, path)
+        environment.install_wheel(fresh, path)
         hidden = [self.checkout.root.resolve(), *(sandbox.ROOT / name for name in build.FOLDERS)]
         findings = checks.verify(
             path, self.expectation(), linked=linked, environment=fresh.python, driver_stub=self.toolchain().driver_stub,
             forbidden_paths=sorted({str(folder) for folder in hidden}),
         )  # fmt: skip
-        findings += [Finding("requirements", "fail", line) for line in environment.unmet(fresh)]
+        findings += [Finding("requirements", "fail", line) for line in environment.unmet_requirements(fresh)]
         files.remove(fresh.path)
         return findings
 
@@ -253,7 +253,7 @@ class Package(ABC):
 def folder_stands(results: Values) -> bool:
     """Whether the folder that a stage made is there, with every file as it was."""
     folder = Path(results["path"])
-    return folder.is_dir() and files.picture(folder) == results["picture"]
+    return folder.is_dir() and files.folder_digest(folder) == results["picture"]
 
 
 def file_stands(results: Values) -> bool:

@@ -71,7 +71,7 @@ def create(lock: Path, path: Path, indexes: Indexes, *, offline: bool = False) -
         InstallError: a file of the lock cannot be had, or has another hash.
     """
     with files.replacing_folder(path) as beside:
-        uv(
+        run_uv(
             lock,
             [
                 "venv",
@@ -88,7 +88,7 @@ def create(lock: Path, path: Path, indexes: Indexes, *, offline: bool = False) -
     return Environment(path)
 
 
-def unpack(lock: Path, folder: Path, indexes: Indexes, *, offline: bool = False, python: str = "") -> None:
+def install_into(lock: Path, folder: Path, indexes: Indexes, *, offline: bool = False, python: str = "") -> None:
     """Put the packages that ``lock`` names into ``folder``, without an interpreter around them.
 
     They are for the Python that runs, or for another version of it: ``python="3.12"``.
@@ -100,16 +100,16 @@ def unpack(lock: Path, folder: Path, indexes: Indexes, *, offline: bool = False,
     _install(lock, ["--target", folder, "--python", sys.executable, *other], indexes, offline)
 
 
-def add(environment: Environment, wheel: Path) -> None:
+def install_wheel(environment: Environment, wheel: Path) -> None:
     """Install one wheel into an environment, without what it requires.
 
     Raises:
         InstallError: uv refuses the wheel.
     """
-    uv(wheel, ["pip", "install", "--no-deps", "--no-index", "--offline", "--python", environment.python, wheel])
+    run_uv(wheel, ["pip", "install", "--no-deps", "--no-index", "--offline", "--python", environment.python, wheel])
 
 
-def unmet(environment: Environment) -> list[str]:
+def unmet_requirements(environment: Environment) -> list[str]:
     """The requirements of installed packages that the environment does not meet, in uv's words."""
     output = run([find_uv_bin(), "pip", "check", "--python", environment.python], ok=(0, 1)).output
     return [line.strip() for line in output.splitlines() if line.startswith("The package")]
@@ -128,10 +128,10 @@ def lock(root: Path, wanted: Path, locked: Path, indexes: Indexes) -> None:
     words = ["pip", "compile", "--quiet", "--universal", "--python-version", "3.10", "--generate-hashes", "--upgrade",
              "--custom-compile-command", "./doit lock", "--no-emit-index-url", "--no-emit-find-links"]  # fmt: skip
     names = wanted.relative_to(root), "--output-file", locked.relative_to(root)
-    uv(wanted, [*words, *alone.uv_arguments(), *names], alone, root)
+    run_uv(wanted, [*words, *alone.uv_arguments(), *names], alone, root)
 
 
-def uv(
+def run_uv(
     lock: Path, words: Sequence[str | Path], indexes: Indexes | None = None, folder: Path | None = None
 ) -> Completed:
     """Run uv with the configuration of the machine's indexes.
@@ -140,7 +140,7 @@ def uv(
         InstallError: it failed; ``lock`` is what the error names.
     """
     environment = indexes.uv_environment() if indexes else None
-    with console.live(lock.name) as tell:
+    with console.progress(lock.name) as tell:
         try:
             return run(
                 [find_uv_bin(), *words], cwd=folder, env=environment, watch=lambda line, _: tell(line) if line else None
@@ -153,7 +153,7 @@ def _install(lock: Path, where: Sequence[str | Path], indexes: Indexes, offline:
     words: list[str | Path] = ["pip", "install", "--no-deps", "--require-hashes", "--only-binary", ":all:", *where]
     words += [*indexes.uv_arguments(), *(["--offline"] if offline else [])]
     try:
-        uv(lock, [*words, "--requirements", lock], indexes)
+        run_uv(lock, [*words, "--requirements", lock], indexes)
     except InstallError as error:
         absent = list(_absent(lock, words, indexes)) if offline else []
         if not absent:
@@ -169,6 +169,6 @@ def _absent(lock: Path, words: Sequence[str | Path], indexes: Indexes) -> Iterat
         for pin in re.findall(r"^[\w.-]+==.*(?:\n +--hash=.*)*", lock.read_text(encoding="utf-8"), re.MULTILINE):
             files.write(single, f"{pin}\n")
             try:
-                uv(lock, [*words, "--dry-run", "--requirements", single], indexes)
+                run_uv(lock, [*words, "--dry-run", "--requirements", single], indexes)
             except InstallError:
                 yield pin.split()[0]

@@ -39,7 +39,7 @@ class OptionError(VoltforgeError):
         self.unknown = unknown
 
 
-def declared(tree: Path, patterns: Iterable[str]) -> frozenset[str]:
+def declared_variables(tree: Path, patterns: Iterable[str]) -> frozenset[str]:
     """The names that the files of a tree declare or read.
 
     Of CMake files: options, cached variables and environment variables. Of Python files: names in quotes, and those
@@ -55,7 +55,7 @@ def declared(tree: Path, patterns: Iterable[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def check(recipe: SourceRecipe, tree: Path) -> None:
+def check_variables(recipe: SourceRecipe, tree: Path) -> None:
     """Hold the recipe's variables to those that the tree declares, if the recipe says where it does.
 
     Raises:
@@ -63,13 +63,13 @@ def check(recipe: SourceRecipe, tree: Path) -> None:
     """
     if not recipe.build.options:
         return
-    known = declared(tree, recipe.build.options) | _cmakes_own()
+    known = declared_variables(tree, recipe.build.options) | _cmakes_own()
     unknown = {name: get_close_matches(name, known, 1) for name in recipe.build.env if name not in known}
     if unknown:
         raise OptionError(recipe, unknown)
 
 
-def agree(one: str, other: str) -> bool:
+def same_value(one: str, other: str) -> bool:
     """Whether two values say the same, as CMake takes them (cmake-language(7)): ``1`` and ``ON`` do."""
     values = [value.upper() for value in (one, other)]
     if all(value in _ON + _OFF for value in values):
@@ -77,20 +77,20 @@ def agree(one: str, other: str) -> bool:
     return values[0] == values[1]
 
 
-def contradicted(line: str, wanted: Mapping[str, str]) -> str:
+def contradiction(line: str, wanted: Mapping[str, str]) -> str:
     """What is wrong if a line of a build's log says that it was configured otherwise than ``wanted``, else nothing.
 
     A library that is not found is switched off with a warning at most, hours before that shows in the wheel.
     CMake's own variables are not looked at: projects add to paths and flags.
     """
     match = _SUMMARY.match(line)
-    if not match or match[1] not in wanted or match[1].startswith("CMAKE_") or agree(wanted[match[1]], match[2]):
+    if not match or match[1] not in wanted or match[1].startswith("CMAKE_") or same_value(wanted[match[1]], match[2]):
         return ""
     return f"configured with {match[1]}={match[2]}, where the recipe has {wanted[match[1]]}"
 
 
 def _cmakes_own() -> frozenset[str]:
     """The variables that CMake itself knows (cmake-variables(7)), for the languages and configurations in use."""
-    names = run([programs.tool("cmake"), "--help-variable-list"]).output.split()
+    names = run([programs.find("cmake"), "--help-variable-list"]).output.split()
     filled = [name.replace("<LANG>", language) for name in names for language in ("C", "CXX", "CUDA")]
     return frozenset(name.replace("<CONFIG>", kind) for name in filled for kind in ("DEBUG", "RELEASE"))

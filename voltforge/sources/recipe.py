@@ -124,13 +124,13 @@ Runpath = Mapping[Pattern, tuple[Annotated[str, Field(pattern=r"^\$ORIGIN(/|$)")
 """RUNPATH entries by the pattern of the binary's path in the wheel; each begins with ``$ORIGIN``."""
 
 
-class Section(BaseModel):
+class RecipeTable(BaseModel):
     """A table of a recipe: immutable, and with no key that is not declared."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
 
-class Source(Section):
+class Source(RecipeTable):
     """One file by its hash, and where it can be had; mirrors and the downloads folder are always asked first."""
 
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+~!%@-]{0,199}$")]
@@ -162,7 +162,7 @@ class Source(Section):
         return Artifact(**self.model_dump(exclude={"commit", "otherwise"}))
 
 
-class Heavy(Section):
+class Heavy(RecipeTable):
     """What some objects take to compile, as it was measured, for machines that have not compiled them yet."""
 
     seconds: Annotated[float, Field(gt=0, lt=10**6)]
@@ -170,7 +170,7 @@ class Heavy(Section):
     """The most that its processes hold together."""
 
 
-class Build(Section):
+class BuildSettings(RecipeTable):
     """How the wheel is compiled."""
 
     lock: RelativePath
@@ -193,14 +193,14 @@ class Build(Section):
         return {key: value.format(**values) for key, value in self.env.items()}
 
 
-class Finish(Section):
+class Finish(RecipeTable):
     """What is done to the wheel once it is compiled."""
 
     runpath: Runpath = {}
     """RUNPATH entries by the pattern of the binary's path."""
 
 
-class Stub(Section):
+class Stub(RecipeTable):
     """A library that is replaced by one that exports as much as the wheel's binaries import, and does nothing."""
 
     folder: RelativePath
@@ -219,7 +219,7 @@ class Stub(Section):
     """A line that goes from a text file, spaces around it aside, by the file's path; it must be there once."""
 
 
-class Thin(Section):
+class Thin(RecipeTable):
     """What one project's wheel needs beyond what thinning does to every wheel."""
 
     drop: tuple[Pattern, ...] = ()
@@ -234,7 +234,7 @@ class Thin(Section):
     """RUNPATH entries by the pattern of the binary's path."""
 
 
-class Expect(Section):
+class Expect(RecipeTable):
     """What the finished wheel is held to."""
 
     lock: RelativePath
@@ -259,7 +259,7 @@ class Expect(Section):
     """The largest that it may be, with a unit."""
 
 
-class Recipe(Section):
+class Recipe(RecipeTable):
     """One package: what the wheel must be. Where it comes from is said by one of the two kinds of recipe."""
 
     name: Name
@@ -291,7 +291,7 @@ class SourceRecipe(Recipe):
     """A package that is compiled: where its source is and how it is built."""
 
     source: Source
-    build: Build
+    build: BuildSettings
     finish: Finish = Finish()
 
 
@@ -304,7 +304,7 @@ class ThinRecipe(Recipe):
     thin: Thin = Thin()
 
 
-class Provision(Section):
+class Provision(RecipeTable):
     """A compiler that is fetched: its archives, and the wheels with the headers and libraries of the same release."""
 
     version: VersionText
@@ -313,7 +313,7 @@ class Provision(Section):
     archives: Annotated[tuple[Source, ...], Field(min_length=1)]
 
 
-class CudaRecipe(Section):
+class CudaRecipe(RecipeTable):
     """Which CUDA toolkits can build for the archs wanted, and two that can be fetched."""
 
     name: Literal["cuda"]
@@ -384,7 +384,7 @@ def load_cuda(path: Path) -> CudaRecipe:
     return recipe
 
 
-def parsed(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file.
 
     Raises:
@@ -399,7 +399,7 @@ def parsed(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = parsed(path)
+        data = read_toml(path)
     except OSError as error:
         raise RecipeError(path, [f"cannot be read: {error.strerror}"]) from error
     except ValueError as error:  # TOML's own, not UTF-8, a number of 5,000 digits

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from voltforge.errors import VoltforgeError
 from voltforge.system.files import size
-from voltforge.system.progress import Board, Work
+from voltforge.system.progress import Board, ProgressState
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two lines about the same work where there is no terminal to redraw."""
@@ -34,7 +34,7 @@ _board = Board()
 _log: Console | None = None
 
 
-def keep(path: Path, title: str) -> None:
+def log_to(path: Path, title: str) -> None:
     """Write all that is said from now on to a file too, with the time, and all that is told of work without a log.
 
     A line that is no longer on the terminal, or never was, is there. The first call in a process counts; where it
@@ -89,7 +89,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 @contextlib.contextmanager
 def download(label: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Progress of bytes: yields a function to be told how many more have come.
+    """ProgressState of bytes: yields a function to be told how many more have come.
 
     A row with a bar, size, speed and time left on a terminal; a line every few seconds elsewhere.
     """
@@ -112,7 +112,7 @@ def download(label: str, total: int | None, done: int = 0) -> Iterator[Callable[
 
 
 @contextlib.contextmanager
-def live(label: str) -> Iterator[Callable[[str | Work], None]]:
+def progress(label: str) -> Iterator[Callable[[str | ProgressState], None]]:
     """Long work that changes as it goes on: yields a function to be told the newest text, or all that is known of it.
 
     A row on a terminal, a line every few seconds elsewhere.
@@ -120,7 +120,7 @@ def live(label: str) -> Iterator[Callable[[str | Work], None]]:
     with _board.row(screen, label) if screen.is_interactive else contextlib.nullcontext() as row:
         start = said = time.monotonic()
 
-        def tell(news: str | Work) -> None:
+        def tell(news: str | ProgressState) -> None:
             nonlocal said
             now = time.monotonic()
             if isinstance(news, str):
@@ -129,7 +129,7 @@ def live(label: str) -> Iterator[Callable[[str | Work], None]]:
                 row.tell(news)
             elif now - said >= PLAIN_INTERVAL:
                 said = now
-                text = news.line(now - start) if isinstance(news, Work) else news
+                text = news.line(now - start) if isinstance(news, ProgressState) else news
                 _print(Text.assemble("  ", (f"{label}: {text}", "dim")))
 
         yield tell

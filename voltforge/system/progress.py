@@ -37,7 +37,7 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\].*?(?:\x07|\x1b\\)|[@-_])")
 
 
 @dataclass(frozen=True)
-class Work:
+class ProgressState:
     """How far something has come; whatever is not known is left out."""
 
     text: str = ""
@@ -113,7 +113,7 @@ class Row:
     """Whether what it counts are bytes."""
     around: Row | None = None
     """The stage that it is a part of, which is not shown meanwhile."""
-    work: Work = Work()
+    work: ProgressState = ProgressState()
     start: float = field(default_factory=lambda: time.monotonic())
     before: int = 0
     """Bytes that were there at the start."""
@@ -122,9 +122,9 @@ class Row:
     widths: dict[str, int] = field(default_factory=dict)
     """The widest that each cell has been: a cell that shrank and grew again would make the row jump."""
 
-    def tell(self, news: str | Work) -> None:
+    def tell(self, news: str | ProgressState) -> None:
         """Take the newest state in: all of it, or a text."""
-        self.work = news if isinstance(news, Work) else Work(news)
+        self.work = news if isinstance(news, ProgressState) else ProgressState(news)
 
     def cells(self, now: float) -> dict[str, str]:
         """What the row says, by part; a bar stands as its share of 1."""
@@ -216,7 +216,7 @@ class Board:
         self, screen: Console, label: str, *, done: int | None = None, total: int | None = None, bytes: bool = False
     ) -> Iterator[Row]:
         """A row on ``screen`` as long as the block lasts."""
-        work = Work(done=done, total=total)
+        work = ProgressState(done=done, total=total)
         row = Row(label, bytes=bytes, around=self._stage.get(), work=work, before=done or 0)
         with self._shown(screen, row):
             yield row

@@ -480,7 +480,7 @@ def check_config(subject: Subject) -> Iterator[Finding]:
     told = dict(re.findall(r"\b([A-Z][A-Z0-9_]*)=([^\s,;]*)", answers[0][1]))
     both = sorted(wanted.keys() & told.keys())
     problems = [f"it says {name}={told[name]}, and was built with {wanted[name]}" for name in both
-                if not options.agree(told[name], wanted[name])]  # fmt: skip
+                if not options.same_value(told[name], wanted[name])]  # fmt: skip
     if not both:
         problems = [f"{expression} names none of the variables of its build"]
     yield from _judged("configuration", problems, f"{len(both)} variables as in the recipe: {', '.join(both)}")

@@ -137,7 +137,7 @@ def make_stub(path: Path, soname: str, symbols: Iterable[str], stub: Stub) -> No
         text = Path(scratch) / "stub.c"
         text.write_text(source, encoding="ascii")
         run(
-            [programs.tool("gcc", "install gcc"), *STUB_FLAGS, f"-Wl,-soname,{soname}", "-o", path, text],
+            [programs.find("gcc", "install gcc"), *STUB_FLAGS, f"-Wl,-soname,{soname}", "-o", path, text],
             cwd=text.parent,
         )
 
