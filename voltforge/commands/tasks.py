@@ -66,7 +66,10 @@ def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
         there_are = ", ".join(f"{name}=" for name in known)
         raise InvalidDodoFile(f"{', '.join(unknown)}: no such variable; there are {there_are}")
     try:
-        pipeline = Pipeline.load(root, Settings(**{name: variable(name, getattr(Settings, name)) for name in known}))
+        values = {name: variable(name, getattr(Settings, name)) for name in known}
+        # doit's get_var returns None for every name where doit did not parse the command line.
+        chosen = {name: value for name, value in values.items() if value is not None}
+        pipeline = Pipeline.load(root, Settings(**chosen))
         pipeline.check()
         return pipeline
     except VoltforgeError as error:
