@@ -47,9 +47,9 @@ def torch_folder():
 
 
 def operations(device, before=None):
-    """What volta.gpu.operations says of a torch: what it runs on, a row for each operation, and the seconds it took."""
+    """Run volta.torch_operations with a torch; return the machine, a row for each operation, and the seconds."""
     path = [str(one) for one in (before, ROOT) if one] + [one for one in [os.environ.get("PYTHONPATH")] if one]
-    words = [sys.executable, "-m", "volta.gpu.operations", "--json", "--device", device]
+    words = [sys.executable, "-m", "volta.torch_operations", "--json", "--device", device]
     begun = time.monotonic()
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True)

@@ -308,8 +308,8 @@ def images(tmp_path: Path, toolchain: Toolchain, near: None, monkeypatch) -> Ite
     files.write(docker / "Dockerfile", DOCKERFILE)
     files.write(docker / "leave-out.toml", "")
     files.write(docker / "start.py", "")
-    for name in triton_kernels.WARM:
-        files.write(pipeline.root / "volta" / name, WARM if name == "warm.py" else "")
+    for name in triton_kernels.PRECOMPILE:
+        files.write(pipeline.root / "volta" / name, WARM if name == "triton_kernels/precompile.py" else "")
     files.write(pipeline.root / "recipes" / "locks" / "vllm-runtime.txt", "")
     library = compiled(tmp_path / "library.so", "int one(void) { return 1; }")
     for name, needs in (("torch", ""), ("vllm", "Requires-Dist: torch\n")):

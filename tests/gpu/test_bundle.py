@@ -95,7 +95,7 @@ def test_a_second_call_makes_nothing_and_a_change_of_a_kernels_case_makes_it_ane
 ) -> None:
     stage = bundle.bundle(vllm)
     assert stage.current()
-    monkeypatch.setattr(bundle, "MAKERS", (*bundle.MAKERS, "cases.py"))
+    monkeypatch.setattr(bundle, "MAKERS", (*bundle.MAKERS, "triton_kernels/case.py"))
     assert not stage.current()
 
 
@@ -141,7 +141,9 @@ def test_without_a_wheel_there_is_nothing_to_make_a_bundle_of(tmp_path: Path, to
 
 
 def test_a_row_that_is_recorded_has_the_launches_and_what_is_right_after_them(beside: Beside, tmp_path: Path) -> None:
-    beside.run("-m", "volta.record", tmp_path / "made.zip", "--only", "Experts(zeros=True)", "--jobs", "1")
+    beside.run(
+        "-m", "volta.gpu_rows.record_triton", tmp_path / "made.zip", "--only", "Experts(zeros=True)", "--jobs", "1"
+    )
     with zipfile.ZipFile(tmp_path / "made.zip") as archive:
         listed = archive.read("rows.json").decode()
     assert '"kernels": "fused_moe_kernel_gptq_awq"' in listed

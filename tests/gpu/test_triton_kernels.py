@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.checkouts import ROOT, doit
-from volta import tables
+from volta.triton_kernels import tables
 from voltforge.gpu import triton_kernels
 from voltforge.gpu.triton_kernels import KernelError
 from voltforge.pipeline.checkout import Settings
@@ -45,11 +45,11 @@ def test_a_kernel_over_a_limit_is_an_error_with_its_name_and_its_numbers() -> No
 
 BROKEN = """
 import sys
-from volta import compile, cases
-cases.others = lambda: iter(())
-cases.attention = lambda: iter([cases.Cache(kv_heads=1, head_size=64)])
-cases.Cache.call = lambda self, **_: {}[{}]
-sys.exit(compile.main(["--jobs", "1"]))
+from volta.triton_kernels import matrix, measure
+matrix.others = lambda: iter(())
+matrix.attention = lambda: iter([matrix.Cache(kv_heads=1, head_size=64)])
+matrix.Cache.call = lambda self, **_: {}[{}]
+sys.exit(measure.main(["--jobs", "1"]))
 """
 
 
@@ -69,11 +69,12 @@ def test_a_call_that_breaks_or_launches_nothing_is_no_success(
 
 E4M3 = """
 import json, torch
-from volta import cases, compile, pretend
-pretend.capability()
-cases.DTYPES["e4m3"] = torch.float8_e4m3fn
-with compile.compiler() as by:
-    print(json.dumps([row.problem for row in by.rows(cases.Attention(
+from volta import pretended_gpu
+from volta.triton_kernels import attention, case, measure
+pretended_gpu.capability()
+case.DTYPES["e4m3"] = torch.float8_e4m3fn
+with measure.compiler() as by:
+    print(json.dumps([row.problem for row in by.rows(attention.Attention(
         dtype="fp16", kv="e4m3", head_size=64, heads=8, kv_heads=2, query=16))]))
 """
 
@@ -132,8 +133,9 @@ def test_every_kernel_of_every_case_is_within_the_limits_and_in_the_documentatio
 
 SAME_CODE = """
 import importlib.util, json, pathlib, sys
-from volta import pretend
-from volta.cases import Attention, Tensors
+from volta import pretended_gpu
+from volta.triton_kernels.attention import Attention
+from volta.triton_kernels.case import Tensors
 import triton
 triton.knobs.compilation.disable_line_info = True
 from vllm.attention.ops import triton_unified_attention as ours
@@ -145,10 +147,10 @@ for name, source in {"ours": pathlib.Path(ours.__file__), "stock": stock}.items(
     spec.loader.exec_module(module)
     code[name] = []
     for capability in ((7, 5), (8, 0), (8, 9)):
-        pretend.capability(capability)
+        pretended_gpu.capability(capability)
         for size, heads, query, window in ((256, 8, 16, 100), (128, 48, 1, None)):
             case = Attention(dtype="fp16", head_size=size, heads=heads, kv_heads=1, query=query, window=window)
-            with pretend.launches() as seen:
+            with pretended_gpu.launches() as seen:
                 module.unified_attention(**case.tensors(Tensors()))
             code[name] += [launch.kernel.asm["ptx"] for launch in seen]
 print(json.dumps(code))
@@ -200,8 +202,8 @@ def brought(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def warmed(vllm: Pipeline, installed: Environment, folder: Path, *words: str) -> str:
     return triton_kernels.asked(
-        vllm, installed, "-m", "volta.warm", "--cache", folder / "cache", "--model", folder / "config.json",
-        "--tensor-parallel", "1", *words,
+        vllm, installed, "-m", "volta.triton_kernels.precompile", "--cache", folder / "cache",
+        "--model", folder / "config.json", "--tensor-parallel", "1", *words,
     )  # fmt: skip
 
 
@@ -221,8 +223,9 @@ def test_a_later_process_finds_all_kernels_and_launchers_and_compiles_nothing(
 OF_A_LAYER = """
 import json, sys, types, torch
 from pathlib import Path
-from volta import pretend, warm
-pretend.capability()
+from volta import pretended_gpu
+from volta.triton_kernels import precompile
+pretended_gpu.capability()
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl, TritonAttentionMetadata
 found = set()
 for kind, dtype in ("auto", torch.float16), ("fp8_e5m2", torch.uint8):
@@ -241,7 +244,7 @@ for kind, dtype in ("auto", torch.float16), ("fp8_e5m2", torch.uint8):
             slot_mapping=torch.zeros(tokens, dtype=torch.int64), use_cascade=False, common_prefix_len=0,
             cu_prefix_query_lens=None, prefix_kv_lens=None, suffix_kv_lens=None)
         heads = (one.view(tokens, -1, 128) for one in (query, key, value))
-        with warm.only_from(Path(sys.argv[1])), pretend.launches() as seen:
+        with precompile.only_from(Path(sys.argv[1])), pretended_gpu.launches() as seen:
             attention.forward(layer, *heads, cache, metadata, output=torch.empty(tokens, 8, 128, dtype=torch.float16))
         found |= {launch.function for launch in seen}
 print(json.dumps(sorted(found)))
@@ -297,14 +300,18 @@ def test_a_model_that_is_no_transformer_is_refused_in_words(
 
 # What has a case, and what has none.
 
-CASES = ast.parse((ROOT / "volta/cases.py").read_text())
-"""Read and not imported: its torch is not in the environment of the tests."""
+CASES = [
+    statement
+    for path in sorted((ROOT / "volta/triton_kernels").glob("*.py"))
+    for statement in ast.parse(path.read_text()).body
+]
+"""The statements of the modules. They are read and not imported: torch is not in the environment of the tests."""
 Place = tuple[str, str]
 """A function in Triton's language: its file and its name."""
 
 
 def not_covered() -> dict[str, str]:
-    (found,) = [one.value for one in CASES.body if isinstance(one, ast.Assign) and "NOT_COVERED" in ast.unparse(one)]
+    (found,) = [one.value for one in CASES if isinstance(one, ast.Assign) and "NOT_COVERED" in ast.unparse(one)]
     read: dict[str, str] = ast.literal_eval(found)
     return read
 
@@ -313,7 +320,7 @@ def kernels_of_cases() -> set[str]:
     """The names in the ``kernels`` of every case."""
     told = [
         one
-        for case in CASES.body
+        for case in CASES
         if isinstance(case, ast.ClassDef)
         for one in case.body
         if (isinstance(one, ast.FunctionDef) and one.name == "kernels")

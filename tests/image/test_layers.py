@@ -274,7 +274,9 @@ def test_the_image_is_small_and_an_update_of_vllm_moves_little(results: dict) ->
     assert results["base_size"] + sum(results["layers"].values()) <= 6_500_000_000
     assert sum(layers) <= 3_200_000_000
     assert sum(layers[-3:]) < 100_000_000, "vllm's own layer, its kernels and the configuration are the last"
-    assert 0 < results["layers"]["kernels"] <= 20_000_000, "what is compiled ahead for the shapes in volta/shapes.py"
+    assert 0 < results["layers"]["kernels"] <= 20_000_000, (
+        "what is compiled ahead for the shapes in volta/triton_kernels/model_shapes.py"
+    )
     assert layers[-2] <= 1_000_000
 
 
@@ -350,7 +352,10 @@ def test_triton_and_inductor_compile_with_the_images_own_compiler(container: str
     assert "inductor 8" in said
 
 
-FOUND = "python -c 'import start; start.bring_cache()' && exec python -m volta.warm --check --cache $TRITON_CACHE_DIR"
+FOUND = (
+    "python -c 'import start; start.bring_cache()' && "
+    "exec python -m volta.triton_kernels.precompile --check --cache $TRITON_CACHE_DIR"
+)
 
 
 @pytest.mark.build

@@ -5,7 +5,7 @@ The card is a pretended one of capability 7.0, the kernels are replaced by recor
 
 import sys
 
-from volta import pretend
+from volta import pretended_gpu
 
 
 def awq_calls_triton_for_one_token_and_for_many():
@@ -37,7 +37,7 @@ def exllama_has_one_row_of_zero_points_for_weights_per_channel():
 
 
 if __name__ == "__main__":
-    pretend.capability()
+    pretended_gpu.capability()
     import vllm.model_executor.parameter as parameter
 
     # One card, which nothing has joined to others.

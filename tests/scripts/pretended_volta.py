@@ -6,9 +6,9 @@ and imports; no kernel is run. Usage: python pretended_volta.py CHECK
 
 import sys
 
-from volta import pretend
+from volta import pretended_gpu
 
-import torch  # isort: skip - after pretend, which settles what imports find
+import torch  # isort: skip - after pretended_gpu, which settles what imports find
 
 
 def refusal(call):
@@ -32,7 +32,7 @@ def attention_is_tritons_and_flash_attention_is_refused_in_words():
     from vllm.attention.backends.registry import AttentionBackendEnum
 
     def chosen(wish):
-        return pretend.Platform.get_attn_backend_cls(wish, 128, torch.float16, "auto", None, False, False, False)
+        return pretended_gpu.Platform.get_attn_backend_cls(wish, 128, torch.float16, "auto", None, False, False, False)
 
     assert "TritonAttentionBackend" in chosen(None)
     said = refusal(lambda: chosen(AttentionBackendEnum.FLASH_ATTN))
@@ -79,5 +79,5 @@ def the_command_line_explains_itself():
 
 
 if __name__ == "__main__":
-    pretend.capability()
+    pretended_gpu.capability()
     globals()[sys.argv[1]]()

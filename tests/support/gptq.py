@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from volta.native import Layer
+from volta.gpu_rows.gptq import Layer
 
 NATIVE = Path(__file__).resolve().parents[1] / "native"
 FOLDER = Path("csrc/quantization/gptq")

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.support.gptq import Kernels, Told, layer
-from volta.native import Layer
+from volta.gpu_rows.gptq import Layer
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import tree

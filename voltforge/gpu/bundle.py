@@ -25,8 +25,8 @@ LARGEST = 60 * 10**6
 """Bytes of a bundle."""
 CODE = ("__init__.py", "gpu/__init__.py", "gpu/rows.py", "gpu/card.py", "gpu/check.py", "gpu/worker.py", "gpu/run.py")
 """The modules of volta/ that travel."""
-MAKERS = ("pretend.py", "numbers.py", "reference.py", "record.py", "native.py", "workers.py")
-"""Those that decide what rows there are."""
+MAKERS = ("parallel.py", "pretended_gpu.py", "reference.py", "gpu_rows", "numerics")
+"""The modules and packages of volta/ that decide what rows a bundle has."""
 LEFT_OUT = (".pyx", ".pyx.in", ".pxd", ".pxd.in", ".pxi", ".pyi", "RECORD", "INSTALLER", "REQUESTED", "uv_cache.json")
 """What of the bindings no run needs, or differs from machine to machine."""
 MAIN = """\
@@ -70,7 +70,8 @@ def bundle(pipeline: Pipeline) -> Stage:
     """The stage that makes the bundle of the kept wheel's kernels; its result names the file."""
 
     def inputs() -> Values:
-        made_of = [*CODE, *MAKERS]
+        folder = pipeline.root / "volta"
+        made_of = [*CODE, *(str(path.relative_to(folder)) for name in MAKERS for path in _modules(folder / name))]
         found = [one.path for one in pipeline.wheelhouse.wheels() if one.name == "vllm"]
         return {
             "wheel": [files.sha256(one) for one in found],
@@ -110,7 +111,7 @@ def verify(pipeline: Pipeline) -> None:
     if tuple(json.loads(told.read_text())["card"]["capability"]) == (7, 0):
         console.step("run a small model with the kept wheel")
         with triton_kernels.installed(pipeline) as settled:
-            words: list[str | Path] = [settled.python, "-m", "volta.gpu.model"]
+            words: list[str | Path] = [settled.python, "-m", "volta.small_model"]
             around = {"cwd": pipeline.root, "env": triton_kernels.surroundings(pipeline)}
             _answered(words, MODELS, "a small model's answers are not right", **around)
 
@@ -133,13 +134,19 @@ def _print(line: str, _: object) -> None:
         console.note(line)
 
 
+def _modules(path: Path) -> list[Path]:
+    return sorted(path.glob("*.py")) if path.is_dir() else [path]
+
+
 def _lock(pipeline: Pipeline) -> Path:
     return pipeline.root / "recipes" / "locks" / "gpu-runner.txt"
 
 
 def _make(pipeline: Pipeline) -> Values:
-    from volta import native  # which a checkout without volta/ can do without until it is asked for this
     from volta.gpu import rows
+    from volta.gpu_rows import (
+        cuda_kernels as cuda_rows,  # which a checkout without volta/ can do without until it is asked for this
+    )
 
     wheel = triton_kernels.kept(pipeline)
     path = pipeline.scratch / "gpu" / f"voltforge-gpu-{wheel.version.public}-sm70.pyz"
@@ -151,10 +158,16 @@ def _make(pipeline: Pipeline) -> Values:
         recorded = Path(scratch) / "triton.zip"
         with triton_kernels.installed(pipeline) as settled, console.progress("kernels") as tell:
             console.step("record what vLLM launches on 7.0")
-            words: list[str | Path] = ["-m", "volta.record", recorded, "--jobs", triton_kernels.jobs(pipeline)]
+            words: list[str | Path] = [
+                "-m",
+                "volta.gpu_rows.record_triton",
+                recorded,
+                "--jobs",
+                triton_kernels.jobs(pipeline),
+            ]
             triton_kernels.asked(pipeline, settled, *words, watch=lambda line, _: tell(line) if line else None)
         triton = rows.Bundle.open(recorded)
-        everything = [*(triton.row(number) for number in range(len(triton.listed))), *native.rows(images)]
+        everything = [*(triton.row(number) for number in range(len(triton.listed))), *cuda_rows.rows(images)]
         with files.replacing(path) as sink:
             sink.write(b"#!/usr/bin/env python3\n")
             with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
@@ -162,7 +175,9 @@ def _make(pipeline: Pipeline) -> Values:
                     archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
                 rows.write(everything, archive)
             if (size := sink.tell()) > LARGEST:
-                raise VoltforgeError(f"the bundle has {files.size(size)}", hint="make volta/record.py's LARGER smaller")
+                raise VoltforgeError(
+                    f"the bundle has {files.size(size)}", hint="make LARGER in volta/gpu_rows/record_triton.py smaller"
+                )
     path.chmod(0o755)
     launches = sum(len(row.launches) for row in everything)
     shown = path.relative_to(pipeline.root)

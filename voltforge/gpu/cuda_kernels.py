@@ -38,7 +38,7 @@ SOURCES = (
     "csrc/moe/moe_align_sum_kernels.cu",
     "csrc/moe/moe_wna16.cu",
 )
-"""Those that volta/native.py has rows for."""
+"""Those that volta/gpu_rows has rows for."""
 EXTENSIONS = ("vllm/_C.abi3.so", "vllm/_moe_C.abi3.so")
 """The files of the wheel that they are linked into."""
 GENCODE = "-gencode=arch=compute_70,code=[sm_70,compute_70]"

@@ -28,8 +28,15 @@ PATIENCE = 3600.0
 MEMORY = 1 << 30
 """Bytes for one process that compiles."""
 BROKEN = 3
-"""The status with which volta.compile says that a kernel is broken."""
-WARM = ("cases.py", "pretend.py", "shapes.py", "warm.py", "workers.py")
+"""The status with which volta.triton_kernels.measure says that a kernel is broken."""
+PRECOMPILE = (
+    "parallel.py",
+    "pretended_gpu.py",
+    *(
+        f"triton_kernels/{name}.py"
+        for name in ("attention", "awq", "case", "experts", "model_shapes", "precompile", "rotary")
+    ),
+)
 """The modules of volta/ that decide what is compiled ahead."""
 
 
@@ -46,7 +53,7 @@ def verify(pipeline: Pipeline) -> None:
         KernelError: one does not compile, or is over a limit; the compiler's own line is named.
         VoltforgeError: there is no wheel.
     """
-    from volta import tables  # which a checkout without volta/ can do without until it is asked for this
+    from volta.triton_kernels import tables  # which a checkout without volta/ can do without until it is asked for this
 
     with installed(pipeline) as settled:
         console.step("compile Triton's kernels for 7.0")
@@ -65,17 +72,20 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
     """
     console.note(f"{len({row['case'] for row in rows})} cases, {sum(row['seconds'] for row in rows):.0f} s")
     if problems := [row["problem"] for row in rows if row["problem"]]:
-        raise KernelError("\n".join(problems[:20]), hint="volta/compile.py has the limits, volta/cases.py the cases")
+        raise KernelError(
+            "\n".join(problems[:20]),
+            hint="volta/triton_kernels/measure.py has the limits, volta/triton_kernels/matrix.py the cases",
+        )
 
 
 def compiled(
     pipeline: Pipeline,
     settled: Environment,
     *words: str,
-    program: Sequence[str | Path] = ("-m", "volta.compile"),
+    program: Sequence[str | Path] = ("-m", "volta.triton_kernels.measure"),
     tell: Any = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """What ``python -m volta.compile`` prints in an environment where vLLM is installed."""
+    """What ``python -m volta.triton_kernels.measure`` prints in an environment where vLLM is installed."""
     rows: list[dict[str, Any]] = []
 
     def watch(line: str, _: object) -> None:
@@ -96,7 +106,7 @@ def inputs(pipeline: Pipeline) -> Values:
         compiler = run([os.environ.get("CC") or "gcc", "--version"]).output.splitlines()[0]
     except ProgramFailed:
         compiler = ""
-    sources = {name: files.sha256(pipeline.root / "volta" / name) for name in WARM}
+    sources = {name: files.sha256(pipeline.root / "volta" / name) for name in PRECOMPILE}
     return {"sources": sources, "compiler": compiler}
 
 
@@ -110,7 +120,16 @@ def warm(pipeline: Pipeline, settled: Environment, packages: Path, cache: Path, 
         if line:  # else only time went by
             tell(line)
 
-    words: list[str | Path] = ["-S", "-m", "volta.warm", "--cache", cache, "--at", place, "--progress"]
+    words: list[str | Path] = [
+        "-S",
+        "-m",
+        "volta.triton_kernels.precompile",
+        "--cache",
+        cache,
+        "--at",
+        place,
+        "--progress",
+    ]
     words += ["--jobs", jobs(pipeline)]
     return asked(pipeline, settled, *words, packages=packages, watch=watch).strip().splitlines()[-1]
 

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from tests.support.gptq import Kernels, Told
 from tests.support.gptq import packed as packed_by_bits
-from volta import native
 from volta.gpu import rows as gpu
 from volta.gpu.rows import Array, Bundle, Image, Launch, Number, Pointer, Result, Row
+from volta.gpu_rows import activations, builder, gptq, kv_cache
+from volta.gpu_rows import cuda_kernels as cuda_rows
 from voltforge.gpu import cuda_kernels
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import tree
@@ -49,66 +50,66 @@ TINY = Image(
 
 
 def test_a_launch_is_given_what_its_kernel_takes() -> None:
-    right = native.launch(TINY, "pair", (2,), (32,), [Pointer(0), native.i32(1), native.truth(True)])
+    right = builder.launch(TINY, "pair", (2,), (32,), [Pointer(0), builder.i32(1), builder.truth(True)])
     assert (right.symbol, right.grid, right.block) == ("_Z4pairPfib", (2, 1, 1), (32, 1, 1))
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        [Pointer(0), native.i32(1)],
-        [Pointer(0), native.i64(1), native.truth(True)],
-        [native.i32(1), Pointer(0), native.truth(True)],
+        [Pointer(0), builder.i32(1)],
+        [Pointer(0), builder.i64(1), builder.truth(True)],
+        [builder.i32(1), Pointer(0), builder.truth(True)],
     ],
 )
 def test_a_launch_with_other_arguments_is_refused(arguments: list[Pointer | Number]) -> None:
     with pytest.raises(ValueError, match="takes"):
-        native.launch(TINY, "pair", (1,), (32,), arguments)
+        builder.launch(TINY, "pair", (1,), (32,), arguments)
 
 
 def test_a_launch_of_no_kernel_is_refused() -> None:
     with pytest.raises(ValueError, match="0 kernels are called triple"):
-        native.launch(TINY, "triple", (1,), (32,), [])
+        builder.launch(TINY, "triple", (1,), (32,), [])
 
 
 def test_a_source_that_is_not_there_has_no_rows() -> None:
-    assert not list(native.rows({}))
+    assert not list(cuda_rows.rows({}))
 
 
 def test_numbers_of_16_bits_stay_what_they_are_on_their_way_through_json() -> None:
     for value in range(0x7C00):
-        made = json.loads(json.dumps(native.u16(value).value))
+        made = json.loads(json.dumps(builder.u16(value).value))
         assert gpu.KINDS["f16"](made).view(np.uint16) == value
 
 
 def test_words_are_packed_as_gptq_packs_them() -> None:
     for bits in (4, 8):
         values = np.random.default_rng(1).integers(0, 1 << bits, (5, 64))
-        np.testing.assert_array_equal(native.packed(values, bits), packed_by_bits(values, bits))
+        np.testing.assert_array_equal(gptq.packed(values, bits), packed_by_bits(values, bits))
 
 
 def test_e5m2_is_the_nearest_of_all_its_numbers() -> None:
     codes = np.arange(0x7C, dtype=np.uint8)
     numbers = (codes.astype(np.uint16) << 8).view(np.float16).astype(np.float64)
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
-    for value, code in zip(halves, native.e5m2(halves), strict=True):
+    for value, code in zip(halves, kv_cache.e5m2(halves), strict=True):
         off = np.abs(numbers - value)
         nearest = np.flatnonzero(off == off.min())
         assert code == (nearest[0] if len(nearest) == 1 else nearest[nearest % 2 == 0][0])
-    np.testing.assert_array_equal(native.e5m2(-halves), native.e5m2(halves) | 0x80)
-    assert native.e5m2(np.array([1e9, -1e9])).tolist() == [0x7B, 0xFB]
+    np.testing.assert_array_equal(kv_cache.e5m2(-halves), kv_cache.e5m2(halves) | 0x80)
+    assert kv_cache.e5m2(np.array([1e9, -1e9])).tolist() == [0x7B, 0xFB]
 
 
 def test_the_error_function_is_the_standard_librarys() -> None:
     x = np.linspace(-4, 8, 2001)
-    np.testing.assert_allclose(native._erf(x), [math.erf(one) for one in x], rtol=0, atol=3e-8)
+    np.testing.assert_allclose(activations._erf(x), [math.erf(one) for one in x], rtol=0, atol=3e-8)
     x = np.linspace(-2.2, 2.2, 501)
-    np.testing.assert_allclose(native._erf(x), [math.erf(one) for one in x], rtol=1e-12)
+    np.testing.assert_allclose(activations._erf(x), [math.erf(one) for one in x], rtol=1e-12)
 
 
 def test_what_is_written_beside_an_array_is_an_error() -> None:
     for measure in ("row", "each", "equal"):
-        memory = native.Memory()
+        memory = builder.Memory()
         right = np.ones((3, 4), np.float16)
         at = memory.rows(right)
         memory.expect(at, right, measure)
@@ -131,7 +132,7 @@ def images(vllm: Pipeline) -> dict[str, Image]:
 
 @pytest.fixture(scope="module")
 def rows(images: dict[str, Image]) -> list[Row]:
-    return list(native.rows(images))
+    return list(cuda_rows.rows(images))
 
 
 def launches(rows: Sequence[Row]) -> list[tuple[str, Row, Launch]]:
@@ -154,7 +155,7 @@ def inner(row: Row, result: Result, kind: str) -> Array:
     whole = result.right.reshape(-1)
     if result.measure == "equal":
         whole = np.frombuffer(whole.tobytes(), kind)
-        guard = native.GUARD // np.dtype(kind).itemsize
+        guard = builder.GUARD // np.dtype(kind).itemsize
         return whole[guard:-guard]
     return whole[~np.isnan(whole)]
 
@@ -196,7 +197,7 @@ def test_addresses_are_in_their_buffers_and_aligned_as_cudas(rows: list[Row]) ->
     for name, row, one in launches(rows):
         for each in one.arguments:
             if isinstance(each, Pointer):
-                assert native.GUARD <= each.offset < row.buffers[each.buffer].nbytes - native.GUARD, name
+                assert builder.GUARD <= each.offset < row.buffers[each.buffer].nbytes - builder.GUARD, name
                 assert each.offset % 16 == 0, name
 
 
@@ -206,18 +207,18 @@ def test_arrays_are_small_and_begin_and_end_with_guards(rows: list[Row]) -> None
         assert sum(one.nbytes for one in row.buffers) < LARGEST, row.name
         for one in row.buffers:
             flat = one.reshape(-1).view(np.uint8)
-            assert (flat[: native.GUARD] == gpu.FRESH).all(), row.name
-            assert (flat[-native.GUARD :] == gpu.FRESH).all(), row.name
+            assert (flat[: builder.GUARD] == gpu.FRESH).all(), row.name
+            assert (flat[-builder.GUARD :] == gpu.FRESH).all(), row.name
 
 
 @pytest.mark.slow
 def test_references_are_finite_and_bounds_are_small(rows: list[Row]) -> None:
     for row in rows:
-        assert 0 <= row.bound <= 5 * native.HALF, row.name
+        assert 0 <= row.bound <= 5 * builder.HALF, row.name
         for one in row.results:
             if one.right.dtype.kind == "f":
                 assert not np.isinf(one.right).any(), row.name
-                assert np.abs(one.right[~np.isnan(one.right)]).max() < native.LARGEST, row.name
+                assert np.abs(one.right[~np.isnan(one.right)]).max() < builder.LARGEST, row.name
 
 
 @pytest.mark.slow
@@ -230,7 +231,7 @@ def test_no_part_of_a_row_is_right_before_it_was_launched(rows: list[Row]) -> No
 @pytest.mark.slow
 def test_rows_are_the_same_each_time_and_after_a_bundle(images: dict[str, Image], rows: list[Row]) -> None:
     packed = []
-    for some in (rows, native.rows(images)):
+    for some in (rows, cuda_rows.rows(images)):
         sink = io.BytesIO()
         with zipfile.ZipFile(sink, "w") as archive:
             gpu.write(some, archive)

@@ -1,4 +1,4 @@
-"""The small Llama of `volta.gpu.model`: vLLM takes its folders, and the comparison finds what is wrong."""
+"""The small Llama of `volta.small_model`: vLLM takes its folders, and the comparison finds what is wrong."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 
 from tests.support.beside import Beside, Workbench
-from volta.gpu.operations import NO_GPU, Row
+from volta.torch_operations.operation import NO_GPU, Row
 
 pytestmark = [pytest.mark.slow, pytest.mark.build]
 
-PROGRAM = ("-m", "volta.gpu.model")
+PROGRAM = ("-m", "volta.small_model")
 LOADED = """
 import contextlib, json, sys, tempfile
 from pathlib import Path
-from volta import choices, reference
-choices.pretended((7, 0))
-choices.quiet()
+from volta import reference
+from volta.kernel_selection import startup
+startup.pretended((7, 0))
+startup.quiet()
 import torch
 from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
@@ -29,13 +30,13 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import pack_rows
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
-from volta.gpu import model
+from volta.small_model import checkpoint, generation
 
 def loaded(variant, graphs, folder):
-    exact = model.write(folder, variant)
-    config = EngineArgs(**model.arguments(folder, variant, graphs=graphs)).create_engine_config()
+    exact = checkpoint.write(folder, variant)
+    config = EngineArgs(**generation.arguments(folder, variant, graphs=graphs)).create_engine_config()
     if not torch.distributed.is_initialized():
-        choices.joined(config, 0, folder)
+        startup.joined(config, 0, folder)
     with set_current_vllm_config(config), set_default_torch_dtype(torch.float16), torch.device("cpu"):
         made = initialize_model(vllm_config=config)
         get_model_loader(config.load_config).load_weights(made, config.model_config)
@@ -43,7 +44,7 @@ def loaded(variant, graphs, folder):
 
 said = {}
 with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as name:
-    for number, variant in enumerate(model.VARIANTS):
+    for number, variant in enumerate(checkpoint.VARIANTS):
         for graphs in (False, True):
             exact, config, layer = loaded(variant, graphs, Path(name) / f"{number}-{graphs}")
         stored = load_file(Path(name) / f"{number}-True" / "model.safetensors")
@@ -51,7 +52,7 @@ with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as na
         if variant.quantization == "awq":
             same = torch.equal(reference.awq_weights(layer.qweight, layer.scales, layer.qzeros), right)
         elif variant.quantization == "gptq":
-            numbers = (right / layer.scales.double().repeat_interleave(model.GROUP, 0)).round().int() + 8
+            numbers = (right / layer.scales.double().repeat_interleave(checkpoint.GROUP, 0)).round().int() + 8
             same = torch.equal(pack_rows(numbers, 4, *numbers.shape), layer.qweight)
         else:
             same = torch.equal(layer.weight.T.double(), right)
@@ -64,38 +65,40 @@ print(json.dumps(said))
 SPOILT = """
 import json
 from dataclasses import replace
-from volta.gpu import model
+from volta.small_model import checkpoint
+from volta.small_model.comparison import compare
+from volta.small_model.reference import Reference
 
-variant = next(one for one in model.VARIANTS if one.name == {variant!r})
-exact = model.weights(variant.quantization)[1]
-reference = model.Reference(exact, variant)
+variant = next(one for one in checkpoint.VARIANTS if one.name == {variant!r})
+exact = checkpoint.weights(variant.quantization)[1]
+reference = Reference(exact, variant)
 
 def spoilt():
-    used, asked, maker = dict(exact), model.prompts(), variant
+    used, asked, maker = dict(exact), checkpoint.prompts(), variant
     {spoil}
-    made = model.Reference(used, maker)
+    made = Reference(used, maker)
     return [made.greedy(prompt) for prompt in asked]
 
 answers = spoilt()
-model.CONFIG["rope_theta"] = 10000.0
+checkpoint.CONFIG["rope_theta"] = 10000.0
 {after}
-print(json.dumps([row.verdict for row in model.compare("it", answers, reference)]))
+print(json.dumps([row.verdict for row in compare("it", answers, reference)]))
 """
 KEYS, DOWN = "model.layers.2.self_attn.k_proj.weight", "model.layers.0.mlp.down_proj.weight"
 OTHER = "next(token for token in one.best[-1] if token != one.tokens[-1])"
 WRONGS = {
     "nothing": ("float16", "", "", "right", "right"),
     "two heads of keys are swapped": (
-        "float16", f"used['{KEYS}'] = used['{KEYS}'].roll(model.HEAD, 0)", "", None, "wrong",
+        "float16", f"used['{KEYS}'] = used['{KEYS}'].roll(checkpoint.HEAD, 0)", "", None, "wrong",
     ),
     "one group of inputs of one matrix has half its scale": (
         "float16", f"used['{DOWN}'] = used['{DOWN}'].clone(); used['{DOWN}'][:, :128] *= 0.5", "", None, "wrong",
     ),
     "the angles of positions have another base": (
-        "float16", "model.CONFIG['rope_theta'] = 9000.0", "", None, "wrong",
+        "float16", "checkpoint.CONFIG['rope_theta'] = 9000.0", "", None, "wrong",
     ),
     "a cache keeps more than e5m2": (
-        "float16, fp8_e5m2 cache", "maker = model.VARIANTS[0]", "", None, "wrong",
+        "float16, fp8_e5m2 cache", "maker = checkpoint.VARIANTS[0]", "", None, "wrong",
     ),
     "a decided token is another": (
         "float16", "", f"answers = [replace(one, tokens=[*one.tokens[:-1], {OTHER}]) for one in answers]",
@@ -109,17 +112,19 @@ from pathlib import Path
 import vllm
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
-from volta.gpu import model
+from volta.small_model import checkpoint, generation
+from volta.small_model.comparison import compare
+from volta.small_model.reference import BEST, TOKENS, Reference
 
-variant = model.VARIANTS[0]
-short = model.Reference(model.weights()[1], variant, "float16")
+variant = checkpoint.VARIANTS[0]
+short = Reference(checkpoint.weights()[1], variant, "float16")
 
 class Llm:
     def __init__(self, **arguments):
         assert arguments["model"] and arguments["enforce_eager"]
 
     def generate(self, asked, sampling, use_tqdm):
-        assert (sampling.temperature, sampling.max_tokens, sampling.logprobs) == (0, model.TOKENS, model.BEST)
+        assert (sampling.temperature, sampling.max_tokens, sampling.logprobs) == (0, TOKENS, BEST)
         for number, one in enumerate(asked):
             said = short.greedy(one["prompt_token_ids"])
             best = [{token: Logprob(found) for token, found in step.items()} for step in said.best]
@@ -128,10 +133,10 @@ class Llm:
 
 vllm.LLM = Llm
 with tempfile.TemporaryDirectory() as name:
-    model.generate(Path(name), variant, False, Path(name) / "answers.json")
-    answers, took = model.read(Path(name) / "answers.json")
-reference = model.Reference(model.weights()[1], variant)
-print(json.dumps([vars(row) for row in model.compare("it", answers, reference, took)]))
+    generation.generate(Path(name), variant, False, Path(name) / "answers.json")
+    answers, took = generation.read(Path(name) / "answers.json")
+reference = Reference(checkpoint.weights()[1], variant)
+print(json.dumps([vars(row) for row in compare("it", answers, reference, took)]))
 """
 
 

@@ -1,9 +1,11 @@
-"""Compiles, without a GPU, what a server's first requests would wait for: ``python -m volta.warm --cache DIR``.
+"""Compile Triton kernels ahead of time into a cache folder, without a GPU.
 
-The folder is a cache of Triton's: with TRITON_CACHE_DIR naming it, a server on 7.0 finds the kernels of the models in
-volta/shapes.py, or of the config.json that ``--model`` names, and the small launchers that Triton makes with a C
-compiler.
-``--check`` compiles nothing and ends with status 1 if something is missing.
+Usage: ``python -m volta.triton_kernels.precompile --cache DIR``. A server on 7.0 that has the folder as its
+TRITON_CACHE_DIR finds the kernels of the models in volta/triton_kernels/model_shapes.py, or of the config.json that
+``--model`` names, and the small launchers that Triton builds with a C compiler. Otherwise the server's first requests
+wait for the compiler.
+
+``--check`` compiles nothing and exits with status 1 if a kernel or launcher is missing.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from volta import pretend, workers
-from volta.cases import Attention, AwqDequantize, AwqGemm, Cache, Case, Experts, Mrope, Tensors
-from volta.shapes import SHAPES, TENSOR_PARALLEL, Shape
+from volta import parallel, pretended_gpu
+from volta.triton_kernels.attention import Attention, Cache
+from volta.triton_kernels.awq import AwqDequantize, AwqGemm
+from volta.triton_kernels.case import Case, Tensors
+from volta.triton_kernels.experts import Experts
+from volta.triton_kernels.model_shapes import SHAPES, TENSOR_PARALLEL, Shape
+from volta.triton_kernels.rotary import Mrope
 
-import triton  # isort: skip - after pretend, which settles what imports find
+import triton  # isort: skip - after pretended_gpu, which settles what imports find
 from triton.backends.nvidia import driver  # isort: skip
 from triton.backends.nvidia.compiler import CUDABackend  # isort: skip
 from triton.runtime.build import _build, platform_key  # isort: skip
@@ -116,7 +122,7 @@ def fill(
     # Line numbers bring the paths of this environment into the code. The variable is part of the key, and stays unset.
     triton.knobs.propagate_env = False
     triton.knobs.compilation.disable_line_info = True
-    for number, case in enumerate(workers.each(_compiled, wanted, jobs), 1):
+    for number, case in enumerate(parallel.each(_compiled, wanted, jobs), 1):
         tell(f"{number} of {len(wanted)}: {case}")
     seen = _called(wanted)  # which finds them, or says what is wrong with one
     with mock.patch("triton.runtime.build._build", _without_paths):
@@ -163,7 +169,7 @@ def check(cache: Path, wanted: Sequence[Case]) -> int:
     return len(seen)
 
 
-def _launchers(seen: Mapping[str, pretend.Launch]) -> None:
+def _launchers(seen: Mapping[str, pretended_gpu.Launch]) -> None:
     """Make the small libraries by which kernels are launched, or find them."""
     driver.CudaUtils()
     for launch in seen.values():
@@ -172,16 +178,16 @@ def _launchers(seen: Mapping[str, pretend.Launch]) -> None:
 
 def _compiled(case: Case) -> str:
     """Fill the cache for one call; gives its name."""
-    with contextlib.suppress(pretend.DoesNotCompile):
+    with contextlib.suppress(pretended_gpu.DoesNotCompile):
         _called([case])
     return case.name
 
 
-def _called(wanted: Sequence[Case]) -> dict[str, pretend.Launch]:
+def _called(wanted: Sequence[Case]) -> dict[str, pretended_gpu.Launch]:
     """What the calls launch, by Triton's key."""
-    seen: dict[str, pretend.Launch] = {}
+    seen: dict[str, pretended_gpu.Launch] = {}
     for case in wanted:
-        with pretend.launches() as launched:
+        with pretended_gpu.launches() as launched:
             case.call(**case.tensors(Tensors()))
         seen |= {launch.kernel.hash: launch for launch in launched}
     return seen
@@ -209,10 +215,10 @@ def _write(path: Path, value: Any) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m volta.warm", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m volta.triton_kernels.precompile", description=__doc__)
     parser.add_argument("--cache", type=Path, required=True, help="the folder to fill")
     parser.add_argument("--at", type=Path, help="where it will lie, if elsewhere")
-    parser.add_argument("--model", type=Path, action="append", help="a config.json, instead of volta/shapes.py")
+    parser.add_argument("--model", type=Path, action="append", help="a config.json, instead of the common models")
     parser.add_argument("--tensor-parallel", type=int, nargs="+", default=TENSOR_PARALLEL)
     parser.add_argument("--max-model-len", type=int, default=MAX_MODEL_LEN)
     parser.add_argument("--kv", choices=("auto", "e5m2"), nargs="+", default=("auto", "e5m2"), help="KV caches")
@@ -226,7 +232,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"--model has no {error}, which a transformer's config.json has")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         parser.error(f"--model is no config.json that can be read: {error}")
-    pretend.capability()
+    pretended_gpu.capability()
     wanted = needed(shapes, asked.tensor_parallel, asked.max_model_len, asked.kv)
     try:
         if asked.check:
@@ -234,8 +240,8 @@ def main(words: Sequence[str] | None = None) -> int:
             return 0
         tell = functools.partial(print, flush=True) if asked.progress else lambda _: None
         warmed = fill(asked.cache.resolve(), wanted, asked.at, jobs=asked.jobs, tell=tell)
-    except (pretend.DoesNotCompile, Missing) as error:
-        print(f"volta.warm: {error}", file=sys.stderr)
+    except (pretended_gpu.DoesNotCompile, Missing) as error:
+        print(f"volta.triton_kernels.precompile: {error}", file=sys.stderr)
         return 1
     print(f"{warmed.kernels} kernels and {warmed.launchers} launchers, {warmed.size / 1e6:.1f} MB")
     return 0

@@ -39,7 +39,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def answers(beside: Beside, tables: Path) -> Answers:
     """The whole table at 7.0."""
-    return read(beside.run("-m", "volta.choices", "--markdown", tables))
+    return read(beside.run("-m", "volta.kernel_selection", "--markdown", tables))
 
 
 def of(
@@ -183,7 +183,7 @@ def test_a_card_of_8_0_is_answered_as_without_the_patches_that_change_choices(
     folder = stock(installed.site_packages, repository / "patches" / "vllm", tmp_path)
 
     def ask(before: Path | None) -> Answers:
-        return read(beside.run("-m", "volta.choices", "--capability", "8.0", before=before))
+        return read(beside.run("-m", "volta.kernel_selection", "--capability", "8.0", before=before))
 
     with ThreadPoolExecutor() as both:
         with_ours, without = both.map(ask, (None, folder))
@@ -193,6 +193,6 @@ def test_a_card_of_8_0_is_answered_as_without_the_patches_that_change_choices(
 
 
 def test_the_document_has_these_tables(answers: Answers, tables: Path, repository: Path) -> None:
-    """`python -m volta.choices --markdown` writes them; the lines around them are ours."""
+    """`python -m volta.kernel_selection --markdown` writes them; the lines around them are ours."""
     assert answers
     assert tables.read_text() in (repository / "docs" / "volta.md").read_text()

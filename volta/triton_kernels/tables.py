@@ -1,4 +1,7 @@
-"""The tables of docs/kernels.md, made of what ``volta.compile`` prints; without torch, so that anything can read it."""
+"""Write the tables of docs/kernels.md from the rows that ``volta.triton_kernels.measure`` prints.
+
+This module needs the standard library only, so that it can be imported where torch is not installed.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ What vLLM's Triton kernels take of a Volta, as Triton 3.5.0 compiles them for sm
 here was run on a Volta card. This file is written by the command that it speaks of, in an environment with the wheel:
 
 ```console
-$ python -m volta.compile --markdown docs/kernels.md
+$ python -m volta.triton_kernels.measure --markdown docs/kernels.md
 $ ./doit verify:triton    # the same checks of the kept wheel, in an environment made for it
 ```
 
 Each case calls vLLM's own Python function with a pretended driver, so what is compiled is what the server would launch.
 A block of 7.0 can have 96 KiB of shared memory, a thread 255 registers; more than 64 bytes spilled is a failure, or
-more than the bound in volta/compile.py for five kernels whose tiles are upstream's. There is no tensor core
-instruction (HMMA) anywhere: on 7.0 Triton 3.5.0 makes FMAs of every dot.
+more than the bound in volta/triton_kernels/measure.py for five kernels whose tiles are upstream's. No kernel has a
+tensor core instruction (HMMA): for 7.0, Triton 3.5.0 compiles every dot to FMAs.
 """
 
 

@@ -18,13 +18,25 @@ Row = Mapping[str, Any]
 
 # An example is worth a second of the interpreter.
 searching = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+PRELUDE = """
+import json, unittest.mock
+from volta import pretended_gpu, reference
+from volta.numerics.verify import attempt, table
+from volta.numerics.attention import Attention, Layer, Store
+from volta.numerics.interpreter import e5m2_of_volta, read_by_volta
+from volta.numerics.quantized import Dequantize, Multiply
+import numpy as np
+import torch
+from vllm.attention.ops import triton_reshape_and_cache_flash, triton_unified_attention
+from vllm.model_executor.layers.quantization import awq_triton
+"""
 
 
 class Bench(Workbench):
-    """Where cases of volta.numbers are tried."""
+    """Where cases of volta.numerics are tried."""
 
     def __init__(self, beside: Beside, *words: str) -> None:
-        super().__init__(beside, *words, prelude="import json\nfrom volta.numbers import *\n")
+        super().__init__(beside, *words, prelude=PRELUDE)
 
     def row(self, case: str) -> Row:
         """What became of a case."""
@@ -53,7 +65,7 @@ def called(kind: str, fields: Mapping[str, object]) -> str:
 
 
 def test_every_row_of_the_table_is_within_its_bound(beside: Beside) -> None:
-    said = beside.run("-m", "volta.numbers")
+    said = beside.run("-m", "volta.numerics")
     kernels = (
         "kernel_unified_attention_2d",
         "kernel_unified_attention_3d + reduce_segments",
@@ -66,24 +78,24 @@ def test_every_row_of_the_table_is_within_its_bound(beside: Beside) -> None:
 
 
 def test_whatever_is_computed_here_compiles_for_sm_70(beside: Beside) -> None:
-    assert "compile for sm_70" in beside.run("-m", "volta.numbers", "compile").splitlines()[-1]
+    assert "compile for sm_70" in beside.run("-m", "volta.numerics", "compile").splitlines()[-1]
 
 
 FAULTS = {
-    "nothing written": ("unified_attention", "lambda plain, **call: None", "Attention()"),
+    "nothing written": ("triton_unified_attention.unified_attention", "lambda plain, **call: None", "Attention()"),
     "a token too far": (
-        "unified_attention",
+        "triton_unified_attention.unified_attention",
         "lambda plain, **call: plain(**call | {'seqused_k': call['seqused_k'] + 1})",
         "Attention()",
     ),
     "another's pages": (
-        "unified_attention",
+        "triton_unified_attention.unified_attention",
         "lambda plain, **call: plain(**call | {'block_table': call['block_table'].flip(0)})",
         "Attention(new=(1, 1), old=(20, 20))",
     ),
     "nothing stored": ("triton_reshape_and_cache_flash", "lambda plain, *call: None", "Store()"),
     "padding stored": (
-        "triton_reshape_and_cache_flash",
+        "triton_reshape_and_cache_flash.triton_reshape_and_cache_flash",
         "lambda plain, *call: plain(*call[:4], call[4].abs(), *call[5:])",
         "Store()",
     ),
@@ -99,12 +111,13 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_kernel_that_does_not_do_its_work_is_found(fault: str, bench: Bench) -> None:
     name, instead, case = FAULTS[fault]
+    module, function = name.split(".")
     said = bench.does(
-        "import functools, volta.numbers\n"
+        "import functools\n"
         f"wrong = functools.partial({instead}, {name})\n"
-        f"with unittest.mock.patch('volta.numbers.{name}', wrong), "
-        f"unittest.mock.patch('volta.numbers.CASES', ({case},)):\n"
-        "    print('exit status', volta.numbers.table())"
+        f"with unittest.mock.patch.object({module}, '{function}', wrong), "
+        f"unittest.mock.patch('volta.numerics.verify.CASES', ({case},)):\n"
+        "    print('exit status', table())"
     )
     assert " BAD " in said
     assert "exit status 1" in said
@@ -146,7 +159,7 @@ def test_only_below_7_5_does_the_awq_product_add_up_in_float32(
 ) -> None:
     said = bench.does(
         "import importlib\n"
-        f"with unittest.mock.patch.object(pretend.Platform, 'told', {capability}):\n"
+        f"with unittest.mock.patch.object(pretended_gpu.Platform, 'told', {capability}):\n"
         "    name = awq_triton.__name__\n"
         "    spec = importlib.util.spec_from_file_location(name, awq_triton.__file__)\n"
         "    fresh = importlib.util.module_from_spec(spec)\n"

@@ -18,21 +18,22 @@ import pytest
 
 from tests.support.beside import Beside
 from tests.support.checkouts import ROOT
-from volta.gpu.operations import NO_GPU, Operation, Row, line
+from volta.torch_operations.operation import NO_GPU, Operation, Row
+from volta.torch_operations.table import line
 
-PROGRAM = ("-m", "volta.gpu.operations")
+PROGRAM = ("-m", "volta.torch_operations")
 THIN = ROOT / "bench" / "thin_gpu.py"
 NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
 PATCHED = """
 import sys, torch
-from volta.gpu import operations
+from volta.torch_operations.__main__ import main
 real = {real}
 def spoilt(*args, **named):
     made = real(*args, **named)
     tested = next(one for one in args if isinstance(one, torch.Tensor)).dtype != torch.float64 if {guarded} else True
     return {wrong} if tested else made
 {real} = spoilt
-sys.exit(operations.main(["--device", "cpu", "--json", "--only", "{only}"]))
+sys.exit(main(["--device", "cpu", "--json", "--only", "{only}"]))
 """
 
 

@@ -1,4 +1,4 @@
-"""Compiles every case for 7.0 and says what each kernel takes of a Volta: ``python -m volta.compile``.
+"""Compiles every case for 7.0 and says what each kernel takes of a Volta: ``python -m volta.triton_kernels.measure``.
 
 It prints a line of JSON for each kernel of each case, and ends with status 3 if a kernel does not compile or is over
 a limit; ``--markdown`` writes docs/kernels.md besides. Triton 3.5.0 compiles without a GPU; what is counted comes from
@@ -23,10 +23,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from volta import cases, pretend, tables, workers
-from volta.cases import Attention, Case, Tensors
+from volta import parallel, pretended_gpu
+from volta.triton_kernels import matrix, tables
+from volta.triton_kernels.attention import Attention
+from volta.triton_kernels.case import Case, Tensors
 
-import triton  # isort: skip - after pretend, which settles what imports find
+import triton  # isort: skip - after pretended_gpu, which settles what imports find
 
 REGISTERS = 255
 """The most that a thread of 7.0 has (CUDA C++ Programming Guide, table of compute capabilities)."""
@@ -93,9 +95,9 @@ class Compiler:
         refused, errors = None, []
         with _errors() as lines:
             try:
-                with pretend.launches() as seen:
+                with pretended_gpu.launches() as seen:
                     case.call(**case.tensors(Tensors()))
-            except pretend.DoesNotCompile as error:
+            except pretended_gpu.DoesNotCompile as error:
                 refused, errors = error, [line for line in lines() if "error:" in line]
         if refused:
             why = errors[0] if errors and "error" not in refused.why else refused.why
@@ -150,13 +152,13 @@ TILES = tuple(
 def tiles(by: Compiler, wanted: Sequence[Attention] = TILES) -> Iterator[tuple[Attention, Row, Row]]:
     """Each case with the tiles that tensor cores get, and with Volta's; both compiled for 7.0."""
     for case in wanted:
-        pretend.capability((8, 0), target=pretend.VOLTA)
+        pretended_gpu.capability((8, 0), target=pretended_gpu.VOLTA)
         before = next(by.rows(case))
-        pretend.capability()
+        pretended_gpu.capability()
         yield case, before, next(by.rows(case))
 
 
-def _measured(launch: pretend.Launch) -> Row:
+def _measured(launch: pretended_gpu.Launch) -> Row:
     kernel, log = launch.kernel, launch.said
     cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
     code = subprocess.run([triton.knobs.nvidia.nvdisasm.path, "-c", cubin], capture_output=True, text=True, check=True)
@@ -177,8 +179,8 @@ def _found(pattern: str, log: str) -> str:
     return found[1]
 
 
-def _once(seen: Iterable[pretend.Launch]) -> list[pretend.Launch]:
-    found: dict[str, pretend.Launch] = {}
+def _once(seen: Iterable[pretended_gpu.Launch]) -> list[pretended_gpu.Launch]:
+    found: dict[str, pretended_gpu.Launch] = {}
     for launch in seen:
         found.setdefault(launch.kernel.hash, launch)
     return list(found.values())
@@ -205,7 +207,7 @@ def _errors() -> Iterator[Any]:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m volta.compile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m volta.triton_kernels.measure", description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name has this word")
     parser.add_argument("--whole", action="store_true", help="every combination of attention's matrix, instead")
     parser.add_argument("--list", action="store_true", help="name the cases and compile nothing")
@@ -213,11 +215,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiles", action="store_true", help="attention with the tiles before and after")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file, too")
     asked = parser.parse_args(words)
-    wanted = [case for case in (cases.whole() if asked.whole else cases.every()) if asked.only in case.name]
+    wanted = [case for case in (matrix.whole() if asked.whole else matrix.every()) if asked.only in case.name]
     if asked.list:
         print("\n".join(case.name for case in wanted))
         return 0
-    pretend.capability()
+    pretended_gpu.capability()
     rows: list[Row] = []
     with compiler() as by:
         if asked.tiles:
@@ -225,12 +227,12 @@ def main(words: Sequence[str] | None = None) -> int:
                 told = {"case": case.name, "attention": asdict(case)}
                 print(json.dumps({**told, "before": asdict(before), "after": asdict(after)}), flush=True)
             return 0
-        for row in itertools.chain.from_iterable(workers.each(_rows, wanted, asked.jobs)):
+        for row in itertools.chain.from_iterable(parallel.each(_rows, wanted, asked.jobs)):
             rows.append(row)
             print(json.dumps(asdict(row)), flush=True)
         if asked.markdown:
             compared = [(asdict(case), asdict(before), asdict(after)) for case, before, after in tiles(by)]
-            text = tables.document([asdict(row) for row in rows], compared, cases.NOT_COVERED)
+            text = tables.document([asdict(row) for row in rows], compared, matrix.NOT_COVERED)
             asked.markdown.write_text(text, encoding="utf-8")
     return BROKEN if any(row.problem for row in rows) else 0
 

@@ -1,7 +1,9 @@
-"""Records what vLLM launches of Triton on a Volta, for a GPU to repeat: ``python -m volta.record FILE.zip``.
+"""Record the Triton kernels that vLLM launches for capability 7.0, so that a GPU can repeat the launches.
 
-The cases are those of ``volta.numbers`` and a few larger ones. vLLM's own Python functions are called, each kernel is
-compiled for sm_70, and what it would have been launched with is kept: grid, arguments, and the content of memory.
+Usage: ``python -m volta.gpu_rows.record_triton FILE.zip``.
+
+The cases are those of ``volta.numerics`` and a few larger ones. A case calls vLLM's own Python function. Each kernel is
+compiled for sm_70 and not launched; its grid, its arguments and the content of memory are stored.
 """
 
 from __future__ import annotations
@@ -15,25 +17,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # volta.numbers asks
+os.environ["TRITON_INTERPRET"] = "0"  # volta.numerics asks
 
 import numpy as np
 import torch
 
-from volta import numbers, pretend, workers
+from volta import parallel, pretended_gpu
 from volta.gpu import rows
 from volta.gpu.rows import Image, Launch, Number, Pointer, Result, Row
+from volta.numerics.attention import Attention, Store
+from volta.numerics.cases import CASES, Case, worded
+from volta.numerics.expected import EXPECTED, Expected
+from volta.numerics.quantized import Dequantize, Experts, Multiply
 
-LARGER: tuple[numbers.Case, ...] = (
-    numbers.Attention(new=(256,), old=(256,), head_size=128, kv_heads=2, group=4),
-    numbers.Attention(new=(1,) * 4, old=(500,) * 4, head_size=128, kv_heads=2, group=4),
-    numbers.Attention(new=(1,) * 4, old=(500,) * 4, head_size=128, kv_heads=2, group=4, cache="fp8_e5m2"),
-    numbers.Attention(new=(1,), old=(1000,), head_size=256, kv_heads=1, group=8),
-    numbers.Store(tokens=128, heads=8, head_size=128),
-    numbers.Store(tokens=128, heads=8, head_size=128, cache="fp8_e5m2"),
-    numbers.Multiply(rows=1, inputs=2048, outputs=1024, group=128),
-    numbers.Dequantize(inputs=512, outputs=1024, group=128),
-    numbers.Experts(rows=64, experts=8, inputs=512, outputs=512, bits=4, group=128),
+LARGER: tuple[Case, ...] = (
+    Attention(new=(256,), old=(256,), head_size=128, kv_heads=2, group=4),
+    Attention(new=(1,) * 4, old=(500,) * 4, head_size=128, kv_heads=2, group=4),
+    Attention(new=(1,) * 4, old=(500,) * 4, head_size=128, kv_heads=2, group=4, cache="fp8_e5m2"),
+    Attention(new=(1,), old=(1000,), head_size=256, kv_heads=1, group=8),
+    Store(tokens=128, heads=8, head_size=128),
+    Store(tokens=128, heads=8, head_size=128, cache="fp8_e5m2"),
+    Multiply(rows=1, inputs=2048, outputs=1024, group=128),
+    Dequantize(inputs=512, outputs=1024, group=128),
+    Experts(rows=64, experts=8, inputs=512, outputs=512, bits=4, group=128),
 )
 """What the interpreter would take too long for."""
 SCALARS = {"i1": "bool", "fp16": "f16", "fp32": "f32", "fp64": "f64"}
@@ -53,7 +59,7 @@ class Recorder:
     launches: list[Launch] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
-    def take(self, launch: pretend.Launch) -> None:
+    def take(self, launch: pretended_gpu.Launch) -> None:
         """Keep a launch with all that it would have found in memory."""
         kernel, given = launch.kernel, launch.arguments
         kinds = {name: kind for name, kind in kernel.src.signature.items() if kind != "constexpr"}
@@ -91,7 +97,7 @@ class Recorder:
             self.buffers.append(flat.numpy().copy())
         return self.storages[storage.data_ptr()]
 
-    def result(self, expected: numbers.Expected) -> Result:
+    def result(self, expected: Expected) -> Result:
         """What must be in memory, as a row has it."""
         made, storage = expected.made, expected.made.untyped_storage()
         if storage.data_ptr() not in self.storages:
@@ -104,27 +110,27 @@ class Recorder:
         )  # fmt: skip
 
 
-def recorded(case: numbers.Case) -> Row:
+def recorded(case: Case) -> Row:
     """A case as launches that a GPU can repeat."""
     recorder = Recorder()
-    numbers.EXPECTED.clear()
-    with pretend.launches(recorder.take), np.errstate(all="ignore"):
+    EXPECTED.clear()
+    with pretended_gpu.launches(recorder.take), np.errstate(all="ignore"):
         case.error()
-    results = [recorder.result(one) for one in numbers.EXPECTED]
+    results = [recorder.result(one) for one in EXPECTED]
     names = " + ".join(dict.fromkeys(recorder.names))
-    return Row(numbers.worded(case), names, recorder.buffers, recorder.launches, results, case.bound)
+    return Row(worded(case), names, recorder.buffers, recorder.launches, results, case.bound)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m volta.record", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m volta.gpu_rows.record_triton", description=__doc__)
     parser.add_argument("file", type=Path, help="the archive to write")
     parser.add_argument("--jobs", type=int, help="processes at once; otherwise one for each core")
     parser.add_argument("--only", default="", help="cases that have this word in them")
     asked = parser.parse_args(words)
-    cases = [case for case in (*numbers.CASES, *LARGER) if asked.only in numbers.worded(case)]
+    cases = [case for case in (*CASES, *LARGER) if asked.only in worded(case)]
     made = []
-    for row in workers.each(recorded, cases, asked.jobs):
+    for row in parallel.each(recorded, cases, asked.jobs):
         made.append(row)
         print(f"[{len(made)}/{len(cases)}] {row.name}", flush=True)
     with zipfile.ZipFile(asked.file, "w") as archive:

@@ -1,0 +1,100 @@
+"""Ask vLLM for its answer to each case, in one forked process for each pretended card."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from volta.kernel_selection.case import Case, Choice
+from volta.kernel_selection.checkpoints import CARDS
+from volta.kernel_selection.startup import configured, environment, joined, kernels
+
+# How vLLM refuses. Anything else, and every error of the CUDA that is not here, is this program's own failure.
+REFUSALS = (ValueError, NotImplementedError, RuntimeError, ImportError, AssertionError)
+
+
+def refusal(error: Exception) -> str:
+    """vLLM's sentence, without what pydantic puts around it. Raises the error again if it is none of vLLM's."""
+    if re.search(r"cuda(Get|Error)|CUDA (error|driver)|NVIDIA driver|CUDA GPUs", str(error)):
+        raise error
+    text = str(error) if not isinstance(error, RuntimeError) else " ".join(str(one) for one in error.args)
+    text = re.sub(r"^\d+ validation errors? for \w+\n\s*(Value error, )?", "", text)
+    text = re.sub(r"\s*\[type=.*", "", text, flags=re.DOTALL)
+    text = text.split(" Supported architectures:")[0]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def chosen(case: Case, join: Callable[[Any, Path], str]) -> Choice:
+    """What vLLM answers to one case."""
+    with tempfile.TemporaryDirectory() as name, environment(case.family):
+        folder = Path(name)
+        try:
+            config = configured(case, folder)
+        except REFUSALS as error:
+            return Choice(refused=refusal(error), when="start")
+        all_reduce = join(config, folder)
+        try:
+            return Choice(**{**asdict(kernels(config)), "all_reduce": all_reduce})
+        except REFUSALS as error:
+            return Choice(refused=refusal(error), when="building")
+
+
+def together(some: list[Case]) -> list[Choice]:
+    """The answers to cases with the same cards, from one forked process per card. The first card's are given."""
+    count, linked, _ = CARDS[some[0].cards]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        children = []
+        for rank in range(count):
+            child = os.fork()
+            if child == 0:
+                os.dup2(2, 1)  # gloo writes to the standard output
+                try:
+                    as_card(some, rank, linked, folder)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            children.append(child)
+        while children:
+            child, status = os.wait()
+            children.remove(child)
+            if status:
+                for other in children:  # which wait for it in vain
+                    os.kill(other, signal.SIGKILL)
+                    os.waitpid(other, 0)
+                raise RuntimeError(f"the process of one of {count} pretended cards ended with status {status}")
+        return [Choice(**one) for one in json.loads((folder / "answers").read_text())]
+
+
+def as_card(some: list[Case], rank: int, linked: bool, folder: Path) -> None:
+    """What one card's process does: join once, then answer to every case."""
+    from volta.pretended_gpu import Platform
+
+    Platform.joined = linked
+    first: list[str] = []
+
+    def join(config: Any, _: Path) -> str:
+        if not first:
+            first.append(joined(config, rank, folder))
+        return first[0]
+
+    answers = [asdict(chosen(case, join)) for case in some]
+    if rank == 0:
+        (folder / "answers").write_text(json.dumps(answers))
+
+
+def table(wanted: Iterable[Case]) -> dict[Case, Choice]:
+    """All answers, in the order of their cards."""
+    groups: dict[str, list[Case]] = {}
+    for case in wanted:
+        groups.setdefault(case.cards, []).append(case)
+    return {case: choice for some in groups.values() for case, choice in zip(some, together(some), strict=True)}

@@ -1,0 +1,244 @@
+"""Cases of attention, of a layer of it, and of the write to its KV cache."""
+
+from __future__ import annotations
+
+import unittest.mock
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from volta import reference
+from volta.numerics.expected import KernelError, bits, expect, relative
+from volta.numerics.memory import FLOAT8, STRAY, guarded, poisoned_memory
+from volta.numerics.mode import COMPILE
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A batch of sequences, each with the tokens that are new in it and those that are in the cache before them."""
+
+    new: Sequence[int] = (1,)
+    old: Sequence[int] = (40,)
+    head_size: int = 64
+    kv_heads: int = 1
+    group: int = 2
+    """Query heads for each head of keys and values."""
+    page: int = 16
+    cache: str = "auto"
+    window: int = 0
+    softcap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
+    scales: Sequence[float] = (1.0, 1.0)
+    """Of keys and of values, where the cache is of eight bits."""
+    spread: float = 1.0
+    """Standard deviation of the queries."""
+    level: float = 0.0
+    """What is added to every logit: without a soft cap and sinks, no share of a softmax is another for it."""
+    seed: int = 0
+
+    # A float16 output is off by 2**-12 of itself and more where large values cancel; the shares of the softmax are
+    # rounded to float16 before they meet the values, scaled keys before they meet the queries.
+    bound = 2.0**-9
+
+    def error(self) -> float:
+        """The largest relative error of a row, which is a query's head."""
+        from vllm.attention.ops.triton_unified_attention import unified_attention
+
+        random = torch.Generator().manual_seed(self.seed)
+        heads, lengths = self.kv_heads * self.group, [a + b for a, b in zip(self.new, self.old, strict=True)]
+        query = guarded(torch.randn(sum(self.new), heads, self.head_size, generator=random).mul(self.spread).half())
+        tables, keys, values = self.pages(lengths, random)
+        scale = self.head_size**-0.5
+        if self.level:
+            query[..., 0] = 8.0
+            first = keys[..., 0].float() * 0 + self.level / (8 * scale)  # what is NaN stays so
+            keys[..., 0] = first.to(keys.dtype)
+        mask = reference.Mask(
+            self.window,
+            self.softcap,
+            2.0 ** -torch.arange(1, heads + 1).float() if self.alibi else None,
+            torch.randn(heads, generator=random).half() if self.sinks else None,
+        )
+        out = torch.full((len(query) + 2, heads, self.head_size), torch.nan, dtype=torch.float16)
+        with poisoned_memory():
+            unified_attention(
+                q=query,
+                k=keys,
+                v=values,
+                out=out[1:-1],
+                cu_seqlens_q=torch.tensor([0, *np.cumsum(self.new)], dtype=torch.int32),
+                max_seqlen_q=max(self.new),
+                seqused_k=torch.tensor(lengths, dtype=torch.int32),
+                max_seqlen_k=max(lengths),
+                softmax_scale=scale,
+                causal=True,
+                window_size=(self.window - 1, 0) if self.window else (-1, -1),
+                block_table=tables,
+                softcap=self.softcap,
+                q_descale=None,
+                k_descale=torch.tensor(self.scales[0]).expand(len(lengths), self.kv_heads),
+                v_descale=torch.tensor(self.scales[1]).expand(len(lengths), self.kv_heads),
+                alibi_slopes=mask.slopes,
+                sinks=mask.sinks,
+            )
+        if not COMPILE and not out[[0, -1]].isnan().all():
+            raise KernelError("wrote beside its output")
+        right = [
+            reference.attention(
+                one,
+                reference.gathered(keys, pages, length) * self.scales[0],
+                reference.gathered(values, pages, length) * self.scales[1],
+                scale,
+                mask,
+            )
+            for one, pages, length in zip(query.split(list(self.new)), tables, lengths, strict=True)
+        ]
+        if COMPILE:  # the rows beside must stay NaN
+            beside = torch.full_like(right[0][:1], torch.nan)
+            return expect(out, torch.cat([beside, *right, beside]), "row")
+        return relative(out[1:-1], torch.cat(right))
+
+    def pages(self, lengths: Sequence[int], random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A block table in random order, and a cache that is NaN wherever no token of a sequence lies."""
+        counts = [-(-length // self.page) for length in lengths]
+        order = torch.randperm(sum(counts) + 3, generator=random).int()
+        tables = torch.full((len(lengths) + 1, max(counts) + 1), STRAY, dtype=torch.int32)
+        both = torch.full((len(order), 2, self.page, self.kv_heads, self.head_size), torch.nan, dtype=torch.float16)
+        taken = 0
+        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            tables[row, :count] = order[taken : taken + count]
+            taken += count
+            for token in range(length):
+                here = both[tables[row, token // self.page], :, token % self.page]
+                here.copy_(torch.randn(here.shape, generator=random))
+        if self.cache in FLOAT8:
+            both = both.to(FLOAT8[self.cache])
+        keys, values = both.unbind(1)
+        return tables[:-1], keys, values
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Attention as a layer does it: new keys and values go into the cache, then the queries meet what is in it."""
+
+    batch: Attention = Attention()
+    query_scale: float = 1.0
+    """What the layer holds as its queries' scale."""
+    bound = Attention.bound
+
+    def error(self) -> float:
+        """The largest relative error of a row, where the reference rounds to the cache's type by itself."""
+        # Not at the top: the layer's modules are heavy, and a table without layers does well without them.
+        from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadata
+
+        one, random = self.batch, torch.Generator().manual_seed(self.batch.seed)
+        heads, lengths = one.kv_heads * one.group, list(one.new)
+        assert not any(one.old), "all tokens are new in a layer's case"
+        query, key, value = (
+            torch.randn(sum(lengths), count, one.head_size, generator=random).half()
+            for count in (heads, one.kv_heads, one.kv_heads)
+        )
+        counts = [-(-length // one.page) for length in lengths]
+        order = torch.randperm(sum(counts) + 2, generator=random).int()
+        tables = torch.full((len(lengths) + 1, max(counts) + 1), STRAY, dtype=torch.int32)
+        slots = []
+        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            tables[row, :count], order = order[:count], order[count:]
+            slots += [int(tables[row, token // one.page]) * one.page + token % one.page for token in range(length)]
+        shape = (sum(counts) + 2, 2, one.page, one.kv_heads, one.head_size)
+        if one.cache in FLOAT8:
+            cache = torch.full(shape, 0x7F, dtype=torch.uint8)  # NaN in either type
+        else:
+            cache = torch.full(shape, torch.nan, dtype=torch.float16)
+        kind = TritonAttentionImpl(heads, one.head_size, one.head_size**-0.5, one.kv_heads, None, None, one.cache)
+        scales = unittest.mock.Mock(
+            _k_scale=torch.tensor(one.scales[0]),
+            _v_scale=torch.tensor(one.scales[1]),
+            _q_scale_float=self.query_scale,
+        )
+        metadata = TritonAttentionMetadata(
+            num_actual_tokens=len(query),
+            max_query_len=max(lengths),
+            query_start_loc=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+            max_seq_len=max(lengths),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            block_table=tables[:-1],
+            slot_mapping=torch.tensor(slots),
+            use_cascade=False,
+            common_prefix_len=0,
+            cu_prefix_query_lens=None,
+            prefix_kv_lens=None,
+            suffix_kv_lens=None,
+        )
+        out = torch.full_like(query, torch.nan)
+        with poisoned_memory():
+            kind.forward(scales, query, key, value, cache, metadata, output=out)
+        if one.cache == "fp8_e5m2":
+            key, value = (
+                reference.e5m2(new.double() / by) * by for new, by in zip((key, value), one.scales, strict=True)
+            )
+        parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        right = [reference.attention(*part, one.head_size**-0.5, reference.Mask()) for part in parts]
+        return relative(out, torch.cat(right))
+
+
+@dataclass(frozen=True)
+class Store:
+    """Keys and values of some tokens go to their slots; those with slot -1 go nowhere."""
+
+    tokens: int = 5
+    padding: Sequence[int] = (1,)
+    """Which of the tokens have slot -1."""
+    heads: int = 2
+    head_size: int = 64
+    page: int = 16
+    cache: str = "auto"
+    scales: Sequence[float] = (1.0, 1.0)
+    spread: float = 1.0
+    seed: int = 0
+
+    @property
+    def bound(self) -> float:
+        """Half a step of e5m2's two bits of fraction; a float16 cache holds the very bits."""
+        return 2.0**-3 if self.cache in FLOAT8 else 0.0
+
+    def error(self) -> float:
+        """The largest relative error of a number in the cache; of the smallest normal one, for those below it."""
+        from vllm.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
+
+        random = torch.Generator().manual_seed(self.seed)
+        fused = torch.randn(self.tokens, 3, self.heads, self.head_size, generator=random).mul(self.spread).half()
+        _, key, value = fused.unbind(1)  # as a fused projection gives them: rows far apart
+        pages = self.tokens // self.page + 3
+        slots = torch.randperm(pages * self.page, generator=random)[: self.tokens]
+        slots[list(self.padding)] = -1
+        shape = (pages, 2, self.page, self.heads, self.head_size)
+        if self.cache in FLOAT8:
+            cache = torch.full(shape, 0x7F, dtype=torch.uint8)
+        else:
+            cache = torch.full(shape, torch.nan, dtype=torch.float16)
+        before, scales = cache.clone(), torch.tensor(self.scales)
+        triton_reshape_and_cache_flash(key, value, *cache.unbind(1), slots, self.cache, *scales)
+        kept, worst = slots[slots >= 0], 0.0
+        if COMPILE:
+            right = torch.full(shape, torch.nan, dtype=torch.float64)  # where nothing may be written NaN must stay
+            for number, (new, scale) in enumerate(zip((key, value), self.scales, strict=True)):
+                given = new[slots >= 0].double()
+                right[kept // self.page, number, kept % self.page] = given / (scale if self.cache in FLOAT8 else 1)
+            return expect(cache.view(FLOAT8.get(self.cache, torch.float16)), right, "each")
+        for number, new in enumerate((key, value)):
+            there, was = (one[:, number].flatten(0, 1) for one in (cache, before))
+            rest = torch.ones(len(there), dtype=torch.bool).index_fill(0, kept, False)
+            if not torch.equal(bits(there[rest]), bits(was[rest])):
+                raise KernelError("wrote to slots of no token")
+            held = there[kept].view(FLOAT8.get(self.cache, torch.float16)).double()
+            given = new[slots >= 0].double()
+            if self.cache in FLOAT8:
+                given = given / self.scales[number]
+            if held.isnan().any():
+                raise KernelError("left a slot unwritten")
+            worst = max(worst, float(((held - given).abs() / given.abs().clamp(min=2.0**-14)).max()))
+        return worst

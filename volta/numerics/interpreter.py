@@ -1,0 +1,78 @@
+"""Make Triton's interpreter convert numbers as code for sm_70 does, and note the kernels that it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import unittest.mock
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from volta import pretended_gpu
+from volta.numerics.mode import COMPILE
+
+from triton.runtime import interpreter  # isort: skip - after the mode, which Triton reads when it is imported
+
+PTX_OF_E5M2 = ("cvt.rz.f16.f32", "0xfffefffe;", "0x00800080;", "prmt.b32")
+"""The steps by which Triton turns float32 into e5m2 for sm_70: see ``e5m2_of_volta``."""
+
+
+def e5m2_of_volta(values: np.ndarray) -> np.ndarray:
+    """float32 to e5m2 as Triton does it for sm_70, which has no instruction for it; the interpreter forgets a carry.
+
+    In the PTX: ``cvt.rz.f16.f32``, ``and.b32 0xfffefffe``, ``add.u32 0x00800080``, and ``prmt.b32`` takes the upper
+    byte. So halves go away from zero, what rounds beyond 57344 becomes infinite, and NaN, whose bits are 7fff after
+    the first step, becomes -0.
+    """
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    too_far = np.abs(half.astype(np.float32)) > np.abs(values)
+    code = half.view(np.uint16) - too_far.astype(np.uint16)
+    code[np.isnan(values)] = 0x7FFF
+    return (((code & 0xFFFE).astype(np.uint32) + 0x80) >> 8).astype(np.uint8)
+
+
+def read_by_volta(codes: np.ndarray) -> np.ndarray:
+    """e5m2 to float32 as Triton does it for sm_70: it is the upper byte of a float16."""
+    return (codes.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+
+
+@contextlib.contextmanager
+def conversions_of_volta() -> Iterator[None]:
+    """Inside, the interpreter makes numbers of e5m2, and reads them, as compiled code does.
+
+    Its own reading knows neither infinity nor NaN, so that poison would do no harm.
+    """
+    builder = interpreter.InterpreterBuilder
+    plain = builder.create_fp_to_fp
+
+    def convert(self: Any, source: Any, kind: Any, rounding: Any) -> Any:
+        match str(source.dtype.scalar), str(kind.scalar):
+            case "fp32", "fp8e5":
+                return interpreter.TensorHandle(e5m2_of_volta(source.data), kind.scalar)
+            case "fp8e5", "fp32":
+                return interpreter.TensorHandle(read_by_volta(source.data), kind.scalar)
+        return plain(self, source, kind, rounding)
+
+    with unittest.mock.patch.object(builder, "create_fp_to_fp", convert):
+        yield
+
+
+@contextlib.contextmanager
+def kernels() -> Iterator[dict[str, str]]:
+    """Inside, each kernel that starts is added by its name, with its PTX for sm_70 if it is compiled."""
+    seen: dict[str, str] = {}
+    if COMPILE:
+        with pretended_gpu.launches() as launched:
+            yield seen
+        seen.update({launch.function: launch.kernel.asm["ptx"] for launch in launched})
+        return
+    plain = interpreter.GridExecutor.__call__
+
+    def noted(self: Any, *args: Any, **options: Any) -> None:
+        seen[self.fn.__name__] = ""
+        plain(self, *args, **options)
+
+    with unittest.mock.patch.object(interpreter.GridExecutor, "__call__", noted):
+        yield seen

@@ -1,0 +1,1 @@
+"""Run a small Llama, made on the spot, with vLLM, and compare it with transformers on the CPU."""

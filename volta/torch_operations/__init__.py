@@ -1,0 +1,1 @@
+"""Compare PyTorch's operations on this machine's GPU with float64 on the CPU."""

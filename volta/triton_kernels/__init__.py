@@ -1,0 +1,1 @@
+"""Compile vLLM's Triton kernels for compute capability 7.0, without a GPU."""

@@ -1,0 +1,158 @@
+"""List the cases: every Triton kernel that vLLM reaches on 7.0, in every configuration that matters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from volta.triton_kernels.attention import Attention, Cache
+from volta.triton_kernels.awq import AwqDequantize, AwqGemm
+from volta.triton_kernels.case import Case
+from volta.triton_kernels.experts import Experts
+from volta.triton_kernels.lora import Lora
+from volta.triton_kernels.rotary import Mrope
+from volta.triton_kernels.sampling import Rejection
+
+NOT_COVERED = {
+    "layers/mamba, layers/fla, lightning_attn, fused_gdn_gating": "hybrid and state-space models, of which none is in "
+    "the table of shapes",
+    "merge_attn_states": "cascade attention, which TRITON_ATTN refuses (use_cascade_attention is False)",
+    "correct_attn_cp_out": "context parallelism in decode, of FlashAttention, FlashInfer and MLA alone",
+    "triton_decode_attention, pack_seq, flashmla_sparse": "MLA, which needs FlashAttention for prefill",
+    "prefix_prefill, chunked_prefill_paged_decode, rocm_aiter_fa": "ROCm's backends",
+    "backends/flashinfer": "FlashInfer, which needs 7.5",
+    "scaled_mm, fp8_utils, int8_utils": "int8 and fp8 weights, refused below 7.5 and 8.0",
+    "fused_batched_moe, deep_gemm, count_expert_num_tokens": "expert parallelism with DeepEP or pplx, which are not in "
+    "this build, and DeepGEMM, for 9.0",
+    "gpt_oss_triton_kernels_moe": "mxfp4, whose package triton_kernels is not in this build",
+    "qutlass_utils": "FP4 by QuTLASS, for 10.0",
+    "fused_moe_lora": "LoRA on expert layers",
+    "eagle_prepare_inputs, eagle_prepare_next_token": "drafts of EAGLE and MTP heads; n-gram drafts are covered",
+    "compute_identity_kernel": "experts that do nothing, of LongCat alone",
+    "v1/worker/gpu/": "the second model runner, off unless VLLM_USE_V2_MODEL_RUNNER is set",
+    "batch_invariant": "off unless VLLM_BATCH_INVARIANT is set",
+    "xgrammar's bitmask": "another package's kernel, for structured output",
+    "Inductor's": "made by torch.compile of each model's own graph; a call of Triton that it traces, as that of AWQ's "
+    "kernels, is compiled anew inside of it, under a key of its own",
+}
+"""What has Triton kernels and no case here, and why: parts of the names of files or kernels, or another package's."""
+
+
+ATTENTION: dict[str, Sequence[Any]] = {
+    "head_size": (64, 80, 96, 128, 256),
+    "queries": (1, 4, 8, 32, 48, 71),  # per kv head; 48 is StarCoder's, 71 Falcon's: both have one kv head
+    "dtype": ("fp16", "fp32"),
+    "kv": ("", "e5m2"),
+    "block_size": (16, 32),
+    "window": (None, 1000),
+    "alibi": (False, True),
+    "softcap": (0, 30.0),
+    "sinks": (False, True),
+}
+"""The matrix of attention. bfloat16 is refused below 8.0."""
+STRENGTH = 3
+"""Every combination of so many of its values is compiled."""
+USUAL = {"queries": (4,), "sinks": (False,)}
+"""With these alone, :func:`whole` has every combination of all others."""
+
+
+def covering(
+    axes: Mapping[str, Sequence[Any]], strength: int, allowed: Callable[[dict[str, Any]], bool]
+) -> Iterator[dict[str, Any]]:
+    """Choices of one value for each axis, among which every allowed combination of ``strength`` values occurs.
+
+    Greedy and without chance: each choice begins with a combination that is still missing.
+    """
+    names = list(axes)
+
+    def pairs(choice: Mapping[str, Any]) -> set[tuple[tuple[str, Any], ...]]:
+        ordered = [(name, choice[name]) for name in names if name in choice]
+        return set(itertools.combinations(ordered, strength))
+
+    def completed(choice: dict[str, Any]) -> dict[str, Any] | None:
+        if not allowed(choice):
+            return None
+        if len(choice) == len(names):
+            return choice
+        name = next(one for one in names if one not in choice)
+        ranked = sorted(axes[name], key=lambda value: -len(pairs({**choice, name: value}) & missing))
+        return next((found for value in ranked if (found := completed({**choice, name: value}))), None)
+
+    missing: set[tuple[tuple[str, Any], ...]] = set()
+    for chosen in itertools.combinations(names, strength):
+        for values in itertools.product(*(axes[name] for name in chosen)):
+            missing.add(tuple(zip(chosen, values, strict=True)))
+    while missing:
+        first = min(missing, key=repr)
+        found = completed(dict(first))
+        missing.discard(first)
+        if found:
+            missing -= pairs(found)
+            yield found
+
+
+def fits(choice: Mapping[str, Any]) -> bool:
+    """Whether a choice of :data:`ATTENTION` is for 7.0.
+
+    More than 32 queries for a kv head of 256, or more than 64 for one of more than 64, is no model that is known, and
+    cannot be held in registers with tiles of 16; in 32 bits that is so from 32 queries on.
+    """
+    padded = 1 << (choice.get("head_size", 64) - 1).bit_length()
+    rows = max(16, 1 << (choice.get("queries", 1) - 1).bit_length())
+    return rows * padded <= (4096 if choice.get("dtype") == "fp32" else 8192)
+
+
+def attention() -> Iterator[Case]:
+    """The matrix of attention, in prefill and in decode."""
+    for choice in covering(ATTENTION, STRENGTH, fits):
+        yield from both(**choice)
+    # DeepSeek's heads, of 128 and 64 numbers, where VLLM_MLA_DISABLE makes ordinary attention of MLA.
+    for tokens, kv in itertools.product((16, 1), ("", "e5m2")):
+        yield Attention(dtype="fp16", kv=kv, head_size=192, heads=16, kv_heads=16, query=tokens)
+
+
+def whole() -> Iterator[Case]:
+    """Every combination of the matrix of attention, for models with four queries for each kv head and no sinks."""
+    axes = {**ATTENTION, **USUAL}
+    for values in itertools.product(*axes.values()):
+        yield from both(**dict(zip(axes, values, strict=True)))
+
+
+def both(*, queries: int, **choice: Any) -> Iterator[Case]:
+    """A choice of the matrix, in prefill and in decode."""
+    kv_heads = 1 if queries > 32 else 2
+    for tokens in (16, 1):
+        yield Attention(**choice, heads=queries * kv_heads, kv_heads=kv_heads, query=tokens)
+
+
+def others() -> Iterator[Case]:
+    """Everything but attention: full products, for they are small."""
+    for dtype, kv, size, block in itertools.product(
+        ("fp16", "fp32"), ("", "e5m2"), ATTENTION["head_size"], ATTENTION["block_size"]
+    ):
+        yield Cache(dtype=dtype, kv=kv, heads=16, kv_heads=2, head_size=size, block_size=block)
+    for group, columns in itertools.product((32, 64, 128), (4096, 4104)):
+        yield AwqDequantize(rows=4096, columns=columns, group=group)
+        for tokens, parts in itertools.product((1, 7, 16), (8,)):
+            yield AwqGemm(rows=4096, columns=columns, group=group, tokens=tokens, parts=parts)
+    for dtype, top_k, tokens in itertools.product(("fp16", "fp32"), (2, 8), (1, 7, 64)):
+        yield Experts(dtype=dtype, experts=8, top_k=top_k, hidden=512, width=256, tokens=tokens)
+    for bits, zeros, group, tokens in itertools.product((4, 8), (False, True), (32, 64, 128), (1, 16, 32, 96)):
+        if bits == 4 and tokens < 32:
+            continue  # few tokens of 4 bits go to moe_wna16_gemm, a kernel of CUDA
+        yield Experts(bits=bits, zeros=zeros, group=group, experts=8, top_k=2, hidden=512, width=256, tokens=tokens)
+    for dtype, heads, spread in itertools.product(("fp16", "fp32"), ((28, 4), (12, 2), (16, 16)), (False, True)):
+        yield Mrope(
+            dtype=dtype, heads=heads[0], kv_heads=heads[1], interleaved=spread,
+            sections=(24, 20, 20) if spread else (16, 24, 24),
+        )  # fmt: skip
+    # One kernel has the whole vocabulary in a block: 20 seconds to compile at 32000, a minute and more at 151936.
+    yield Rejection(vocabulary=32000)
+    for rank, slices, tokens in itertools.product((8, 16, 64), (1, 3), (33, 256)):
+        yield Lora(rank=rank, slices=slices, tokens=tokens)
+
+
+def every() -> list[Case]:
+    """All cases, in order."""
+    return [*attention(), *others()]
