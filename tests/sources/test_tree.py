@@ -822,7 +822,7 @@ def test_a_patch_that_fails_says_what_of_its_upstream_to_look_at_again(tmp_path,
     with pytest.raises(PatchError) as caught:
         tree.apply(tree.Patch(ours, "", ""), source)
     assert "vllm/attention/ops/triton_unified_attention.py: Hunk #1 FAILED" in caught.value.what
-    assert "re-check whether m_j is still what M becomes; `python -m volta.numbers`" in caught.value.hint
+    assert "re-check whether M is still set to m_j; run `python -m volta.numerics`" in caught.value.hint
     with pytest.raises(PatchError) as caught:
         tree.apply(patch(tmp_path / "patches", "Subject: s\n---\n" + diff(LINES, LINES[3:])), source / "vllm")
     assert "re-check the places that it names" in caught.value.hint
