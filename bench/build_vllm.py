@@ -57,7 +57,7 @@ def measured(pipeline, name, patches, count, folder, asks, cache=None):
         sandbox=sandbox.choose("auto"),
         jobs=count,
         work=folder / "work",
-        gate=pipeline.gate if asks else None,
+        scheduler=pipeline.scheduler if asks else None,
         objects=cache,
     )
     built = build.compile(shop, log)

@@ -50,7 +50,7 @@ class Shop:
         for line in (self.real / ".ninja_log").read_text().splitlines()[1:]:
             start, end, _, name, _ = line.split("\t")
             took[name] = int(end) - int(start)
-        known = self.shop.gate.needs["vllm"].measured() if self.shop.gate else {}
+        known = self.shop.scheduler.estimates["vllm"].measured() if self.shop.scheduler else {}
         seconds = {name: known[name].seconds if name in known else ms / 1000 for name, ms in took.items()}
         return sorted((name for name in seconds if name.endswith(".cu.o")), key=lambda name: -seconds[name])[:count]
 

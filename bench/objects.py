@@ -59,7 +59,9 @@ def main():
             cache = object_cache.chosen(server, Path(scratch, folder))
             begin = time.monotonic()
             at = Path(scratch, f"build-{len(rows)}")
-            result = build_vllm.measured(pipeline, f"objects-{len(rows)}", series, pipeline.gate.jobs, at, True, cache)
+            result = build_vllm.measured(
+                pipeline, f"objects-{len(rows)}", series, pipeline.scheduler.jobs, at, True, cache
+            )
             wheels |= {files.sha256(path) for path in (at / "out").glob("*.whl")}
             found = object_cache.found(cache.log("vllm"), None)
             rows.append({"cache": name, "wall": result.wall, "cpu": result.cpu, "peak": result.peak,

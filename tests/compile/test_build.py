@@ -21,10 +21,10 @@ from tests.support.rights import ordinary_user
 from tests.support.tally import Tally
 from voltforge.compile import build, sandbox
 from voltforge.compile.build import BuildError, DiskError, Progress, Workshop, first_error, from_the_future
-from voltforge.compile.costs import Needs
+from voltforge.compile.costs import Estimates
 from voltforge.compile.jobs import Memory
 from voltforge.compile.sandbox import Sandbox, available
-from voltforge.compile.scheduler import Gate, Status
+from voltforge.compile.scheduler import Scheduler, Status
 from voltforge.compile.toolchain import HostCompiler, Toolchain
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Settings
@@ -69,24 +69,26 @@ def test_its_progress_is_step_object_and_memory() -> None:
 
 def test_its_progress_is_jobs_memory_and_time_left_where_its_compilers_ask_for_leave(tmp_path: Path) -> None:
     (tmp_path / "saxpy.json").write_text('{"a.cu.o": [10, 500000000, 1], "b.cu.o": [30, 500000000, 1]}')
-    gate = Gate(tmp_path / "gate", 2, {"saxpy": Needs(tmp_path / "saxpy.json", 1)}, lambda: Memory(1, 12_000_000_000))
-    progress = Progress("saxpy", gate)
+    scheduler = Scheduler(
+        tmp_path / "gate", 2, {"saxpy": Estimates(tmp_path / "saxpy.json", 1)}, lambda: Memory(1, 12_000_000_000)
+    )
+    progress = Progress("saxpy", scheduler)
     line = "[2/8] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"
-    gate.status = Status(running=1, waiting=2, elsewhere=1)  # a place is free: the two wait for memory
+    scheduler.status = Status(running=1, waiting=2, remote=1)  # a place is free: the two wait for memory
     beyond, mean = 8 - 2 - 1 - 2 - 1, 20
     assert progress.see(line, Usage(now=5)) == ProgressState(
         "cache_kernels.cu.o", 2, 8, jobs=1, waiting=2, elsewhere=1, memory=5, limit=12_000_000_000,
         left=beyond * mean / 2,
     )  # fmt: skip
-    gate.status = Status(running=2, waiting=2)  # no place is free
+    scheduler.status = Status(running=2, waiting=2)  # no place is free
     assert (progress.see("", Usage()).jobs, progress.see("", Usage()).waiting) == (2, 0)
-    gate.memory = lambda: None
+    scheduler.memory = lambda: None
     assert progress.see("", Usage()).limit is None
 
 
 def test_its_progress_is_hits_of_the_cache_too(tmp_path: Path) -> None:
-    gate = Gate(tmp_path / "gate", 2, {"saxpy": Needs(tmp_path / "saxpy.json", 1)})
-    progress = Progress("saxpy", gate, tmp_path / "log")
+    scheduler = Scheduler(tmp_path / "gate", 2, {"saxpy": Estimates(tmp_path / "saxpy.json", 1)})
+    progress = Progress("saxpy", scheduler, tmp_path / "log")
     assert progress.see("", Usage()).hits is None
     (tmp_path / "log").write_text("# a.cu\ndirect_cache_hit\n# b.cu\ncache_miss\n")
     assert progress.see("[1/2] Building CUDA object a.cu.o", Usage()).hits is None  # it is looked for twice a second
@@ -180,7 +182,7 @@ def test_a_wrong_number_of_jobs_is_a_sentence(saxpy: Pipeline) -> None:
 @pytest.mark.slow
 def test_every_compiler_asks_for_leave_and_what_it_took_is_known_to_the_next_run(saxpy: Pipeline) -> None:
     built(saxpy)
-    again = Pipeline.load(saxpy.root, saxpy.settings).gate.needs["saxpy"].measured()
+    again = Pipeline.load(saxpy.root, saxpy.settings).scheduler.estimates["saxpy"].measured()
     assert {Path(name).name for name in again} >= {"saxpy.cu.o", "scale.cu.o"}
     assert all(need.memory > 20_000_000 for need in again.values())
     assert not any(Path(saxpy.root / "build/work").rglob("history")), "it is no part of what is built"
@@ -189,14 +191,14 @@ def test_every_compiler_asks_for_leave_and_what_it_took_is_known_to_the_next_run
 @pytest.mark.parametrize("text", ["much", "6", "-1 GiB", "0 GB"])
 def test_a_limit_of_memory_that_is_none_is_a_sentence(saxpy: Pipeline, text: str) -> None:
     with pytest.raises(VoltforgeError, match="memory=") as caught:
-        _ = Pipeline.load(saxpy.root, Settings(memory=text)).gate
+        _ = Pipeline.load(saxpy.root, Settings(memory=text)).scheduler
     assert caught.value.what == f"memory={text}: not a size such as '20 MB' or '1.5 GiB'"
     assert caught.value.hint == "memory=6GiB, or leave it out"
 
 
 def test_a_limit_of_memory_reaches_the_gate(saxpy: Pipeline) -> None:
-    assert Pipeline.load(saxpy.root, Settings(memory="6GiB", jobs="3")).gate.limit == 6 << 30
-    assert Pipeline.load(saxpy.root, Settings(jobs="3")).gate.jobs == 3
+    assert Pipeline.load(saxpy.root, Settings(memory="6GiB", jobs="3")).scheduler.limit == 6 << 30
+    assert Pipeline.load(saxpy.root, Settings(jobs="3")).scheduler.jobs == 3
 
 
 @pytest.mark.slow
@@ -391,7 +393,7 @@ def test_objects_whose_compilers_did_not_ask_are_not_gone_on_with(
 ) -> None:
     """Some build systems configure once: all that they still compile would start at the same time."""
     prepared(shop)
-    asking = replace(shop, gate=Gate(tmp_path / "gate", 1, {}))
+    asking = replace(shop, scheduler=Scheduler(tmp_path / "gate", 1, {}))
     (shop.folders["tree"] / "a.o").write_text("object")
     assert "a.o" not in prepared(asking)
     assert "begins afresh, for its compilers do not ask for leave as they would now" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A farm: a real redis-server, real gates and real commands, of which one compiles each object."""
+"""Hosts share compile work through a real redis-server, with real schedulers and real commands."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from pathlib import Path
 import pytest
 
 from tests.compile.test_object_cache import SOURCES, built, needs_ccache, redis
-from tests.compile.test_scheduler import World, ends, until
+from tests.compile.test_scheduler import SchedulerHarness, ends, until
 from tests.support.checkouts import ROOT, small_checkout
 from voltforge.commands import chores
 from voltforge.compile import farm, scheduler
-from voltforge.compile.costs import Need
+from voltforge.compile.costs import Estimate
 from voltforge.compile.farm import Farm
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
 
 MIB = 1 << 20
-ONE = ("build", "one.o")
-WITH = {"its CUDA toolkit or g++": "12.4", "its locked environment": "a"}
+KEY = ("build", "one.o")
+MADE_WITH = {"its CUDA toolkit or g++": "12.4", "its locked environment": "a"}
 
 
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
-    """Where hosts meet, with a password."""
+    """The address of a redis server with a password."""
     with redis(tmp_path, "--requirepass", "secret") as port:
         yield f"redis://:secret@127.0.0.1:{port}"
 
@@ -45,79 +45,79 @@ def hosts(address: str) -> tuple[Farm, Farm]:
 # --- claims ---
 
 
-def test_what_one_host_has_claimed_another_leaves_to_it(hosts):
+def test_second_host_cannot_claim_a_claimed_object(hosts):
     alpha, beta = hosts
-    assert alpha.claim(ONE) == ""
-    assert beta.claim(ONE) == "alpha"
-    assert beta.holders([ONE, ("build", "other.o"), ("another build", "one.o")]) == ["alpha", "", ""]
+    assert alpha.claim(KEY) == ""
+    assert beta.claim(KEY) == "alpha"
+    assert beta.holders([KEY, ("build", "other.o"), ("another build", "one.o")]) == ["alpha", "", ""]
 
 
-def test_what_is_done_is_free_for_all_at_once(hosts):
+def test_object_that_is_done_needs_no_claim(hosts):
     alpha, beta = hosts
-    alpha.claim(ONE)
-    alpha.done(ONE, 20.0)
-    assert beta.holders([ONE]) == [""]
-    assert [beta.claim(ONE), beta.claim(ONE)] == ["", ""]
+    alpha.claim(KEY)
+    alpha.mark_done(KEY, 20.0)
+    assert beta.holders([KEY]) == [""]
+    assert [beta.claim(KEY), beta.claim(KEY)] == ["", ""]
 
 
-def test_what_a_host_that_died_had_claimed_another_gets(hosts, monkeypatch):
+def test_claim_of_a_dead_host_expires(hosts, monkeypatch):
     alpha, beta = hosts
-    monkeypatch.setattr(farm, "LEASE", 0.5)
-    alpha.claim(ONE)
-    assert beta.claim(ONE) == "alpha"
-    until(lambda: beta.claim(ONE) == "")
+    monkeypatch.setattr(farm, "CLAIM_SECONDS", 0.5)
+    alpha.claim(KEY)
+    assert beta.claim(KEY) == "alpha"
+    until(lambda: beta.claim(KEY) == "")
 
 
-def test_a_host_that_lives_keeps_what_it_has_claimed(hosts, monkeypatch):
+def test_renewed_claim_does_not_expire(hosts, monkeypatch):
     alpha, beta = hosts
-    monkeypatch.setattr(farm, "LEASE", 1.0)
-    monkeypatch.setattr(farm, "RENEW", 0.1)
-    alpha.claim(ONE)
+    monkeypatch.setattr(farm, "CLAIM_SECONDS", 1.0)
+    monkeypatch.setattr(farm, "RENEW_SECONDS", 0.1)
+    alpha.claim(KEY)
     end = time.monotonic() + 2.5
     while time.monotonic() < end:
-        alpha.renew([ONE])
-        assert beta.claim(ONE) == "alpha"
+        alpha.renew_claims([KEY])
+        assert beta.claim(KEY) == "alpha"
         time.sleep(0.05)
 
 
-def test_who_compiled_how_much_is_counted_and_what_came_from_a_cache_is_not(hosts):
+def test_compiles_are_counted_by_host_without_cache_hits(hosts):
     alpha, beta = hosts
-    alpha.done(ONE, 20.0)
-    alpha.done(("build", "two.o"), 3.0)
-    beta.done(("build", "three.o"), 1.5)
-    beta.done(("build", "hit.o"), 0.1)
-    assert dict(alpha.shares("build")) == {"alpha": 2, "beta": 1}
+    alpha.mark_done(KEY, 20.0)
+    alpha.mark_done(("build", "two.o"), 3.0)
+    beta.mark_done(("build", "three.o"), 1.5)
+    beta.mark_done(("build", "hit.o"), 0.1)
+    assert dict(alpha.compiled_by_host("build")) == {"alpha": 2, "beta": 1}
 
 
-# --- servers that fail ---
+# --- failing servers ---
 
 
-def test_without_a_server_all_is_let_through_and_it_is_said_once(capsys):
+def test_unreachable_server_is_ignored_with_one_warning(capsys):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         alone = Farm(f"redis://:secret@127.0.0.1:{probe.getsockname()[1]}")
         for number in range(5):
             assert alone.claim(("build", f"{number}.o")) == ""
-            assert alone.holders([ONE]) == [""]
-            alone.done(ONE, 1.0)
-    said = capsys.readouterr().out
-    assert said.count("all is compiled here") == 1
-    assert "secret" not in said
+            assert alone.holders([KEY]) == [""]
+            alone.mark_done(KEY, 1.0)
+    output = capsys.readouterr().out
+    assert output.count("this host compiles all objects itself") == 1
+    assert "secret" not in output
 
 
-def test_a_server_that_is_full_stops_nobody(tmp_path, capsys):
+def test_full_server_is_ignored(tmp_path, capsys):
     with redis(tmp_path, "--maxmemory", "1", "--maxmemory-policy", "noeviction") as port:
         full = Farm(f"redis://127.0.0.1:{port}")
         assert [full.claim(("build", f"{number}.o")) for number in range(4)] == [""] * 4
-    assert "all is compiled here" in capsys.readouterr().out
+    assert "this host compiles all objects itself" in capsys.readouterr().out
 
 
-def test_a_wrong_password_is_a_sentence(address):
+def test_wrong_password_is_an_error(address):
     with pytest.raises(VoltforgeError, match="does not answer"):
-        Farm(address.replace("secret", "wrong")).reached()
+        Farm(address.replace("secret", "wrong")).check_connection()
 
 
-def test_hosts_that_say_nonsense_are_passed_over(hosts):
+def test_invalid_host_entry_is_ignored(hosts):
     alpha, _ = hosts
     for number, row in enumerate(
         ["", "[]", "{", '{"name": 1}', '{"name":"x","package":"y","build":"z","made_with":3}']
@@ -127,94 +127,94 @@ def test_hosts_that_say_nonsense_are_passed_over(hosts):
     assert alpha.hosts() == []
 
 
-def test_a_host_that_died_is_forgotten(hosts, monkeypatch):
+def test_entry_of_a_dead_host_is_removed(hosts, monkeypatch):
     alpha, beta = hosts
-    monkeypatch.setattr(farm, "LEASE", 0.3)
-    with alpha.taking_part("vllm", WITH):
+    monkeypatch.setattr(farm, "CLAIM_SECONDS", 0.3)
+    with alpha.register("vllm", MADE_WITH):
         until(lambda: bool(beta.hosts()))
-        until(lambda: not beta.hosts())  # it says no more for seconds, as one that died
+        until(lambda: not beta.hosts())  # the entry expires, because it is renewed only every RENEW_SECONDS
         assert alpha._redis.smembers(farm.HOSTS) == set()
 
 
-# --- who is there ---
+# --- hosts ---
 
 
-def test_a_host_is_seen_while_it_builds(hosts):
+def test_host_is_listed_while_it_builds(hosts):
     alpha, beta = hosts
-    with alpha.taking_part("vllm", WITH):
+    with alpha.register("vllm", MADE_WITH):
         until(lambda: bool(beta.hosts()))
         (seen,) = beta.hosts()
-        assert (seen.name, seen.package, seen.build) == ("alpha", "vllm", farm.named("vllm", WITH))
+        assert (seen.name, seen.package, seen.build) == ("alpha", "vllm", farm.build_id("vllm", MADE_WITH))
     assert beta.hosts() == []
 
 
-def test_a_host_with_another_compiler_is_named_and_what_it_has_otherwise(hosts, capsys):
+def test_host_with_another_compiler_causes_a_warning(hosts, capsys):
     alpha, beta = hosts
-    with alpha.taking_part("vllm", WITH):
+    with alpha.register("vllm", MADE_WITH):
         until(lambda: bool(beta.hosts()))
-        said: list[str] = []
+        output: list[str] = []
 
-        def told() -> bool:
-            said.append(capsys.readouterr().out)
-            return "alpha builds vllm too, but differs in its CUDA toolkit or g++: " in "".join(said)
+        def warned() -> bool:
+            output.append(capsys.readouterr().out)
+            return "alpha cannot share objects of vllm: it differs in its CUDA toolkit or g++" in "".join(output)
 
-        with beta.taking_part("vllm", {**WITH, "its CUDA toolkit or g++": "12.8"}):
-            until(told)
+        with beta.register("vllm", {**MADE_WITH, "its CUDA toolkit or g++": "12.8"}):
+            until(warned)
 
 
-# --- gates ---
+# --- schedulers ---
 
 
 @pytest.fixture
-def gates(tmp_path: Path, hosts: tuple[Farm, Farm]) -> Iterator[tuple[World, World]]:
-    """The gates of two hosts, one job each."""
-    stated = {"long": Need(80, MIB), "short": Need(1, MIB)}
+def schedulers(tmp_path: Path, hosts: tuple[Farm, Farm]) -> Iterator[tuple[SchedulerHarness, SchedulerHarness]]:
+    """The schedulers of two hosts, with one slot each."""
+    stated = {"long": Estimate(80, MIB), "short": Estimate(1, MIB)}
     made = []
     for host in hosts:
         (tmp_path / host.name).mkdir()
-        made.append(World(tmp_path / host.name, 1, build="build", **stated))
-        made[-1].gate.open(host)
+        made.append(SchedulerHarness(tmp_path / host.name, 1, build="build", **stated))
+        made[-1].scheduler.start(host)
     yield made[0], made[1]
-    for child in [child for world in made for child in world.begun]:
+    for child in [child for harness in made for child in harness.children]:
         child.kill()
         child.communicate()
 
 
-def test_the_longest_is_compiled_by_one_host_and_the_next_by_the_other(gates):
-    alpha, beta = gates
+def test_one_host_compiles_the_longest_object_and_the_other_the_next(schedulers):
+    alpha, beta = schedulers
     first = alpha.ask("long.o", compiles=True)
-    alpha.comes_to(running=1, waiting=0)
+    alpha.wait_for(running=1, waiting=0)
     late = beta.ask("long.o", compiles=True)
     beta.ask("short.o", compiles=True)
     until(lambda: beta.running() == ["short"])
-    until(lambda: beta.gate.status.elsewhere == 1)
+    until(lambda: beta.scheduler.status.remote == 1)
     assert late.poll() is None
     assert ends(first) == 0
-    until(lambda: beta.gate.status.elsewhere == 0)
+    until(lambda: beta.scheduler.status.remote == 0)
 
 
 @pytest.mark.parametrize(
     ("name", "compiles"), [("_C.abi3.so", False), ("CMakeFiles/cmTC_01234.dir/testCCompiler.c.o", True)]
 )
-def test_what_is_linked_and_what_cmake_tries_every_host_does_itself(gates, name, compiles):
-    alpha, beta = gates
+def test_links_and_test_programs_of_cmake_run_on_every_host(schedulers, name, compiles):
+    alpha, beta = schedulers
     alpha.ask(name, compiles=compiles)
     beta.ask(name, compiles=compiles)
-    alpha.comes_to(running=1, waiting=0)
-    beta.comes_to(running=1, waiting=0)
+    alpha.wait_for(running=1, waiting=0)
+    beta.wait_for(running=1, waiting=0)
 
 
-def test_with_other_hosts_more_stand_and_wait_as_memory_allows(gates, tmp_path):
-    alpha, _ = gates
-    alone = World(tmp_path / "alone", 1).gate
-    assert alone.window == 1 + scheduler.WINDOW
-    for free, waiting in (
-        (10**12, scheduler.WIDEST),
-        (8 * 500 * scheduler.WAITER, 500),
-        (8 * scheduler.WAITER, scheduler.WINDOW),
+def test_queue_with_other_hosts_is_limited_by_memory(schedulers, tmp_path):
+    alpha, _ = schedulers
+    alone = SchedulerHarness(tmp_path / "alone", 1).scheduler
+    assert alone.ninja_jobs == 1 + scheduler.QUEUE_LENGTH
+    for free, queue in (
+        (10**12, scheduler.MAX_QUEUE_LENGTH),
+        (8 * 500 * scheduler.QUEUED_JOB_BYTES, 500),
+        (8 * scheduler.QUEUED_JOB_BYTES, scheduler.QUEUE_LENGTH),
     ):
         alpha.free = free
-        assert alpha.gate.window == 1 + waiting
+        assert alpha.scheduler.ninja_jobs == 1 + queue
 
 
 # --- builds ---
@@ -227,34 +227,34 @@ def checkouts(root: Path, address: str) -> list[Pipeline]:
 BUILD = """
 import sys; from pathlib import Path
 from voltforge.pipeline.checkout import Settings; from voltforge.pipeline.pipeline import Pipeline
-from tests.test_objects import built
+from tests.compile.test_object_cache import built
 built(Pipeline.load(Path(sys.argv[1]), Settings(ccache=sys.argv[2], jobs="1")))
 """
 
 
-def building(pipeline: Pipeline) -> subprocess.Popen:
-    """A process that builds the small package, and what it starts, as a group."""
+def start_build(pipeline: Pipeline) -> subprocess.Popen:
+    """Start a build of the small package in its own process group."""
     words = [sys.executable, "-c", BUILD, str(pipeline.root), pipeline.settings.ccache]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 @needs_ccache
 @pytest.mark.slow
-def test_two_hosts_that_build_at_the_same_time_compile_each_object_once(tmp_path, toolchain, address):
+def test_two_hosts_compile_each_object_once(tmp_path, toolchain, address):
     made = checkouts(tmp_path, address)
-    assert [host.wait(600) for host in [building(one) for one in made]] == [0, 0]
+    assert [host.wait(600) for host in [start_build(one) for one in made]] == [0, 0]
     first, second = (one.package(one.recipes["saxpy"]).stage("build").results() for one in made)
     assert first["sha256"] == second["sha256"]
     assert first["objects"]["misses"] + second["objects"]["misses"] == SOURCES
     assert first["objects"]["hits"] + second["objects"]["hits"] == SOURCES
-    assert sum(first["hosts"].values()) >= SOURCES - 1  # the one in C may take less than a second
+    assert sum(first["hosts"].values()) >= SOURCES - 1  # the object of C code may take less than a second
 
 
 @needs_ccache
 @pytest.mark.slow
-def test_a_host_that_is_killed_while_it_compiles_delays_the_others_and_changes_nothing(tmp_path, toolchain, address):
+def test_killed_host_does_not_change_the_wheel_of_another(tmp_path, toolchain, address):
     one, other = checkouts(tmp_path, address)
-    killed, watch = building(one), Farm(address)
+    killed, watch = start_build(one), Farm(address)
     try:
         until(lambda: any(".cu.o" in key for key in watch._redis.scan_iter("voltforge:*")))
     finally:
@@ -264,28 +264,28 @@ def test_a_host_that_is_killed_while_it_compiles_delays_the_others_and_changes_n
     assert built(other)["sha256"] == built(alone)["sha256"]
 
 
-# --- what a person asks ---
+# --- commands ---
 
 
 @pytest.mark.parametrize("setting", ["", "off", "http://127.0.0.1/objects"])
-def test_to_ask_for_a_farm_without_a_redis_server_is_a_sentence(saxpy, setting):
+def test_farm_without_a_redis_server_is_an_error(saxpy, setting):
     with pytest.raises(VoltforgeError, match="ccache= names no redis server"):
         chores.farm(Pipeline.load(saxpy.root, Settings(ccache=setting)))
 
 
-def test_the_hosts_of_a_farm_are_listed(saxpy, address, hosts, capsys):
+def test_farm_lists_the_hosts(saxpy, address, hosts, capsys):
     alpha, beta = hosts
     asked = Pipeline.load(saxpy.root, Settings(ccache=address))
     chores.farm(asked)
     assert "nobody builds anything at redis://***@127.0.0.1" in capsys.readouterr().out
-    with alpha.taking_part("vllm", WITH):
-        alpha.done((farm.named("vllm", WITH), "one.o"), 9.0)
+    with alpha.register("vllm", MADE_WITH):
+        alpha.mark_done((farm.build_id("vllm", MADE_WITH), "one.o"), 9.0)
         until(lambda: bool(beta.hosts()))
         chores.farm(asked)
     assert re.search(r"alpha\W+vllm\W+1\W", capsys.readouterr().out)
 
 
-def test_who_helps_builds_what_another_host_builds_and_each_build_once(saxpy, address, hosts, monkeypatch):
+def test_help_builds_the_package_of_another_host_once(saxpy, address, hosts, monkeypatch):
     alpha, _ = hosts
     called: list[list[str]] = []
 
@@ -300,7 +300,7 @@ def test_who_helps_builds_what_another_host_builds_and_each_build_once(saxpy, ad
         if len(slept) == 3:
             raise KeyboardInterrupt
 
-    with alpha.taking_part("saxpy", WITH), alpha.taking_part("stranger", WITH):
+    with alpha.register("saxpy", MADE_WITH), alpha.register("stranger", MADE_WITH):
         until(lambda: len(alpha.hosts()) == 2)
         monkeypatch.setattr(subprocess, "call", call)
         monkeypatch.setattr(time, "sleep", sleep)

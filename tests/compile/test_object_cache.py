@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from tests.support.checkouts import edited, small_checkout
 from voltforge.compile import object_cache, tunnel
-from voltforge.compile.costs import Need, Needs
+from voltforge.compile.costs import Estimate, Estimates
 from voltforge.compile.object_cache import Found, Objects, Server
-from voltforge.compile.scheduler import at
+from voltforge.compile.scheduler import socket_address
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
@@ -222,7 +222,7 @@ def test_a_compiler_may_take_longer_than_a_server_has_to_answer(tmp_path, monkey
     monkeypatch.setattr(object_cache, "PATIENCE", 0.3)
     with redis(tmp_path) as port, socket.socket(socket.AF_UNIX) as asks:
         Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse(f"redis://127.0.0.1:{port}")).lead(tmp_path)
-        with at(tmp_path, object_cache.SOCKET) as address:
+        with socket_address(tmp_path, object_cache.SOCKET) as address:
             asks.connect(address)
         for _ in range(2):
             asks.sendall(b"PING\r\n")
@@ -322,9 +322,9 @@ remote_storage_hit
 
 def test_hits_misses_and_seconds_are_read_from_ccaches_own_log(tmp_path):
     (tmp_path / "log").write_text(STATS)
-    needs = Needs(tmp_path / "needs.json", 1)
+    needs = Estimates(tmp_path / "needs.json", 1)
     for name, seconds in (("CMakeFiles/_C.dir/csrc/b.cu.o", 30), ("CMakeFiles/_C.dir/csrc/a.cu.o", 50)):
-        needs.learn(name, Need(seconds, 10**9))
+        needs.record(name, Estimate(seconds, 10**9))
     found = object_cache.found(tmp_path / "log", needs)
     assert found == Found(hits=2, misses=1, shared=1, saved=30.0)
     assert str(found) == "objects from the cache: 2 of 3, 1 of them from the server, 30 s of compiling saved"

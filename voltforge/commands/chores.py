@@ -11,7 +11,7 @@ from types import ModuleType
 
 from voltforge.commands import gc
 from voltforge.compile import object_cache
-from voltforge.compile.farm import RENEW, Farm
+from voltforge.compile.farm import RENEW_SECONDS, Farm
 from voltforge.errors import VoltforgeError
 from voltforge.image.stages import Runtime
 from voltforge.pipeline.pipeline import Pipeline
@@ -195,9 +195,9 @@ def profile(pipeline: Pipeline) -> None:
     Raises:
         VoltforgeError: nothing was built yet, or ninja's log cannot be read.
     """
-    from voltforge.compile import profile  # which every ./doit would pay for otherwise
+    from voltforge.compile import build_profile  # which every ./doit would pay for otherwise
 
-    profile.show(pipeline.root, pipeline.scratch, pipeline.gate.needs)
+    build_profile.show(pipeline.root, pipeline.scratch, pipeline.scheduler.estimates)
 
 
 def farm(pipeline: Pipeline) -> None:
@@ -211,7 +211,7 @@ def farm(pipeline: Pipeline) -> None:
     if not hosts:
         console.note(f"nobody builds anything at {meeting}")
         return
-    rows = [(one.name, one.package, str(meeting.shares(one.build)[one.name]), one.build) for one in hosts]
+    rows = [(one.name, one.package, str(meeting.compiled_by_host(one.build)[one.name]), one.build) for one in hosts]
     console.table("", ("host", "builds", "objects compiled", "those with the same here share them"), rows)
 
 
@@ -231,7 +231,7 @@ def help_farm(pipeline: Pipeline) -> None:
             words = [sys.executable, "-m", "doit", *pipeline.settings.words(), f"build:{wanted[0]}"]
             if subprocess.call(words, cwd=pipeline.root):
                 console.warn(f"build:{wanted[0]} did not end well here: the others go on without it")
-        time.sleep(RENEW)
+        time.sleep(RENEW_SECONDS)
 
 
 def _meeting(pipeline: Pipeline) -> Farm:
@@ -245,7 +245,7 @@ def _meeting(pipeline: Pipeline) -> Farm:
     if not meeting:
         raise VoltforgeError("ccache= names no redis server, where the hosts of a farm meet",
                              hint="./doit ccache=redis://HOST farm; docs/scale.md says how to begin")  # fmt: skip
-    meeting.reached()
+    meeting.check_connection()
     return meeting
 
 

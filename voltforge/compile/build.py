@@ -15,7 +15,7 @@ from voltforge.compile import farm, object_cache, sandbox
 from voltforge.compile.farm import Farm
 from voltforge.compile.object_cache import Found, Objects, Server
 from voltforge.compile.sandbox import Sandbox
-from voltforge.compile.scheduler import Gate
+from voltforge.compile.scheduler import Scheduler
 from voltforge.compile.toolchain import Toolchain
 from voltforge.errors import VoltforgeError, remedy
 from voltforge.sources import options
@@ -36,7 +36,7 @@ FOLDERS = ("tree", "environment", "toolchain", "dist", "home")
 PLACE = "place.json"
 """The note in a work folder that says where the build saw its tree."""
 ASKING = "asking.json"
-"""The note in a work folder that says whether the compilers of its build ask at a gate."""
+"""The note in a work folder that says whether the compilers of its build ask at a scheduler."""
 UNSYNCED = "unsynced.json"
 """The note in a work folder that says in which boot of the machine a build began to write what is not synced yet."""
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -141,10 +141,10 @@ class Workshop:
     jobs: int
     work: Path
     """A killed or repeated build goes on here, with the objects of the last one."""
-    gate: Gate | None = None
+    scheduler: Scheduler | None = None
     """Where its compilers ask for leave; ``jobs`` then bounds those that run at once, not those that ask."""
     objects: Objects | None = None
-    """Where objects are that were compiled before; with a gate only."""
+    """Where objects are that were compiled before; with a scheduler only."""
 
     @staticmethod
     def can_ask(tree: Tree) -> bool:
@@ -153,10 +153,10 @@ class Workshop:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """The real folders, by the names of :data:`FOLDERS`, and ``gate`` and ``cache`` where there are such."""
+        """The real folders, by the names of :data:`FOLDERS`, and ``scheduler`` and ``cache`` where there are such."""
         real = (self.work / "tree", self.environment.path, self.toolchain.home, self.work / "dist", self.work / "home")
         named = dict(zip(FOLDERS, real, strict=True))
-        named |= {"gate": self.gate.folder} if self.gate else {}
+        named |= {"gate": self.scheduler.folder} if self.scheduler else {}
         named |= {"cache": self.objects.folder} if self.objects else {}
         return {name: path.absolute() for name, path in named.items()}
 
@@ -207,7 +207,7 @@ class Workshop:
             files.remove(stale)
         folders["dist"].mkdir()
         files.write_json(self.work / PLACE, str(self.places["tree"]))
-        files.write_json(self.work / ASKING, bool(self.gate))
+        files.write_json(self.work / ASKING, bool(self.scheduler))
 
     @property
     def logs(self) -> list[Path]:
@@ -226,7 +226,7 @@ class Workshop:
             why = f"{late.relative_to(self.work)} is of a later time than now: the clock was set back"
         elif built != place:
             why = f"CMake's notes are of a build in {built}"
-        elif (self.work / PLACE).exists() and (files.read_json(self.work / ASKING) or False) != bool(self.gate):
+        elif (self.work / PLACE).exists() and (files.read_json(self.work / ASKING) or False) != bool(self.scheduler):
             why = "its compilers do not ask for leave as they would now"  # some build systems configure once only
         else:
             return
@@ -259,17 +259,17 @@ class Workshop:
             [*before, *argv], writable=self.writable, readable=self.readable, cwd=places["tree"]
         )
         start = places["tree"] if self.around.kind == "none" else folders["tree"]
-        part = self.farm.taking_part(self.recipe.name, self.made_with) if self.farm else contextlib.nullcontext()
+        part = self.farm.register(self.recipe.name, self.made_with) if self.farm else contextlib.nullcontext()
         with self.around.shown(self.writable, self.readable), part:
             return run(words, cwd=start, env=handed, log=log, watch=watch)
 
     def _asking(self, places: Mapping[str, Path]) -> tuple[list[str | Path], dict[str, str]]:
         """What makes compilers ask for leave, and for objects that are there: a program before all, and variables."""
-        if not self.gate:
+        if not self.scheduler:
             return [], {"MAX_JOBS": str(self.jobs), "CMAKE_BUILD_PARALLEL_LEVEL": str(self.jobs)}
-        self.gate.open(self.farm)
-        python, many = places["environment"] / "bin" / "python", str(self.gate.window)
-        handed = self.gate.variables(self.recipe.name, places["gate"], python)
+        self.scheduler.start(self.farm)
+        python, many = places["environment"] / "bin" / "python", str(self.scheduler.ninja_jobs)
+        handed = self.scheduler.variables(self.recipe.name, places["gate"], python)
         handed |= {"MAX_JOBS": many, "CMAKE_BUILD_PARALLEL_LEVEL": many}
         if not self.objects:
             return [], handed
@@ -277,7 +277,7 @@ class Workshop:
         server = self._server
         address = server.seen(server.host, server.port) if server else ""
         if server and self.around.hermetic:
-            self.objects.lead(self.gate.folder)
+            self.objects.lead(self.scheduler.folder)
             relay = places["gate"] / object_cache.RELAY.name
             before = [python, "-I", "-S", relay, str(object_cache.PORT), places["gate"] / object_cache.SOCKET]
             address = server.seen("127.0.0.1", object_cache.PORT)
@@ -303,7 +303,7 @@ class Workshop:
     @property
     def build(self) -> str:
         """What they call this build: hosts with the same name for it have objects for each other."""
-        return farm.named(self.recipe.name, self.made_with)
+        return farm.build_id(self.recipe.name, self.made_with)
 
     @functools.cached_property
     def made_with(self) -> dict[str, str]:
@@ -338,7 +338,7 @@ def _compiled(shop: Workshop, log: Path) -> Built:
             "--skip-dependency-check", *settings, "--outdir", places["dist"], places["tree"]]  # fmt: skip
     log.unlink(missing_ok=True)
     with console.progress(recipe.name) as tell:
-        progress = Progress(recipe.name, shop.gate, next(iter(shop.logs), None))
+        progress = Progress(recipe.name, shop.scheduler, next(iter(shop.logs), None))
 
         def watch(line: str, usage: Usage) -> None:
             if wrong := options.contradiction(line, recipe.build.env):
@@ -348,8 +348,8 @@ def _compiled(shop: Workshop, log: Path) -> Built:
         try:
             with shop.at_work():
                 done = shop.run(argv, log=log, watch=watch)
-                if shop.gate:
-                    shop.gate.keep()
+                if shop.scheduler:
+                    shop.scheduler.save()
         except ProgramFailed as error:
             raise BuildError(recipe.name, first_error(log), log, f"status {error.status}") from error
     wheels = list(folders["dist"].glob("*.whl"))
@@ -359,8 +359,8 @@ def _compiled(shop: Workshop, log: Path) -> Built:
     linked = {name: _linked(ninja, folders["tree"], name) for name in recipe.expect.extensions}
     kept = Found()
     for path in shop.logs:
-        kept = object_cache.found(path, shop.gate.needs.get(recipe.name) if shop.gate else None)
-    hosts = shop.farm.shares(shop.build) if shop.farm else {}
+        kept = object_cache.found(path, shop.scheduler.estimates.get(recipe.name) if shop.scheduler else None)
+    hosts = shop.farm.compiled_by_host(shop.build) if shop.farm else {}
     return Built(wheels[0], linked, done.usage, kept, hosts)
 
 
@@ -393,9 +393,9 @@ def from_the_future(folder: Path) -> Path | None:
 class Progress:
     """What is known of a build that goes on, from the lines that it prints (ninja's ``[n/m]``) and what it uses."""
 
-    def __init__(self, name: str, gate: Gate | None = None, log: Path | None = None) -> None:
+    def __init__(self, name: str, scheduler: Scheduler | None = None, log: Path | None = None) -> None:
         self.name = name
-        self.gate = gate
+        self.scheduler = scheduler
         self.log = log
         """What ccache says that it does, if it is asked."""
         self.found = Found()
@@ -406,18 +406,18 @@ class Progress:
         if match := re.match(r"\[(\d+)/(\d+)\] (.*\S)", line):
             target = match[3].split()[-1].rsplit("/", 1)[-1]
             self.work = ProgressState(target, int(match[1]), int(match[2]))
-        if not self.gate:
+        if not self.scheduler:
             return replace(self.work, memory=usage.now)
-        at, there = self.gate.status, self.gate.allowed
-        beyond = max(0, (self.work.total or 0) - (self.work.done or 0) - at.running - at.waiting - at.elsewhere)
-        left = self.gate.left(self.name, beyond) if self.work.total else None
+        at, there = self.scheduler.status, self.scheduler.available_memory
+        beyond = max(0, (self.work.total or 0) - (self.work.done or 0) - at.running - at.waiting - at.remote)
+        left = self.scheduler.remaining_seconds(self.name, beyond) if self.work.total else None
         # Who waits is told where a place is free: then it is for memory.
-        short = at.waiting if at.running < self.gate.jobs else 0
+        short = at.waiting if at.running < self.scheduler.jobs else 0
         limit = there.limit if there else None
         if self.log and not line:
             self.found = object_cache.found(self.log, None)
         told = replace(
-            self.work, memory=usage.now, limit=limit, jobs=at.running, waiting=short, elsewhere=at.elsewhere, left=left
+            self.work, memory=usage.now, limit=limit, jobs=at.running, waiting=short, elsewhere=at.remote, left=left
         )
         return replace(told, hits=self.found.hits, misses=self.found.misses) if self.found.hits else told
 

@@ -1,4 +1,4 @@
-"""What each object of a package takes to compile, in time and memory: measured here, or stated by its recipe."""
+"""Estimates of the time and memory that each object of a package takes to compile."""
 
 from __future__ import annotations
 
@@ -11,105 +11,107 @@ from threading import Lock
 
 from voltforge.system import files
 
-SECONDS = 20.0
-"""How long an object is taken to compile of which nothing is known."""
+DEFAULT_SECONDS = 20.0
+"""Estimate for an object that was never compiled here."""
 MARGIN = 1.25
-"""How much more memory than the last time an object may take this time: sources change, and samples miss a peak."""
-LEAST = 128 << 20
-"""Bytes that any compiler is expected to hold."""
-BRIEF = 0.5
-"""Seconds below which nothing is learnt of an object's memory: it was not seen often enough, or failed."""
-ABSURD = 1e15
-"""Seconds or bytes that nothing takes."""
-AT_ONCE = 0.25
-"""The part of its time that an object has to take to have been compiled, and not found in a cache."""
+"""Factor on the measured memory: sources change, and sampling can miss a peak."""
+MIN_MEMORY = 128 << 20
+"""Smallest memory estimate of a compiler, in bytes."""
+MIN_MEASURED_SECONDS = 0.5
+"""Commands shorter than this were sampled too rarely, or failed: their memory is not recorded."""
+MAX_VALUE = 1e15
+"""Larger numbers in a history file, seconds or bytes, are invalid."""
+CACHE_HIT_SHARE = 0.25
+"""A command that takes less than this share of the recorded time is a cache hit, not a compile."""
 PROBES = ("cmTC_", "CMakeTmp", "CMakeScratch")
-"""In the names of what CMake compiles to see what a compiler can do."""
+"""Parts of the paths of CMake's own test programs (try_compile)."""
 
 
 @dataclass(frozen=True)
-class Need:
-    """What one object takes."""
+class Estimate:
+    """The time and memory that one object takes."""
 
     seconds: float
     memory: int
-    """Bytes, of all its processes together at their peak."""
+    """Peak of all processes of the command together, in bytes."""
 
 
 @dataclass
-class Needs:
-    """What is known of a package's objects, by the path that their compiler is given with ``-o``."""
+class Estimates:
+    """The estimates for the objects of one package, by the path that the compiler gets with ``-o``."""
 
     path: Path
-    """Where it is kept; what is there and makes no sense is passed over."""
-    otherwise: int
-    """Bytes that an object of which nothing is known is expected to hold at once: the recipe's ``memory_per_job``."""
-    stated: Mapping[str, Need] = field(default_factory=dict)
-    """What the recipe says of some objects, by patterns of their paths, until they were measured here."""
+    """The history file: JSON, ``{object: [seconds, bytes, seconds in the last build]}``. Invalid rows are ignored."""
+    default_memory: int
+    """Bytes for an object that was never compiled here: the recipe's ``memory_per_job``."""
+    stated: Mapping[str, Estimate] = field(default_factory=dict)
+    """The recipe's estimates, by glob patterns of object paths. A measurement replaces them."""
 
     def __post_init__(self) -> None:
         self._lock = Lock()
         rows = _read(self.path)
-        self._learnt = {name: Need(seconds, memory) for name, (seconds, memory, _) in rows.items()}
-        self._last = {name: last for name, (_, _, last) in rows.items()}
-        self._new = False
-        self._fresh: set[str] = set()
-        self.mean = sum(need.seconds for need in self._learnt.values()) / max(1, len(self._learnt))
-        """Seconds that an object took on average in earlier builds; 0 where there were none."""
+        self._measured = {name: Estimate(seconds, memory) for name, (seconds, memory, _) in rows.items()}
+        self._last_seconds = {name: last for name, (_, _, last) in rows.items()}
+        self._unsaved = False
+        self._updated: set[str] = set()
+        self.mean_seconds = sum(row.seconds for row in self._measured.values()) / max(1, len(self._measured))
+        """Average seconds of an object in earlier builds; 0 before the first build."""
 
-    def of(self, name: str) -> Need:
-        """What an object is expected to take."""
-        if learnt := self._learnt.get(name):
-            return Need(learnt.seconds, max(LEAST, int(learnt.memory * MARGIN)))
-        found = next((need for pattern, need in self.stated.items() if fnmatch(name, pattern)), None)
-        return found or Need(SECONDS, self.otherwise)
+    def of(self, name: str) -> Estimate:
+        """Return the estimate for an object: measured here, else stated by the recipe, else the default."""
+        if measured := self._measured.get(name):
+            return Estimate(measured.seconds, max(MIN_MEMORY, int(measured.memory * MARGIN)))
+        stated = next((estimate for pattern, estimate in self.stated.items() if fnmatch(name, pattern)), None)
+        return stated or Estimate(DEFAULT_SECONDS, self.default_memory)
 
-    def measured(self) -> dict[str, Need]:
-        """What was measured of each object when it was last compiled here."""
-        return dict(self._learnt)
+    def measured(self) -> dict[str, Estimate]:
+        """Return the last measurement of each object that was compiled here."""
+        return dict(self._measured)
 
-    def last(self) -> dict[str, float]:
-        """The seconds that each took in the last build, compiled or found in a cache."""
-        return dict(self._last)
+    def last_seconds(self) -> dict[str, float]:
+        """Return the seconds of each object in the last build, cache hits included."""
+        return dict(self._last_seconds)
 
-    def learn(self, name: str, need: Need) -> None:
-        """Remember what an object took; of what came from a cache, that it did.
+    def record(self, name: str, measurement: Estimate) -> None:
+        """Record the time and memory that an object took.
 
-        Memory falls by half at most, for a compile that failed looks like one that needs little. What CMake compiles
-        to see whether it can is passed over.
+        A cache hit changes only the seconds of the last build. The memory falls by half at most, because a compile
+        that failed early looks like a small one. CMake's test programs are ignored.
         """
         if any(probe in name for probe in PROBES):
             return
-        seen = need.seconds >= BRIEF and need.memory > 0
+        sampled = measurement.seconds >= MIN_MEASURED_SECONDS and measurement.memory > 0
         with self._lock:
-            self._last[name] = need.seconds
-            self._fresh.add(name)
-            self._new = True
-            known = self._learnt.get(name)
-            if known is None or need.seconds >= known.seconds * AT_ONCE:
-                least = (known.memory if known else self.otherwise) // 2
-                self._learnt[name] = Need(need.seconds, max(need.memory, least) if seen else self.otherwise)
+            self._last_seconds[name] = measurement.seconds
+            self._updated.add(name)
+            self._unsaved = True
+            known = self._measured.get(name)
+            if known is None or measurement.seconds >= known.seconds * CACHE_HIT_SHARE:
+                least = (known.memory if known else self.default_memory) // 2
+                memory = max(measurement.memory, least) if sampled else self.default_memory
+                self._measured[name] = Estimate(measurement.seconds, memory)
 
-    def keep(self) -> None:
-        """Write down what was learnt. A disk that does not take it stops nothing."""
+    def save(self) -> None:
+        """Write the new measurements to the history file. A failed write is ignored: it must not stop a build."""
         with self._lock:
-            if not self._new:
+            if not self._unsaved:
                 return
-            rows = {name: [*row] for name, row in _read(self.path).items()}  # another process may have learnt as well
-            for name in self._fresh:
-                need = self._learnt[name]
-                rows[name] = [round(need.seconds, 3), need.memory, round(self._last[name], 3)]
-            self._new = False
+            rows = {name: [*row] for name, row in _read(self.path).items()}  # another process may have added rows
+            for name in self._updated:
+                row = self._measured[name]
+                rows[name] = [round(row.seconds, 3), row.memory, round(self._last_seconds[name], 3)]
+            self._unsaved = False
         with contextlib.suppress(OSError):
             files.write_json(self.path, rows)
 
 
 def _read(path: Path) -> dict[str, tuple[float, int, float]]:
-    """Seconds, bytes and the seconds of the last build by name; a row that makes no sense is none."""
+    """Return the valid rows of a history file: seconds, bytes, and the seconds of the last build."""
     rows = files.read_json(path)
-    found = {}
+    valid = {}
     for name, row in rows.items() if isinstance(rows, dict) else ():
-        numbers = isinstance(row, list) and all(isinstance(one, (int, float)) and 0 <= one < ABSURD for one in row)
-        if numbers and len(row) == 3:
-            found[name] = float(row[0]), max(1, int(row[1])), float(row[2])
-    return found
+        if not isinstance(row, list) or len(row) != 3:
+            continue
+        if all(isinstance(cell, (int, float)) and 0 <= cell < MAX_VALUE for cell in row):
+            valid[name] = float(row[0]), max(1, int(row[1])), float(row[2])
+    return valid

@@ -1,9 +1,9 @@
-"""A farm: hosts that build the same at the same time, and of which one compiles each object for all.
+"""Share the compile work of one build among several hosts: each object is compiled by one host, for all.
 
-There is no scheduler and no build server. Every host runs the same build of its own sources with its own toolchain, in
-its own sandbox. Before its gate lets an object through, it claims it on the redis server that keeps the objects too;
-what another host has claimed waits, until it is done there and comes from that server, as from any cache. A host that
-dies loses its claims. What is said here decides who compiles, never what: ccache decides that by contents.
+Every host runs the same build, from its own sources, with its own toolchain, in its own sandbox. There is no central
+scheduler. Before a host compiles an object it claims the object on the redis server of the object cache. The other
+hosts wait until the object is done, and take it from the cache. The claims of a dead host expire. A claim decides only
+which host compiles an object: ccache finds objects by the content of their sources.
 """
 
 from __future__ import annotations
@@ -29,43 +29,44 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LEASE = 15.0
-"""Seconds after which the claims of a host that died lapse."""
-RENEW = 4.0
-"""Seconds between two times that a host says that it lives."""
-DONE = 60
-"""Seconds in which an object that is done is not claimed anew: all who waited take it at once."""
-DAY = 86_400
-"""Seconds in which it is known who compiled what."""
-PATIENCE = 2.0
-"""Seconds in which the server has to answer; the gate waits so long."""
-STRIKES = 3
-"""So many times in a row that it does not, and this host goes on alone."""
-BRIEF = 1.0
-"""Seconds below which an object is taken to have come from the cache."""
-MARK = "+"
-"""What a claim begins with once its object is done."""
+CLAIM_SECONDS = 15.0
+"""Lifetime of a claim, and of a host's entry, that its host does not renew."""
+RENEW_SECONDS = 4.0
+"""Seconds between two renewals."""
+DONE_SECONDS = 60
+"""Seconds in which an object that is done cannot be claimed: every waiting host takes it from the cache."""
+HISTORY_SECONDS = 86_400
+"""Seconds for which the server keeps which host compiled which object."""
+TIMEOUT = 2.0
+"""Seconds in which the server must answer. The scheduler waits for the answer."""
+MAX_FAILURES = 3
+"""Failed requests in a row after which this host stops using the server."""
+MIN_COMPILE_SECONDS = 1.0
+"""A faster command is counted as a cache hit, not as a compile."""
+DONE_MARK = "+"
+"""First character of a claim whose object is done."""
 PREFIX = "voltforge"
-"""What all keys on the server begin with; ccache's own are hexadecimal."""
+"""First part of all keys on the server. The keys of ccache are hexadecimal."""
 HOSTS = f"{PREFIX}:hosts"
-"""The key under which are those of all hosts."""
+"""Key of the set of all hosts' keys."""
 
-Object = tuple[str, str]
-"""One object: the name of the build that it belongs to, and its path."""
+ObjectKey = tuple[str, str]
+"""The identifier of a build (:func:`build_id`) and the path of an object in it."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A host that builds, as it says itself."""
+    """A host that builds a package, from its entry on the server."""
 
     name: str
     package: str
     build: str
+    """The identifier of its build."""
     made_with: Mapping[str, str]
-    """What decides about objects besides their sources: two hosts that differ in it have nothing for each other."""
+    """Digests of what an object depends on besides its source, by description. Equal hosts can share objects."""
 
-    def stranger(self, other: Host) -> str:
-        """What another host that builds the same package has otherwise, as words; empty if nothing."""
+    def differences(self, other: Host) -> str:
+        """Return what another host of the same package has different, as words; empty if both can share objects."""
         if self.package != other.package or self.build == other.build:
             return ""
         return ", ".join(name for name in self.made_with if other.made_with.get(name) != self.made_with[name])
@@ -73,91 +74,85 @@ class Host:
 
 @dataclass
 class Farm:
-    """The hosts that meet at one server."""
+    """The hosts that share one redis server. If the server fails, this host compiles everything itself."""
 
     address: str
     """``redis://[:password@]host[:port]``."""
     name: str = field(default_factory=platform.node)
-    """What this host is called."""
-    _strikes: int = 0
-    _counting: threading.Lock = field(default_factory=threading.Lock)
+    """The name of this host."""
+    _failures: int = 0
+    _failures_lock: threading.Lock = field(default_factory=threading.Lock)
     _renewed: float = 0.0
 
     def __str__(self) -> str:
         return redacted(self.address)
 
-    # What the gate asks; it never fails, for a host alone builds as well.
+    def holders(self, keys: Sequence[ObjectKey]) -> list[str]:
+        """Return for each object the host that compiles it now; empty if this host may compile it."""
+        claims = self._try(lambda redis: redis.mget([_key(key) for key in keys])) if keys else []
+        return [_holder(claim) for claim in claims or [None] * len(keys)]
 
-    def holders(self, asked: Sequence[Object]) -> list[str]:
-        """For each object the host that compiles it now; empty for those that may be let through here."""
-        said = self._try(lambda redis: redis.mget([_key(one) for one in asked])) if asked else []
-        return [_holder(one) for one in said or [None] * len(asked)]
+    def claim(self, key: ObjectKey) -> str:
+        """Claim an object for this host. Return the host that holds it already; empty if this host may compile it."""
 
-    def claim(self, one: Object) -> str:
-        """Take an object for this host; gives the host that has it, or nothing where this one may go on."""
+        def claim(redis: Redis) -> object:
+            claimed = redis.set(_key(key), self.name, nx=True, px=int(CLAIM_SECONDS * 1000))
+            return None if claimed else redis.get(_key(key))
 
-        def take(redis: Redis) -> object:
-            mine = redis.set(_key(one), self.name, nx=True, px=int(LEASE * 1000))
-            return None if mine else redis.get(_key(one))
+        return _holder(self._try(claim))
 
-        return _holder(self._try(take))
-
-    def renew(self, held: Iterable[Object]) -> None:
-        """Keep the claims that this host has; it may be asked often."""
+    def renew_claims(self, keys: Iterable[ObjectKey]) -> None:
+        """Renew this host's claims, at most once in :data:`RENEW_SECONDS`."""
         now = time.monotonic()
-        if now - self._renewed < RENEW:
+        if now - self._renewed < RENEW_SECONDS:
             return
         self._renewed = now
 
-        def extend(redis: Redis) -> None:
+        def renew(redis: Redis) -> None:
             with redis.pipeline(transaction=False) as batch:
-                for one in held:
-                    batch.set(_key(one), self.name, xx=True, px=int(LEASE * 1000))
+                for key in keys:
+                    batch.set(_key(key), self.name, xx=True, px=int(CLAIM_SECONDS * 1000))
                 batch.execute()
 
-        self._try(extend)
+        self._try(renew)
 
-    def done(self, one: Object, seconds: float) -> None:
-        """Let all have an object that took so long here."""
+    def mark_done(self, key: ObjectKey, seconds: float) -> None:
+        """Release an object that took ``seconds`` here, so that all hosts take it from the cache."""
 
-        def tell(redis: Redis) -> None:
+        def mark(redis: Redis) -> None:
+            build, name = key
             with redis.pipeline(transaction=False) as batch:
-                batch.set(_key(one), MARK + self.name, ex=DONE)
-                if seconds >= BRIEF:
-                    batch.hset(_key((one[0], "")), one[1], self.name)
-                    batch.expire(_key((one[0], "")), DAY)
+                batch.set(_key(key), DONE_MARK + self.name, ex=DONE_SECONDS)
+                if seconds >= MIN_COMPILE_SECONDS:
+                    batch.hset(_key((build, "")), name, self.name)
+                    batch.expire(_key((build, "")), HISTORY_SECONDS)
                 batch.execute()
 
-        self._try(tell)
-
-    # What a build and a person ask.
+        self._try(mark)
 
     @contextlib.contextmanager
-    def taking_part(self, package: str, made_with: Mapping[str, str]) -> Iterator[None]:
-        """Around a build: the others see this host, and it is said which of them are of no use to it."""
-        me = Host(self.name, package, named(package, made_with), made_with)
+    def register(self, package: str, made_with: Mapping[str, str]) -> Iterator[None]:
+        """List this host on the server during a build, and warn of hosts that cannot share objects with it."""
+        host = Host(self.name, package, build_id(package, made_with), made_with)
         key, ended = f"{PREFIX}:host:{self.name}/{os.getpid()}/{package}", threading.Event()
-        row = json.dumps({"name": me.name, "package": package, "build": me.build, "made_with": dict(made_with)})
+        row = json.dumps({"name": host.name, "package": package, "build": host.build, "made_with": dict(made_with)})
 
-        def say(redis: Redis) -> None:
+        def publish(redis: Redis) -> None:
             redis.sadd(HOSTS, key)
-            redis.set(key, row, px=int(LEASE * 1000))
+            redis.set(key, row, px=int(CLAIM_SECONDS * 1000))
 
-        def live() -> None:
-            told: set[str] = set()
+        def keep_registered() -> None:
+            warned: set[str] = set()
             while True:
-                self._try(say)
+                self._try(publish)
                 for other in self.hosts():
-                    if (differs := me.stranger(other)) and other.name not in told:
-                        told.add(other.name)
-                        console.warn(
-                            f"{other.name} builds {package} too, but differs in {differs}: "
-                            "neither has objects for the other"
-                        )
-                if ended.wait(RENEW):
+                    if (differences := host.differences(other)) and other.name not in warned:
+                        warned.add(other.name)
+                        console.warn(f"{other.name} cannot share objects of {package}: it differs in {differences}")
+                if ended.wait(RENEW_SECONDS):
                     return
 
-        thread = threading.Thread(target=live, name="farm", daemon=True)
+        thread = threading.Thread(target=keep_registered, name="farm", daemon=True)
         thread.start()
         try:
             yield
@@ -167,26 +162,26 @@ class Farm:
             self._try(lambda redis: redis.delete(key))
 
     def hosts(self) -> list[Host]:
-        """Those that build now, by name; what makes no sense is passed over."""
+        """Return the hosts that build now, sorted by name. Invalid entries are ignored, expired entries removed."""
 
-        def look(redis: Redis) -> list[Any]:
+        def fetch(redis: Redis) -> list[Any]:
             keys = list(redis.smembers(HOSTS))
             rows = list(redis.mget(keys)) if keys else []
-            if gone := [key for key, row in zip(keys, rows, strict=True) if row is None]:
-                redis.srem(HOSTS, *gone)
+            if expired := [key for key, row in zip(keys, rows, strict=True) if row is None]:
+                redis.srem(HOSTS, *expired)
             return rows
 
-        return sorted(filter(None, map(_host, self._try(look) or [])), key=lambda host: (host.name, host.package))
+        return sorted(filter(None, map(_host, self._try(fetch) or [])), key=lambda host: (host.name, host.package))
 
-    def shares(self, build: str) -> Counter[str]:
-        """How many objects of a build each host compiled."""
+    def compiled_by_host(self, build: str) -> Counter[str]:
+        """Count the objects of a build that each host compiled."""
         return Counter(map(str, self._try(lambda redis: redis.hvals(_key((build, "")))) or []))
 
-    def reached(self) -> None:
-        """Nothing, if the server answers.
+    def check_connection(self) -> None:
+        """Connect to the server.
 
         Raises:
-            VoltforgeError: it does not.
+            VoltforgeError: the server does not answer.
         """
         from redis import RedisError
 
@@ -197,52 +192,52 @@ class Farm:
 
     @cached_property
     def _redis(self) -> Redis:
-        from redis import Redis  # a tenth of a second, for those who have a farm alone
+        from redis import Redis  # the import takes a tenth of a second
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
         return Redis.from_url(
-            self.address, retry=Retry(NoBackoff(), 0), socket_timeout=PATIENCE, socket_connect_timeout=PATIENCE,
+            self.address, retry=Retry(NoBackoff(), 0), socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT,
             decode_responses=True, encoding_errors="replace",
         )  # fmt: skip
 
-    def _try(self, ask: Callable[[Redis], T]) -> T | None:
-        """What the server says, or nothing where it does not answer; of one that fails too often nothing is asked."""
+    def _try(self, request: Callable[[Redis], T]) -> T | None:
+        """Return the server's answer, or ``None`` if it fails. After :data:`MAX_FAILURES` the server is not used."""
         from redis import RedisError
 
-        if self._strikes >= STRIKES:
+        if self._failures >= MAX_FAILURES:
             return None
         try:
-            said = ask(self._redis)
+            answer = request(self._redis)
         except (RedisError, OSError, ValueError) as error:
-            with self._counting:  # the gate asks, and so does the build
-                self._strikes += 1
-                out = self._strikes == STRIKES
-            if out:
-                console.warn(f"{self} does not say what other hosts compile ({error}): all is compiled here")
+            with self._failures_lock:  # the scheduler and the build have a thread each
+                self._failures += 1
+                given_up = self._failures == MAX_FAILURES
+            if given_up:
+                console.warn(f"{self} failed {MAX_FAILURES} times ({error}): this host compiles all objects itself")
             return None
-        self._strikes = 0
-        return said
+        self._failures = 0
+        return answer
 
 
-def named(package: str, made_with: Mapping[str, str]) -> str:
-    """The name of a build, the same on all hosts that have objects for each other."""
+def build_id(package: str, made_with: Mapping[str, str]) -> str:
+    """Return the identifier of a build. It is equal on all hosts that can share objects."""
     return files.digest([package, dict(made_with)])[:16]
 
 
-def _key(one: Object) -> str:
-    return ":".join((PREFIX, *one))
+def _key(key: ObjectKey) -> str:
+    return ":".join((PREFIX, *key))
 
 
 def _holder(claim: object) -> str:
-    """Who holds a claim; nobody does of what is done."""
-    return "" if claim is None or str(claim).startswith(MARK) else str(claim)
+    """Return the host of a claim; empty if there is no claim or its object is done."""
+    return "" if claim is None or str(claim).startswith(DONE_MARK) else str(claim)
 
 
 def _host(row: Any) -> Host | None:
     try:
-        said: Any = json.loads(row or "")
-        made_with = {str(name): str(value) for name, value in said["made_with"].items()}
-        return Host(str(said["name"]), str(said["package"]), str(said["build"]), made_with)
+        entry: Any = json.loads(row or "")
+        made_with = {str(name): str(value) for name, value in entry["made_with"].items()}
+        return Host(str(entry["name"]), str(entry["package"]), str(entry["build"]), made_with)
     except (ValueError, TypeError, KeyError, AttributeError):
         return None

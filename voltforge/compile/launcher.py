@@ -1,6 +1,7 @@
-"""Runs one command of a build when the gate lets it through: ``launcher.py COMMAND …`` (CMake's compiler launcher).
+"""Wait for a slot of the scheduler, then run a compiler or linker: ``launcher.py COMMAND …``.
 
-It stands alone, for it runs in the build's own Python, inside its sandbox, once for every object.
+CMake puts this program before each command (``CMAKE_<LANG>_COMPILER_LAUNCHER``). It imports only the standard library:
+it runs in the Python of the build, inside the sandbox, once for each object.
 """
 
 import os
@@ -9,59 +10,60 @@ import socket
 import sys
 import time
 
-TRIES = 50
-"""How often the gate is looked for, 0.2 seconds apart."""
+ATTEMPTS = 50
+DELAY = 0.2
+"""Seconds between two attempts to connect."""
 
 
-def asked(folder: str, *said: str) -> int:
-    """Wait until the gate at ``folder``/socket lets through what ``said`` names: package, build, object.
+def wait_for_slot(folder: str, *request: str) -> None:
+    """Send a request to the scheduler at ``folder``/socket and return once it is granted.
 
-    Gives the descriptor that says when the work has ended.
-
-    The gate sees that by its end being closed, with the last process that has it. By way of the folder's descriptor,
-    for the address of a socket holds 108 bytes (unix(7)).
+    The request is the package, the build and the object. The slot stays taken until the last process that inherits the
+    connection has ended.
 
     Raises:
-        OSError: there is no gate.
+        OSError: no scheduler grants the request.
     """
-    place = os.open(folder, os.O_PATH | os.O_DIRECTORY)
-    try:
-        for attempt in range(TRIES):
-            gate = socket.socket(socket.AF_UNIX)
-            try:
-                gate.connect(f"/proc/self/fd/{place}/socket")
-                gate.sendall(("\t".join(said) + "\n").encode(errors="surrogateescape"))
-                if gate.recv(1):
-                    os.set_inheritable(gate.fileno(), True)
-                    return gate.detach()
-            except OSError:
-                if attempt == TRIES - 1:
-                    raise
-            gate.close()
-            time.sleep(0.2)
-    finally:
-        os.close(place)
-    raise ConnectionError("the gate closes before it answers")
+    message = ("\t".join(request) + "\n").encode(errors="surrogateescape")
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    # The address of a socket holds 108 bytes (unix(7)), and the path of the folder may be longer.
+    address = f"/proc/self/fd/{descriptor}/socket"
+    error = OSError("the scheduler closes the connection")
+    for _ in range(ATTEMPTS):
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(address)
+            connection.sendall(message)
+            if connection.recv(1):
+                os.set_inheritable(connection.detach(), True)
+                return
+        except OSError as failure:
+            error = failure
+        connection.close()
+        time.sleep(DELAY)
+    raise error
 
 
-def main(words: list[str]) -> int:
-    """Become the command that ``words`` are."""
-    name = words[words.index("-o") + 1] if "-o" in words[:-1] else words[-1]
-    compiles, environ = "-c" in words, os.environ
+def main(command: list[str]) -> int:
+    """Replace this process with ``command`` once it has a slot."""
+    output = command[command.index("-o") + 1] if "-o" in command[:-1] else command[-1]
+    compiles = "-c" in command
     try:
-        build = environ.get("VOLTFORGE_BUILD", "") if compiles else ""
-        asked(environ["VOLTFORGE_GATE"], environ["VOLTFORGE_PACKAGE"], build, name)
+        # Hosts share objects, not what is linked from them.
+        build = os.environ.get("VOLTFORGE_BUILD", "") if compiles else ""
+        wait_for_slot(os.environ["VOLTFORGE_GATE"], os.environ["VOLTFORGE_PACKAGE"], build, output)
     except (OSError, KeyError) as error:
-        print(f"error: nobody lets {name} be compiled, {error}: the run of ./doit that built this is gone")
+        print(f"error: {output} is not built: no answer from the scheduler ({error}). Has ./doit ended?")
         return 1
-    if compiles and environ.get("VOLTFORGE_CCACHE"):
-        words = [environ["VOLTFORGE_CCACHE"], *words]
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and so would what it becomes
+    ccache = os.environ.get("VOLTFORGE_CCACHE")
+    if compiles and ccache:
+        command = [ccache, *command]
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores both, and exec keeps ignored signals
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvp(words[0], words)
+        os.execvp(command[0], command)
     except OSError as error:
-        print(f"error: {words[0]} cannot be run: {error.strerror}")
+        print(f"error: {command[0]} cannot be run: {error.strerror}")
         return 127
 
 

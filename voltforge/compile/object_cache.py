@@ -20,10 +20,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from voltforge.compile import s3, tunnel
-from voltforge.compile.costs import Needs
+from voltforge.compile.costs import Estimates
 from voltforge.compile.farm import Farm
 from voltforge.compile.sandbox import SYSTEM
-from voltforge.compile.scheduler import at
+from voltforge.compile.scheduler import socket_address
 from voltforge.errors import VoltforgeError
 from voltforge.sources.index import redacted
 from voltforge.system import console, files
@@ -187,7 +187,7 @@ class Objects:
         files.write(folder / RELAY.name, RELAY.read_bytes())
         files.remove(folder / SOCKET)
         door = socket.socket(socket.AF_UNIX)
-        with at(folder, SOCKET) as address:
+        with socket_address(folder, SOCKET) as address:
             door.bind(address)
         door.listen(128)
         threading.Thread(target=self._serve, args=(door,), name="objects", daemon=True).start()
@@ -294,7 +294,7 @@ def _version(program: Path) -> tuple[int, ...]:
     return tuple(int(part) for part in said.groups()) if said else (0,)
 
 
-def found(log: Path, needs: Needs | None) -> Found:
+def found(log: Path, needs: Estimates | None) -> Found:
     """What a log of ccache's says of one build: for each source a line ``# path``, then what was done.
 
     What CMake compiles to see whether it can is passed over: some of it is in a folder of another name each time.

@@ -1,4 +1,8 @@
-"""Leave to compile: every compiler of a build asks here, and is let through when cores and memory allow."""
+"""Start each compiler of a build when a core and enough memory are free, longest object first.
+
+CMake puts ``launcher.py`` before each compiler and linker. The launcher connects to a socket, sends a request, and
+starts its command when the scheduler grants the request. The connection closes when the command ends.
+"""
 
 from __future__ import annotations
 
@@ -15,372 +19,392 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from voltforge.compile.costs import PROBES, Need, Needs
-from voltforge.compile.farm import Farm, Object
+from voltforge.compile.costs import PROBES, Estimate, Estimates
+from voltforge.compile.farm import Farm, ObjectKey
 from voltforge.compile.jobs import Memory, memory
 from voltforge.errors import VoltforgeError
 from voltforge.system import console, files
 
-TICK = 0.25
-"""Seconds between two looks at what the jobs hold."""
-KEEP = 20.0
-"""Seconds between two times that what was learnt is written down."""
-WINDOW = 48
-"""Commands that may stand and wait beside those that run: of so many the longest is let through first."""
-WIDEST = 1000
-"""The most that may where other hosts take of them too: what stands here is all that they can choose from."""
-WAITER = 4_200_000
-"""Bytes that one which waits holds (measured: Python 3.11)."""
-PATIENCE = 10.0
-"""Seconds in which a gate opens."""
-NAME = 1 << 16
-"""Bytes that a job may say of itself."""
+SAMPLE_INTERVAL = 0.25
+"""Seconds between two samples of the memory of all jobs."""
+SAVE_INTERVAL = 20.0
+"""Seconds between two writes of the history files."""
+QUEUE_LENGTH = 48
+"""Jobs in the queue besides those that run. A longer queue finds longer objects to start first."""
+MAX_QUEUE_LENGTH = 1000
+"""The same with other hosts, which choose among the jobs in this queue."""
+QUEUED_JOB_BYTES = 4_200_000
+"""Memory of a launcher that waits (measured: Python 3.11)."""
+START_TIMEOUT = 10.0
+"""Seconds in which a scheduler must answer on its socket."""
+MAX_REQUEST = 1 << 16
+"""Bytes of a request."""
 SOCKET = "socket"
-"""The name of the socket, which the launcher knows too."""
+"""File name of the socket; launcher.py has it too."""
 LAUNCHER = Path(__file__).with_name("launcher.py")
-"""What stands before each compiler and asks for it."""
-PAGE = resource.getpagesize()
-US = os.getpid()
-"""The first process of this run: doit's workers come later."""
-
-
-NOTHING = Need(0.0, 0)
-"""What a job of an unknown package is expected to take."""
+PAGE_SIZE = resource.getpagesize()
+MAIN_PID = os.getpid()
+"""The first process of this run: doit forks its workers after this module is imported."""
+UNKNOWN = Estimate(0.0, 0)
+"""The estimate of a job whose request has not arrived."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One command that asked."""
+    """A command of a build: queued until it is granted a slot, then running."""
 
     connection: socket.socket
     pid: int
     package: str = ""
     build: str = ""
-    """What a farm knows its build by; empty where it is none of other hosts' business."""
+    """The build in :mod:`voltforge.compile.farm`; empty if other hosts cannot share the object."""
     name: str = ""
-    need: Need = NOTHING
-    began: float | None = None
-    """When it was let through; ``None`` while it waits."""
-    now: int = 0
-    """Bytes that it and its children held when they were looked at last."""
-    peak: int = 0
-    elsewhere: str = ""
-    """The host of a farm that does it."""
+    """The path of its output, as the compiler gets it with ``-o``."""
+    estimate: Estimate = UNKNOWN
+    started: float | None = None
+    """Monotonic time of the grant; ``None`` in the queue."""
+    memory: int = 0
+    """Bytes that the job and its children hold, at the last sample."""
+    peak_memory: int = 0
+    remote_host: str = ""
+    """The other host that compiles this object now."""
 
     @property
-    def known(self) -> Object:
-        """What a farm knows it by."""
+    def object_key(self) -> ObjectKey:
+        """The object's key in a farm."""
         return self.build, self.name
 
     @property
     def growth(self) -> int:
-        """Bytes that it may still come to hold beyond those it has."""
-        return max(0, self.need.memory - self.now)
+        """Bytes that the job is still expected to allocate."""
+        return max(0, self.estimate.memory - self.memory)
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a gate sees at a moment."""
+    """The number of jobs in each state, and their memory."""
 
     running: int = 0
     waiting: int = 0
-    """Those that other hosts do are not among them."""
-    elsewhere: int = 0
+    """Queued jobs, without ``remote``."""
+    remote: int = 0
+    """Queued jobs whose objects other hosts compile."""
     memory: int = 0
-    """Bytes that all jobs hold."""
+    """Bytes that all running jobs hold."""
 
 
 @dataclass
-class Gate:
-    """One for all that a checkout builds at the same time, in whichever process of a run; it opens when it is needed.
+class Scheduler:
+    """The scheduler of all builds of a checkout, shared by all processes of a run.
 
-    A job is let through if fewer than ``jobs`` are, and if what memory there is, less what the others may still grow
-    by, is enough for what it took the last time. The longest of those that wait goes first. Where none is running one
-    always goes, however little memory there is.
+    A request is granted if fewer than ``jobs`` commands run and if its memory estimate fits into the available memory,
+    less the growth that the running jobs are expected to have. The longest job that fits goes first. If nothing runs,
+    one job starts however little memory is free.
     """
 
     folder: Path
-    """Where jobs find it: a folder that their sandbox shows them, with the launcher beside the socket."""
+    """The folder of the socket and the launcher. The sandbox of a build shows it."""
     jobs: int
-    needs: Mapping[str, Needs]
+    """The slots: commands that run at once."""
+    estimates: Mapping[str, Estimates]
     """By package."""
     memory: Callable[[], Memory | None] = memory
     limit: int | None = None
     """Bytes that all processes of this run together may hold."""
     status: Status = Status()
     farm: Farm | None = None
-    """The other hosts, if there are any: of what they compile nothing is let through here until it is done there."""
-    _waiting: list[Job] = field(default_factory=list)
+    """Other hosts. A job waits while another host compiles its object."""
+    _queue: list[Job] = field(default_factory=list)
     _running: list[Job] = field(default_factory=list)
-    _used: int = 0
-    _told: set[str] = field(default_factory=set)
+    _run_memory: int = 0
+    """Bytes that all processes of this run hold, at the last sample."""
+    _warned: bool = False
     _thread: threading.Thread | None = None
     _error: OSError | None = None
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
-    _opening: threading.Lock = field(default_factory=threading.Lock)
+    _starting: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def window(self) -> int:
-        """How many commands a build may start at once, most of which will stand here and wait.
-
-        With other hosts as many more as an eighth of the memory there is can hold.
-        """
-        there = self.allowed if self.farm else None
-        return self.jobs + (min(WIDEST, max(WINDOW, there.room // 8 // WAITER)) if there else WINDOW)
+    def ninja_jobs(self) -> int:
+        """The ``-j`` for ninja: the slots and the queue. With other hosts the queue fills up to 1/8 of the memory."""
+        available = self.available_memory if self.farm else None
+        if available is None:
+            return self.jobs + QUEUE_LENGTH
+        affordable = available.room // 8 // QUEUED_JOB_BYTES
+        return self.jobs + min(MAX_QUEUE_LENGTH, max(QUEUE_LENGTH, affordable))
 
     @property
-    def allowed(self) -> Memory | None:
-        """What there is of memory for this run, if anything tells."""
-        there = self.memory()
+    def available_memory(self) -> Memory | None:
+        """The memory for this run; ``None`` if it is unknown."""
+        available = self.memory()
         if self.limit is None:
-            return there
-        return (there or Memory(self.limit, self.limit)).within(self.limit, self._used)
+            return available
+        return (available or Memory(self.limit, self.limit)).within(self.limit, self._run_memory)
 
-    def left(self, package: str, beyond: int = 0) -> float | None:
-        """Seconds that a package's build will take from now on, with ``beyond`` more commands than have asked.
+    def remaining_seconds(self, package: str, unqueued: int = 0) -> float | None:
+        """Estimate the seconds until a package's build ends; ``None`` if the package was never built here.
 
-        As long as the last time; ``None`` where there was none.
+        Args:
+            package: the package's name.
+            unqueued: commands that ninja has not started yet.
         """
-        needs = self.needs[package]
-        if not needs.mean:
+        estimates = self.estimates[package]
+        if not estimates.mean_seconds:
             return None
         now = time.monotonic()
-        here = [*self._running, *self._here()]
-        rest = [max(0.0, job.need.seconds - (now - (job.began or now))) for job in here]
-        return max([(sum(rest) + beyond * needs.mean) / self.jobs, *rest])
+        jobs = [*self._running, *self._local_queue()]
+        remaining = [max(0.0, job.estimate.seconds - (now - (job.started or now))) for job in jobs]
+        return max([(sum(remaining) + unqueued * estimates.mean_seconds) / self.jobs, *remaining])
 
-    def open(self, farm: Farm | None = None) -> None:
-        """Begin to answer, unless another process of this run does; it goes on to the end of the process.
+    def start(self, farm: Farm | None = None) -> None:
+        """Serve requests in a thread until this process ends, unless another process of this run does so.
 
         Raises:
-            VoltforgeError: nobody answers at this folder.
+            VoltforgeError: no scheduler answers on the socket.
         """
-        with self._opening:
+        with self._starting:
             self.farm = self.farm or farm
             if self._thread is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 files.write(self.folder / LAUNCHER.name, LAUNCHER.read_bytes())
-                self._thread = threading.Thread(target=self._lead, name="gate", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
                 self._thread.start()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + START_TIMEOUT
         while not self._answers():
             if self._error or time.monotonic() > deadline:
-                why = f" ({self._error})" if self._error else ""
+                reason = self._error or f"no answer in {START_TIMEOUT:.0f} seconds"
                 raise VoltforgeError(
-                    f"nobody opens the gate at {self.folder}{why}", hint="can that folder hold a socket?"
+                    f"the scheduler cannot listen on {self.folder / SOCKET}: {reason}",
+                    hint="move the checkout to a file system that supports Unix sockets",
                 )
             time.sleep(0.02)
 
     def variables(self, package: str, folder: Path, python: Path) -> dict[str, str]:
-        """What makes CMake ask at the gate for every compiler and linker, given where a build sees all this.
+        """Return the environment variables that put the launcher before every compiler and linker of CMake.
 
-        Of CMAKE_ARGS, setup.py of vLLM takes it last of all, and so instead of a ccache that it finds by itself; the
-        others reach projects that do not read that.
+        ``CMAKE_ARGS`` is for vLLM: its setup.py reads them last, after the ccache that it finds by itself. Other
+        projects read only the variables of CMake.
+
+        Args:
+            package: the package's name.
+            folder: the scheduler's folder as the build sees it.
+            python: the interpreter for the launcher, as the build sees it.
         """
-        asks = f"{python};-I;-S;{folder / LAUNCHER.name}"
-        kinds = "COMPILER", "LINKER"
-        launchers = {f"CMAKE_{lang}_{kind}_LAUNCHER": asks for lang in ("C", "CXX", "CUDA") for kind in kinds}
-        named = " ".join(f"-D{name}={value}" for name, value in launchers.items())
-        return {"VOLTFORGE_GATE": str(folder), "VOLTFORGE_PACKAGE": package, "CMAKE_ARGS": named, **launchers}
+        launcher = f"{python};-I;-S;{folder / LAUNCHER.name}"
+        languages, programs = ("C", "CXX", "CUDA"), ("COMPILER", "LINKER")
+        launchers = {f"CMAKE_{lang}_{program}_LAUNCHER": launcher for lang in languages for program in programs}
+        cmake_args = " ".join(f"-D{name}={value}" for name, value in launchers.items())
+        return {"VOLTFORGE_GATE": str(folder), "VOLTFORGE_PACKAGE": package, "CMAKE_ARGS": cmake_args, **launchers}
 
-    def keep(self) -> None:
-        """Write down what was learnt of all packages."""
-        for needs in self.needs.values():
-            needs.keep()
+    def save(self) -> None:
+        """Write the measurements of all packages to their history files."""
+        for estimates in self.estimates.values():
+            estimates.save()
 
     def _answers(self) -> bool:
-        with at(self.folder, SOCKET) as address, socket.socket(socket.AF_UNIX) as probe:
+        with socket_address(self.folder, SOCKET) as address, socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(address)
             except OSError:
                 return False
             return True
 
-    def _lead(self) -> None:
-        """Answer here, as soon as no other process of this run does. However that ends, nobody is left to wait."""
+    def _run(self) -> None:
+        """Wait for the lock, then serve. All connections close at the end, so that no launcher waits for ever."""
         try:
             with (self.folder / "lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                with at(self.folder, SOCKET) as address, socket.socket(socket.AF_UNIX) as door:
+                with socket_address(self.folder, SOCKET) as address, socket.socket(socket.AF_UNIX) as listener:
                     files.remove(self.folder / SOCKET)
-                    door.bind(address)
-                    door.listen(1024)
-                    self._serve(door)
+                    listener.bind(address)
+                    listener.listen(1024)
+                    self._serve(listener)
         except OSError as error:
             self._error = error
         finally:
-            for job in [*self._waiting, *self._running]:
+            for job in [*self._queue, *self._running]:
                 job.connection.close()
 
-    def _serve(self, door: socket.socket) -> None:
-        look, keep = time.monotonic(), time.monotonic() + KEEP
+    def _serve(self, listener: socket.socket) -> None:
+        next_sample, next_save = time.monotonic(), time.monotonic() + SAVE_INTERVAL
         with self._selector as selector:
-            selector.register(door, selectors.EVENT_READ)
+            selector.register(listener, selectors.EVENT_READ)
             while True:
-                idle = not (self._running or self._waiting)
-                for key, _ in selector.select(None if idle else max(0.0, look - time.monotonic())):
-                    if key.fileobj is door:
-                        connection, _ = door.accept()
-                        selector.register(connection, selectors.EVENT_READ, Job(connection, _peer(connection)))
+                idle = not (self._running or self._queue)
+                for key, _ in selector.select(None if idle else max(0.0, next_sample - time.monotonic())):
+                    if key.fileobj is listener:
+                        connection, _ = listener.accept()
+                        selector.register(connection, selectors.EVENT_READ, Job(connection, _peer_pid(connection)))
                     else:
-                        self._hear(key.data)
-                if time.monotonic() >= look:
-                    self._look()
-                    self._ask_around()
-                    look = time.monotonic() + TICK
-                if time.monotonic() >= keep:
-                    self.keep()
-                    keep = time.monotonic() + KEEP
-                self._admit()
-                held = sum(job.now for job in self._running)
-                elsewhere = sum(bool(job.elsewhere) for job in self._waiting)
-                self.status = Status(len(self._running), len(self._waiting) - elsewhere, elsewhere, held)
+                        self._receive(key.data)
+                if time.monotonic() >= next_sample:
+                    self._sample_memory()
+                    self._update_farm()
+                    next_sample = time.monotonic() + SAMPLE_INTERVAL
+                if time.monotonic() >= next_save:
+                    self.save()
+                    next_save = time.monotonic() + SAVE_INTERVAL
+                self._grant()
+                remote = sum(bool(job.remote_host) for job in self._queue)
+                used = sum(job.memory for job in self._running)
+                self.status = Status(len(self._running), len(self._queue) - remote, remote, used)
 
-    def _hear(self, job: Job) -> None:
-        """Take in what a job says: its name; or that it has ended, by saying no more. Who talks nonsense is let go."""
+    def _receive(self, job: Job) -> None:
+        """Queue a job when its request arrives, and end it when its connection closes. Bad requests are dropped."""
         try:
-            said = job.connection.recv(NAME)
+            data = job.connection.recv(MAX_REQUEST)
         except OSError:
-            said = b""
-        if said and job.name:
+            data = b""
+        if data and job.name:
             return
-        if said:
-            words = said.decode(errors="replace").rstrip("\n").split("\t", 2)
-            job.package, job.build, job.name = words if len(words) == 3 else ("", "", "")
+        if data:
+            parts = data.decode(errors="replace").rstrip("\n").split("\t", 2)
+            job.package, job.build, job.name = parts if len(parts) == 3 else ("", "", "")
             if any(probe in job.name for probe in PROBES):
                 job.build = ""
-            if job.package in self.needs and job.name:
-                job.need = self.needs[job.package].of(job.name)
-                self._waiting.append(job)
+            if job.package in self.estimates and job.name:
+                job.estimate = self.estimates[job.package].of(job.name)
+                self._queue.append(job)
                 return
         self._end(job)
 
     def _end(self, job: Job) -> None:
-        """Take a job out, and learn from it."""
+        """Remove a job, and record its measurements if it ran."""
         self._selector.unregister(job.connection)
         job.connection.close()
-        if job in self._waiting:
-            self._waiting.remove(job)
+        if job in self._queue:
+            self._queue.remove(job)
         if job in self._running:
             self._running.remove(job)
-            if job.began is not None:
-                seconds = time.monotonic() - job.began
-                self.needs[job.package].learn(job.name, Need(seconds, job.peak))
+            if job.started is not None:
+                seconds = time.monotonic() - job.started
+                self.estimates[job.package].record(job.name, Estimate(seconds, job.peak_memory))
                 if self.farm and job.build:
-                    self.farm.done(job.known, seconds)
+                    self.farm.mark_done(job.object_key, seconds)
 
-    def _ask_around(self) -> None:
-        """Learn what other hosts do, and let them know what is done here."""
+    def _update_farm(self) -> None:
+        """Find the jobs whose objects other hosts compile, and renew this host's claims."""
         if self.farm:
-            shared = [job for job in self._waiting if job.build]
-            for job, host in zip(shared, self.farm.holders([job.known for job in shared]), strict=True):
-                job.elsewhere = host
-            self.farm.renew(job.known for job in self._running if job.build)
+            shared = [job for job in self._queue if job.build]
+            for job, host in zip(shared, self.farm.holders([job.object_key for job in shared]), strict=True):
+                job.remote_host = host
+            self.farm.renew_claims(job.object_key for job in self._running if job.build)
 
-    def _admit(self) -> None:
-        while job := following(self._here(), self._running, self.jobs, room := self._room()):
-            if self.farm and job.build and (host := self.farm.claim(job.known)):
-                job.elsewhere = host
+    def _grant(self) -> None:
+        """Grant a slot to every job that fits."""
+        while job := next_job(self._local_queue(), self._running, self.jobs, room := self._room()):
+            if self.farm and job.build and (host := self.farm.claim(job.object_key)):
+                job.remote_host = host
                 continue
-            if room is not None and job.need.memory > room:
-                self._tell_of(job, room)
-            self._waiting.remove(job)
+            if room is not None and job.estimate.memory > room:
+                self._warn_little_memory(job, room)
+            self._queue.remove(job)
             try:
                 job.connection.send(b"g")
             except OSError:
-                continue  # it is gone; its end is heard next
-            job.began = time.monotonic()
+                continue  # the launcher is gone; the selector reports the closed connection next
+            job.started = time.monotonic()
             self._running.append(job)
 
-    def _here(self) -> list[Job]:
-        """Those that wait and that nobody else does."""
-        return [job for job in self._waiting if not job.elsewhere]
+    def _local_queue(self) -> list[Job]:
+        """Return the queued jobs that no other host does."""
+        return [job for job in self._queue if not job.remote_host]
 
     def _room(self) -> int | None:
-        """Bytes for another job: what there is, less what the running ones may still grow by."""
-        there = self.allowed
-        return there.room - sum(job.growth for job in self._running) if there else None
+        """Return the bytes for another job: what is available, less the growth of the running jobs."""
+        available = self.available_memory
+        return available.room - sum(job.growth for job in self._running) if available else None
 
-    def _tell_of(self, job: Job, room: int) -> None:
-        if "alone" not in self._told:
-            self._told.add("alone")
-            wants, has = files.size(job.need.memory), files.size(max(room, 0))
-            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone stops no build
-                console.note(
-                    f"{Path(job.name).name} is expected to take {wants}, where {has} can be had: it runs alone"
-                )
+    def _warn_little_memory(self, job: Job, room: int) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        estimate, free = files.size(job.estimate.memory), files.size(max(room, 0))
+        with contextlib.suppress(OSError, ValueError):  # a closed terminal must not stop the build
+            console.note(f"{Path(job.name).name} runs alone: it is expected to take {estimate}, and {free} are free")
 
-    def _look(self) -> None:
-        """See what each job holds, with all its children, and this process with all that it started."""
+    def _sample_memory(self) -> None:
+        """Measure the memory of each job with its children, and of this run with all its children."""
         if not self._running and self.limit is None:
             return
-        parents, held = _processes()
-        owners = {job.pid: job for job in self._running}
+        parents, sizes = _processes()
+        jobs = {job.pid: job for job in self._running}
         for job in self._running:
-            job.now = 0
-        self._used = 0
-        for pid, bytes_held in held.items():
-            above, seen = pid, set()
+            job.memory = 0
+        self._run_memory = 0
+        for pid, size in sizes.items():
+            ancestor, seen = pid, set()
             owner: Job | None = None
-            while above and above not in seen:
-                seen.add(above)
-                owner = owner or owners.get(above)
-                if above == US:
-                    self._used += bytes_held
+            while ancestor and ancestor not in seen:
+                seen.add(ancestor)
+                owner = owner or jobs.get(ancestor)
+                if ancestor == MAIN_PID:
+                    self._run_memory += size
                     break
-                above = parents.get(above, 0)
+                ancestor = parents.get(ancestor, 0)
             if owner:
-                owner.now += bytes_held
-                owner.peak = max(owner.peak, _most(pid))
+                owner.memory += size
+                owner.peak_memory = max(owner.peak_memory, _peak_memory(pid))
         for job in [*self._running]:
-            job.peak = max(job.peak, job.now)
-            if job.pid and job.pid not in held:  # what it left running keeps its end of the connection, and no place
+            job.peak_memory = max(job.peak_memory, job.memory)
+            # A background process of a command inherits the connection; the slot is free once the command has ended.
+            if job.pid and job.pid not in sizes:
                 self._end(job)
 
 
-def following(waiting: Sequence[Job], running: Sequence[Job], jobs: int, room: int | None) -> Job | None:
-    """Which job is let through next, if any: of those whose memory fits into ``room`` bytes the longest.
+def next_job(queue: Sequence[Job], running: Sequence[Job], jobs: int, room: int | None) -> Job | None:
+    """Return the next job to start: the longest whose memory estimate fits; ``None`` if none can start.
 
-    If none runs and none fits, the one that needs the least. ``None`` for ``room`` means that it is not known.
+    If nothing runs and nothing fits, it is the job with the smallest memory estimate.
+
+    Args:
+        queue: the jobs to choose from.
+        running: the jobs that hold a slot.
+        jobs: the number of slots.
+        room: free bytes; ``None`` if unknown.
     """
-    if not waiting or len(running) >= jobs:
+    if not queue or len(running) >= jobs:
         return None
-    fitting = [job for job in waiting if room is None or job.need.memory <= room]
+    fitting = [job for job in queue if room is None or job.estimate.memory <= room]
     if fitting:
-        return max(fitting, key=lambda job: job.need.seconds)
-    return None if running else min(waiting, key=lambda job: job.need.memory)
+        return max(fitting, key=lambda job: job.estimate.seconds)
+    return None if running else min(queue, key=lambda job: job.estimate.memory)
 
 
 @contextlib.contextmanager
-def at(folder: Path, name: str) -> Iterator[str]:
-    """The address of a socket in a folder, by way of the folder's descriptor: an address holds 108 bytes (unix(7))."""
-    place = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+def socket_address(folder: Path, name: str) -> Iterator[str]:
+    """Yield a short address for a socket in a folder, by a descriptor of the folder.
+
+    The address of a socket holds 108 bytes (unix(7)), and the path of the folder may be longer.
+    """
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     try:
-        yield f"/proc/self/fd/{place}/{name}"
+        yield f"/proc/self/fd/{descriptor}/{name}"
     finally:
-        os.close(place)
+        os.close(descriptor)
 
 
-def _peer(connection: socket.socket) -> int:
-    """The process at the other end, as it is numbered here."""
+def _peer_pid(connection: socket.socket) -> int:
+    """Return the process at the other end, as its number in this PID namespace."""
     pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return int(pid)
 
 
 def _processes() -> tuple[dict[int, int], dict[int, int]]:
-    """The parent of each process and the bytes that it holds (proc_pid_stat(5)); four times a second, psutil's objects
-    for each of them took a twentieth of a core.
+    """Return the parent and the resident bytes of each process, by its number (proc_pid_stat(5)).
+
+    It runs four times a second. With psutil's objects that takes a twentieth of a core.
     """
-    parents, held = {}, {}
+    parents, sizes = {}, {}
     for entry in filter(str.isdecimal, os.listdir("/proc")):
         with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{entry}/stat", "rb") as stat:
-            words = stat.read().rpartition(b")")[2].split()  # a name may hold anything, brackets too
-            parents[int(entry)], held[int(entry)] = int(words[1]), int(words[21]) * PAGE
-    return parents, held
+            fields = stat.read().rpartition(b")")[2].split()  # the name before it may hold any character
+            parents[int(entry)], sizes[int(entry)] = int(fields[1]), int(fields[21]) * PAGE_SIZE
+    return parents, sizes
 
 
-def _most(pid: int) -> int:
-    """The most bytes that a process ever held (proc_pid_status(5)); 0 once it is gone."""
+def _peak_memory(pid: int) -> int:
+    """Return the peak resident bytes of a process (VmHWM in proc_pid_status(5)); 0 if it has ended."""
     try:
         with open(f"/proc/{pid}/status") as status:
             for line in status:

@@ -11,7 +11,7 @@ from voltforge.compile import build, jobs, sandbox
 from voltforge.compile.build import Workshop
 from voltforge.compile.object_cache import Objects
 from voltforge.compile.sandbox import Sandbox
-from voltforge.compile.scheduler import Gate
+from voltforge.compile.scheduler import Scheduler
 from voltforge.pipeline.checkout import Checkout
 from voltforge.pipeline.package import Package, file_stands, folder_stands
 from voltforge.pipeline.stage import Stage, Values
@@ -33,12 +33,12 @@ class Compiled(Package):
         checkout: Checkout,
         recipe: SourceRecipe,
         toolkit: Stage,
-        gate: Callable[[], Gate],
+        scheduler: Callable[[], Scheduler],
         objects: Callable[[], Objects | None],
     ) -> None:
         super().__init__(checkout, toolkit)
         self.recipe: SourceRecipe = recipe
-        self.gate = gate
+        self.scheduler = scheduler
         """Gives what all packages of a run ask for leave to compile."""
         self.objects = objects
         """Gives where objects are that were compiled before."""
@@ -115,11 +115,11 @@ class Compiled(Package):
         decisive = files.digest({name: made_of[name] for name in ("arch", "environment", "toolchain", "variables")})
         grown = self.tree()
         asks = Workshop.can_ask(grown)
-        count = self.gate().jobs if asks else jobs.count(settings.jobs, self.recipe.build.memory_per_job)[0]
+        count = self.scheduler().jobs if asks else jobs.count(settings.jobs, self.recipe.build.memory_per_job)[0]
         return Workshop(
             self.recipe, grown, Environment(Path(self.stage("environment").results()["path"])), self.toolchain(),
             around, count, self.checkout.scratch / "work" / f"{self.recipe.name}-{decisive[:12]}",
-            self.gate() if asks else None, self.objects() if asks else None,
+            self.scheduler() if asks else None, self.objects() if asks else None,
         )  # fmt: skip
 
     # What the stages do.

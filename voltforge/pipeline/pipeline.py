@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from voltforge.compile import jobs, object_cache, toolchain
-from voltforge.compile.costs import Need, Needs
+from voltforge.compile.costs import Estimate, Estimates
 from voltforge.compile.object_cache import Objects
-from voltforge.compile.scheduler import Gate
+from voltforge.compile.scheduler import Scheduler
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Checkout, Settings
 from voltforge.pipeline.from_source import Compiled
@@ -63,7 +63,7 @@ class Pipeline(Checkout):
         """The stages of one recipe."""
         if isinstance(recipe, ThinRecipe):
             return Thinned(self, recipe, self.toolchain)
-        return Compiled(self, recipe, self.toolchain, lambda: self.gate, lambda: self.objects)
+        return Compiled(self, recipe, self.toolchain, lambda: self.scheduler, lambda: self.objects)
 
     def stages(self) -> dict[str, Stage]:
         """Every stage by its name, in the order that the data takes."""
@@ -72,23 +72,23 @@ class Pipeline(Checkout):
         return {stage.name: stage for stage in found}
 
     @cached_property
-    def gate(self) -> Gate:
+    def scheduler(self) -> Scheduler:
         """Where every compiler of this run asks for leave.
 
         Raises:
             VoltforgeError: ``jobs=`` or ``memory=`` is no number of that.
         """
         needs = {
-            name: Needs(
+            name: Estimates(
                 self.scratch / "history" / f"{name}.json",
                 recipe.build.memory_per_job,
-                {pattern: Need(heavy.seconds, heavy.memory) for pattern, heavy in recipe.build.heavy.items()},
+                {pattern: Estimate(heavy.seconds, heavy.memory) for pattern, heavy in recipe.build.heavy.items()},
             )
             for name, recipe in self.recipes.items()
             if isinstance(recipe, SourceRecipe)
         }
         count = jobs.asked(self.settings.jobs) or jobs.cores()
-        return Gate(self.scratch / "gate", count, needs, limit=_limit(self.settings.memory))
+        return Scheduler(self.scratch / "gate", count, needs, limit=_limit(self.settings.memory))
 
     @cached_property
     def objects(self) -> Objects | None:
