@@ -47,14 +47,14 @@ console.screen.width = console.PLAIN_WIDTH
 
 TOGETHER = {
     "vllm": (
-        "choices",
+        "kernel_selection",
         "bundle",
         "layers",
         "triton_kernels",
-        "model",
-        "native",
-        "numbers",
-        "operations",
+        "small_model",
+        "gpu_rows",
+        "numerics",
+        "torch_operations",
         "cuda_kernels",
         "vllm",
     ),
