@@ -14,7 +14,7 @@ PIPELINE = tasks.loaded(ROOT, get_var)
 RUNTIME = Runtime(PIPELINE)
 DOIT_CONFIG = {
     "default_tasks": ["about"],
-    "reporter": tasks.reporter(PIPELINE),
+    "reporter": tasks.Reporter,
     "verbosity": 2,
     "continue": PIPELINE.store.offline,  # then all that is missing is told at once
 }
@@ -22,6 +22,7 @@ DOIT_CONFIG = {
 
 def task_wheels():
     """compile, check and keep the wheels: all of them, or one as wheels:vllm"""
+    yield {"name": None, "task_dep": ["downloads"]}
     yield from tasks.each(PIPELINE, "wheels")
 
 
@@ -128,6 +129,11 @@ def task_about():
 # The stages, in the order that the data takes; `wheels` runs what it needs of them.
 
 
+def task_downloads():
+    """stage 0: the sources of all packages, downloaded at once"""
+    return tasks.downloads(PIPELINE)
+
+
 def task_fetch():
     """stage 1: the source, by its hash"""
     yield from tasks.each(PIPELINE, "fetch")
@@ -141,6 +147,11 @@ def task_tree():
 def task_toolchain():
     """stage 3: a CUDA 12 toolkit that can target the arch (cuda=system|redist|distro picks one)"""
     return tasks.of(PIPELINE.toolchain, PIPELINE)
+
+
+def task_driver_stub():
+    """a stand-in for the driver's library, for machines without a GPU"""
+    return {**tasks.of(PIPELINE.driver_stub, PIPELINE), "basename": "driver-stub"}
 
 
 def task_environment():

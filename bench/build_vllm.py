@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +22,6 @@ from voltforge.compile import build, jobs, sandbox
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import tree
-from voltforge.sources.environment import Environment
 from voltforge.system import console, files
 from voltforge.system.process import run
 from voltforge.wheel import wheelfile
@@ -37,7 +36,7 @@ class Result:
     steps: int
     peak: int
     peak_one: int
-    wheelfile: int
+    wheel: int
     extensions: dict[str, int]
     kernels: dict[str, frozenset[str]]
 
@@ -52,8 +51,8 @@ def measured(pipeline, name, patches, count, folder, asks, cache=None):
     shop = build.Workshop(
         recipe,
         grown,
-        Environment(Path(package.stage("environment").results()["path"])),
-        package.toolchain(),
+        package.stages["environment"].result(),
+        pipeline.toolchain.result(),
         sandbox=sandbox.choose("auto"),
         jobs=count,
         work=folder / "work",
@@ -120,7 +119,7 @@ def main():
     recipe = pipeline.recipes["vllm"]
     count, _ = jobs.count(words.jobs, recipe.build.memory_per_job)
     pipeline.toolchain.run()
-    replace(pipeline.package(recipe).stage("environment"), unless=None).run()
+    pipeline.package(recipe).stages["environment"].required()
     series = tree.series(ROOT / "patches" / "vllm")
     stock_patches = tuple(patch for patch in series if patch.path.name in STOCK)
     with tempfile.TemporaryDirectory(dir=pipeline.scratch) as scratch:

@@ -34,7 +34,7 @@ class Shop:
     """The last build's folders, and its commands without what stood before them."""
 
     def __init__(self, pipeline):
-        self.shop = pipeline.package(pipeline.recipes["vllm"]).workshop(sandbox.choose("auto"))
+        self.shop = pipeline.source_build("vllm").workshop(sandbox.choose("auto"))
         logs = sorted(self.shop.folders["tree"].glob("build/**/.ninja_log"))
         if not logs:
             sys.exit("x nothing was built here\n  try: ./doit wheels:vllm")

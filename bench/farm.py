@@ -122,10 +122,10 @@ def main():
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench" / "farm.json", help="where figures go")
     words = parser.parse_args()
     pipeline = Pipeline.load(ROOT, Settings())
-    stage = pipeline.package(pipeline.recipes["vllm"]).stage("build")
+    stage = pipeline.package(pipeline.recipes["vllm"]).stages["build"]
     if not stage.current():
         sys.exit("x this checkout has no wheel of vLLM to compare with\n  try: ./doit wheels:vllm")
-    wheel = stage.results()["sha256"]
+    wheel = stage.result().sha256
     words.json.parent.mkdir(parents=True, exist_ok=True)
     figures = {"share": words.share, "jobs": int(words.jobs), "wheel": wheel, "rounds": {}}
     with words.json.with_suffix(".txt").open("w") as log:

@@ -24,15 +24,15 @@ def main():
     runtime.wheels()
     runtime.base.run()
     chosen = container_engine.choose()
-    if runtime.image.kept():
-        for tag in runtime.image.results()["tags"][:1]:
+    if runtime.image.record():
+        for tag in runtime.image.result().tags[:1]:
             run([chosen.kind, "rmi", "--force", f"{NAME}:{tag}"], ok=(0, 1, 125))
-    runtime.image.record.unlink(missing_ok=True)
+    runtime.image.path.unlink(missing_ok=True)
     done = run([ROOT / "doit", "torch=thin", "image"], cwd=ROOT)
-    kept = runtime.image.results()
-    layers = [size for _, size in kept["compressed"]]
-    whole = kept["base_size"] + sum(kept["layers"].values())
-    without = whole - kept["projects"].get("nvidia-cudnn-cu12", 0)
+    kept = runtime.image.result()
+    layers = [size for _, size in kept.compressed]
+    whole = kept.base_size + sum(kept.layers.values())
+    without = whole - kept.projects.get("nvidia-cudnn-cu12", 0)
     rows = [
         ("uncompressed", files.size(whole)),
         ("uncompressed with torch=source cudnn=0, calculated", files.size(without)),

@@ -49,7 +49,7 @@ def kind(output):
 def configure(pipeline, scratch):
     """Run CMake in a new workshop with its own scheduler, and return the workshop."""
     console.step("unpack and patch PyTorch 2.6.0")
-    toolchain = pipeline.package(pipeline.recipes["vllm"]).toolchain()
+    toolchain = pipeline.toolchain.result()
     tree = debian.patched(pipeline, debian.upstream(pipeline, scratch / "upstream"))
     shop = debian.workshop(pipeline, tree, toolchain, scratch / "work")
     # The recorded memory is at least half of the estimate: with an estimate of 1 byte it is what was measured.

@@ -201,7 +201,7 @@ def main():
     words = parser.parse_args()
     folder = ROOT / "build" / "bench" / "thin"
     pipeline = Pipeline.load(ROOT, Settings(torch="thin"))
-    stock = pipeline.package(pipeline.recipes["torch"]).fetched()
+    stock = pipeline.store.get(pipeline.package(pipeline.recipes["torch"]).maker.source.artifact)
     try:
         thin, usage = thinned(stock, folder)
         show_thin(stock, thin, usage)

@@ -18,6 +18,7 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.support.beside import Beside
 from tests.support.checkouts import ROOT, doit, small_checkout
 from tests.support.tally import Tally
+from voltforge.compile.driver_stub import DriverStub
 from voltforge.compile.toolchain import Toolchain
 from voltforge.gpu import triton_kernels
 from voltforge.pipeline.checkout import Settings
@@ -91,14 +92,24 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def toolchain(repository: Path) -> Toolchain:
+def toolchain(repository: Path, driver_stub: DriverStub) -> Toolchain:
     """The CUDA 12 toolkit that this machine finds or puts together, in the checkout's own build/."""
     pipeline = Pipeline.load(repository, Settings())
     pipeline.scratch.mkdir(exist_ok=True)
     with (pipeline.scratch / "toolchain.lock").open("w") as other_worker:
         fcntl.flock(other_worker, fcntl.LOCK_EX)
         pipeline.toolchain.run()
-    return pipeline.package(pipeline.recipes["vllm"]).toolchain()
+    return pipeline.toolchain.result()
+
+
+@pytest.fixture(scope="session")
+def driver_stub(repository: Path) -> DriverStub:
+    """A stand-in for the driver's library, in the checkout's own build/."""
+    pipeline = Pipeline.load(repository, Settings())
+    pipeline.scratch.mkdir(exist_ok=True)
+    with (pipeline.scratch / "driver-stub.lock").open("w") as other_worker:
+        fcntl.flock(other_worker, fcntl.LOCK_EX)
+        return pipeline.driver_stub.required()
 
 
 @pytest.fixture(scope="session")

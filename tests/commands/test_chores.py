@@ -44,7 +44,7 @@ def patched(pipeline: Pipeline, line: str) -> None:
 
 def run(pipeline: Pipeline, *kinds: str) -> None:
     for kind in kinds:
-        pipeline.package(pipeline.recipes["saxpy"]).stage(kind).run()
+        pipeline.package(pipeline.recipes["saxpy"]).stages[kind].run()
 
 
 def test_why_says_what_was_there_then_and_what_is_now(saxpy: Pipeline, capsys) -> None:

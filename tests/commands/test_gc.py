@@ -74,11 +74,19 @@ class Made:
 
     def choose(self, key: str) -> None:
         """Say that the toolchain is the one of that key."""
-        home = self.put(f"{CUDA}{key}/")
+        self.put(f"{CUDA}{key}/")
+        self.toolchain(f"{CUDA}{key}", key)
+
+    def toolchain(self, home: str, key: str = "") -> None:
+        """Record a toolchain at ``home``."""
         host = {"cxx": "/usr/bin/g++", "cc": "/usr/bin/gcc", "version": "12.2.0"}
-        stub = str(home / "lib64" / "stubs")
-        words = {"home": str(home), "origin": "distro", "version": "12.4.131", "host": host, "driver_stub": stub}
+        words = {"home": home, "origin": "distro", "version": "12.4.131", "host": host}
         self.record("toolchain", {**words, "identity": {"nvcc": key}})
+
+    def image(self, path: str) -> None:
+        """Record an image at ``path``."""
+        sizes = {"size": 1, "base_size": 1, "projects": {}, "layers": {}}
+        self.record("image", {"path": path, "sha256": "", "tags": [], "compressed": [], "left_out": [], **sizes})
 
     def built(self, name: str, key: str, inputs: Any = None) -> None:
         """Say that the last build of a package is the one of that key."""
@@ -107,7 +115,7 @@ class Made:
     def work(self, name: str, **choices: str) -> str:
         """The work folder of a build with these choices, as the pipeline itself would call it."""
         recipe = load(self.root / "recipes" / f"{name}.toml", {"torch": "source", "cudnn": "1", **choices})
-        made_of = self.pipeline.package(recipe).made_of()
+        made_of = self.pipeline.package(recipe).maker.inputs()
         key = files.digest({part: made_of[part] for part in ("arch", "environment", "toolchain", "variables")})
         return f"{WORK}/{name}-{key[:12]}/"
 
@@ -263,19 +271,25 @@ def test_the_toolchain_of_the_record_stays_and_without_a_record_all_do(made):
     made.put(f"{CUDA}{OLD}/", f"build/toolchains/driver-stub-{OLD}/")
     made.choose(NEW)
     assert sorted(made.listed()) == [f"{CUDA}{OLD}", f"build/toolchains/driver-stub-{OLD}"]
-    made.pipeline.toolchain.record.unlink()
+    made.pipeline.toolchain.path.unlink()
     assert made.listed() == {}
 
 
-def test_the_drivers_stub_of_a_toolkit_of_the_machine_stays(made, tmp_path):
-    stub = made.put(f"{CUDA}{OLD}/", f"build/toolchains/driver-stub-{OLD}/", f"build/toolchains/driver-stub-{NEW}/")
-    made.record("toolchain", {"home": str(tmp_path), "driver_stub": str(stub)})
-    assert sorted(made.listed()) == [f"{CUDA}{OLD}", f"build/toolchains/driver-stub-{OLD}"]
+def test_the_drivers_stub_stays(made, tmp_path):
+    made.put("build/driver-stub/libcuda.so.1")
+    assert made.listed() == {}
+    assert made.foreign() == []
+
+
+def test_a_toolkit_of_the_machine_makes_those_of_the_checkout_unneeded(made, tmp_path):
+    made.put(f"{CUDA}{OLD}/")
+    made.toolchain(str(tmp_path))
+    assert sorted(made.listed()) == [f"{CUDA}{OLD}"]
 
 
 def test_a_record_of_a_toolchain_that_is_gone_says_nothing(made):
     made.put(f"{CUDA}{OLD}/")
-    made.record("toolchain", {"home": "/nowhere/cuda", "driver_stub": "/nowhere/stubs"})
+    made.toolchain("/nowhere/cuda")
     assert made.listed() == {}
 
 
@@ -335,7 +349,7 @@ def test_the_work_folder_that_the_wheel_of_a_receipt_comes_from_stays(made):
 
 def test_the_image_of_the_record_stays_and_without_a_record_all_do(made):
     image = made.put(IMAGE.format("0.11.0"), IMAGE.format("0.12.0"))
-    made.record("image", {"path": str(image)})
+    made.image(str(image))
     assert made.listed() == {IMAGE.format("0.11.0"): "image"}
     made.pipeline.record("image").unlink()
     assert made.listed() == {}
@@ -437,7 +451,7 @@ def test_no_link_is_followed(made, tmp_path):
     (made.root / "build/environments/gone").symlink_to(outside / "gone")
     for folder in ("toolchains", "work", "downloads", "reproduce"):
         (made.root / "build" / folder).symlink_to(outside)
-    made.record("toolchain", {"home": str(tmp_path), "driver_stub": "/stub"})
+    made.toolchain(str(tmp_path))
     assert made.listed() == {"build/trees/gone": "trees"}
     made.report(delete=True)
     assert len([*outside.rglob("precious")]) == 4
@@ -617,7 +631,7 @@ def laid_out(root: Path, entries: list[str], recorded: list[tuple[Any, ...]]) ->
         if what == "tree":
             made.record(f"tree:{words[0]}", {"path": "", "epoch": 1})
         elif what == "image":
-            made.record("image", {"path": f"/somewhere/voltforge-{words[0]}-sm70.oci.tar"})
+            made.image(f"/somewhere/voltforge-{words[0]}-sm70.oci.tar")
         elif what == "receive":
             name, python, (sha256, file) = words
             made.receive(name, python, {"file": file, "sha256": sha256}, WHEEL.format(name))

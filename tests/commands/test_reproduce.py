@@ -62,7 +62,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, toolchain: Toolchain) -> Pipe
 
 def built(pipeline: Pipeline) -> Pipeline:
     for kind in KINDS:
-        pipeline.package(pipeline.recipes["saxpy"]).stage(kind).run()
+        pipeline.package(pipeline.recipes["saxpy"]).stages[kind].run()
     return pipeline
 
 

@@ -48,8 +48,8 @@ def package(pipeline: Pipeline) -> Package:
 def built(pipeline: Pipeline) -> Path:
     """Run the stages as far as the wheel, and give it."""
     for kind in KINDS:
-        package(pipeline).stage(kind).run()
-    return Path(package(pipeline).stage("build").results()["path"])
+        package(pipeline).stages[kind].run()
+    return Path(package(pipeline).stages["build"].result().path)
 
 
 def objects(pipeline: Pipeline) -> dict[str, int]:
@@ -117,7 +117,7 @@ def test_without_a_line_that_stands_out_the_last_ones_are_shown(tmp_path: Path) 
 def test_a_package_is_compiled_for_sm_70_and_names_no_folder_of_the_build(saxpy: Pipeline) -> None:
     made = wheelfile.Wheel.read(built(saxpy))
     assert (made.name, str(made.version)) == ("saxpy", "1.0")
-    assert package(saxpy).stage("build").results()["linked"] == {"saxpy/_C.abi3.so": 2}
+    assert package(saxpy).stages["build"].result().linked == {"saxpy/_C.abi3.so": 2}
     content = saxpy.root / "content"
     wheelfile.unpack(made.path, content)
     binary = (content / "saxpy/_C.abi3.so").read_bytes()
@@ -129,9 +129,9 @@ def test_a_package_is_compiled_for_sm_70_and_names_no_folder_of_the_build(saxpy:
 @pytest.mark.slow
 def test_a_build_used_processor_time_and_memory_that_are_told(saxpy: Pipeline) -> None:
     built(saxpy)
-    usage = package(saxpy).stage("build").results()["usage"]
-    assert usage["cpu"] > 1
-    assert usage["peak"] >= usage["peak_one"] > 10_000_000
+    usage = package(saxpy).stages["build"].result().usage
+    assert usage.cpu > 1
+    assert usage.peak >= usage.peak_one > 10_000_000
 
 
 @pytest.mark.slow
@@ -165,11 +165,11 @@ def test_a_compile_error_is_shown_with_the_log_and_the_next_run_goes_on(saxpy: P
 @pytest.mark.slow
 def test_the_number_of_jobs_changes_nothing_but_the_time(saxpy: Pipeline) -> None:
     one = built(Pipeline.load(saxpy.root, replace(saxpy.settings, jobs="1"))).read_bytes()
-    key = package(saxpy).stage("build").key()
+    key = package(saxpy).stages["build"].key()
     files.remove(saxpy.scratch / "work")
-    files.remove(package(saxpy).stage("build").record)
+    files.remove(package(saxpy).build.path)
     two = Pipeline.load(saxpy.root, Settings(jobs="3"))
-    assert package(two).stage("build").key() == key
+    assert package(two).stages["build"].key() == key
     assert built(two).read_bytes() == one
 
 
@@ -222,7 +222,7 @@ from voltforge.pipeline.pipeline import Pipeline
 pipeline = Pipeline.load(Path(sys.argv[1]), Settings(jobs="2", sandbox=sys.argv[2]))
 package = pipeline.package(pipeline.recipes["saxpy"])
 for kind in ("fetch", "tree", "environment", "build"):
-    package.stage(kind).run()
+    package.stages[kind].run()
 """
 
 
@@ -243,7 +243,7 @@ def test_ctrl_c_ends_every_compiler_and_the_next_run_resumes(saxpy: Pipeline, ki
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
     child.wait(60)  # without a sandbox it brings the folders back
-    assert not package(saxpy).stage("build").record.exists()
+    assert not package(saxpy).build.path.exists()
     assert built(saxpy).is_file()
 
 
@@ -288,7 +288,7 @@ def test_a_receipt_says_that_a_build_was_not_hermetic_and_the_person_is_told_bef
     monkeypatch.setattr(sandbox, "available", lambda: box)
     built(saxpy)
     for kind in ("check", "wheels"):
-        package(saxpy).stage(kind).run()
+        package(saxpy).stages[kind].run()
     results = files.read_json(saxpy.wheelhouse.receipt("saxpy", environment.python_tag()))["results"]
     assert (results["sandbox"], results["hermetic"], results["sha256"]) == ("no network", False, hermetic)
     told = said(capsys)
@@ -316,7 +316,7 @@ def shop(tmp_path: Path, repository: Path) -> Workshop:
         folder.mkdir()
     (tree / "a.c").write_text("int a;")
     gcc = HostCompiler(Path("/usr/bin/g++"), Path("/usr/bin/gcc"), "12.2.0")
-    toolkit = Toolchain(home, "distro", "12.4.131", gcc, home, {})
+    toolkit = Toolchain(home, "distro", "12.4.131", gcc, {})
     recipe = Pipeline.load(repository, Settings()).recipes["vllm"]
     work = tmp_path / "build" / "work"
     return Workshop(recipe, Tree(tree, 0), Environment(home), toolkit, Sandbox("bubblewrap"), 1, work)
@@ -446,7 +446,7 @@ from voltforge.errors import VoltforgeError
 from voltforge.pipeline.pipeline import Pipeline
 pipeline = Pipeline.load(Path(sys.argv[1]), Settings(jobs="2"))
 try:
-    pipeline.package(pipeline.recipes["saxpy"]).stage("build").run()
+    pipeline.package(pipeline.recipes["saxpy"]).stages["build"].run()
 except VoltforgeError as error:
     print(type(error).__name__, error.what, "TRY", error.hint)
 """
@@ -459,7 +459,7 @@ def test_a_disk_that_is_full_or_read_only_is_told_with_what_to_do(saxpy: Pipelin
     if subprocess.run([*namespace, "true"], check=False).returncode:  # as in many containers, but not in CI
         pytest.skip("unshare(1) cannot make namespaces on this machine")
     for kind in KINDS[:-1]:
-        package(saxpy).stage(kind).run()
+        package(saxpy).stages[kind].run()
     for folder, options, error, words, remedy in (
         ("work", "size=16k", "DiskError", "No space left on device", ROOM),  # the sources do not go in
         ("work", "size=400k", "BuildError", "No space left on device", ROOM),  # CMake's notes and the objects do not

@@ -243,11 +243,11 @@ def start_build(pipeline: Pipeline) -> subprocess.Popen:
 def test_two_hosts_compile_each_object_once(tmp_path, toolchain, address):
     made = checkouts(tmp_path, address)
     assert [host.wait(600) for host in [start_build(one) for one in made]] == [0, 0]
-    first, second = (one.package(one.recipes["saxpy"]).stage("build").results() for one in made)
-    assert first["sha256"] == second["sha256"]
-    assert first["objects"]["misses"] + second["objects"]["misses"] == SOURCES
-    assert first["objects"]["hits"] + second["objects"]["hits"] == SOURCES
-    assert sum(first["hosts"].values()) >= SOURCES - 1  # the object of C code may take less than a second
+    first, second = (one.package(one.recipes["saxpy"]).stages["build"].result() for one in made)
+    assert first.sha256 == second.sha256
+    assert first.objects.misses + second.objects.misses == SOURCES
+    assert first.objects.hits + second.objects.hits == SOURCES
+    assert sum(first.hosts.values()) >= SOURCES - 1  # the object of C code may take less than a second
 
 
 @needs_ccache

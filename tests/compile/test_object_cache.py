@@ -25,7 +25,7 @@ from voltforge.compile.scheduler import socket_address
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
-from voltforge.system import files
+from voltforge.system import files, records
 
 SOURCES = 3
 """Those of the small package: two for the GPU, one in C."""
@@ -37,8 +37,8 @@ needs_ccache = pytest.mark.skipif(not shutil.which("ccache"), reason="there is n
 def built(pipeline: Pipeline) -> dict:
     package = pipeline.package(pipeline.recipes["saxpy"])
     for kind in ("fetch", "tree", "environment", "build"):
-        package.stage(kind).run()
-    return dict(package.stage("build").results())
+        package.stages[kind].run()
+    return records.encode(package.build.result(), pipeline.root)
 
 
 def again(pipeline: Pipeline) -> Pipeline:

@@ -676,7 +676,7 @@ class World:
 def tools(tmp_path_factory, toolchain) -> Environment:
     """What builds a package without compilers."""
     pipeline = small_checkout(tmp_path_factory.mktemp("tools") / "checkout")
-    pipeline.package(pipeline.recipes["saxpy"]).stage("environment").run()
+    pipeline.package(pipeline.recipes["saxpy"]).stages["environment"].run()
     return Environment(pipeline.scratch / "environments" / "saxpy")
 
 
@@ -703,7 +703,7 @@ def curious(world: World, tools: Environment, saxpy: Pipeline, kind: str) -> bui
     compiler = HostCompiler(Path("/usr/bin/g++"), Path("/usr/bin/gcc"), "12.2.0")
     shop = build.Workshop(
         saxpy.recipes["saxpy"], Tree(tree, 1_700_000_000), Environment(home),
-        Toolchain(toolkit, "distro", "12.4.131", compiler, toolkit, {}), Sandbox(kind), 1, world.checkout / "work",
+        Toolchain(toolkit, "distro", "12.4.131", compiler, {}), Sandbox(kind), 1, world.checkout / "work",
     )  # fmt: skip
     for folder in (world.checkout, *world.checkout.rglob("*")):
         os.chown(folder, world.user, world.user if world.rights else -1, follow_symlinks=False)

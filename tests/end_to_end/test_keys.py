@@ -42,7 +42,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory, toolchain: Toolchain) -> Pip
     series.mkdir(parents=True)
     (series / "0001-say-more.patch").write_text(PATCH)
     for kind in ("fetch", "tree"):
-        pipeline.package(pipeline.recipes["saxpy"]).stage(kind).run()
+        pipeline.package(pipeline.recipes["saxpy"]).stages[kind].run()
     return pipeline
 
 
@@ -50,7 +50,7 @@ def keys(pipeline: Pipeline) -> tuple[str, str]:
     """Of the built wheel, and of the one that is checked and kept, as the checkout is now."""
     again = Pipeline.load(pipeline.root, pipeline.settings)
     package = again.package(again.recipes["saxpy"])
-    return package.stage("build").key(), package.stage("wheels").key()
+    return package.stages["build"].key(), package.stages["wheels"].key()
 
 
 @contextlib.contextmanager
@@ -167,7 +167,7 @@ def test_one_byte_of_a_compiler_is_another_key(
     shutil.copytree(toolchain.home, home, copy_function=os.link, symlinks=True)
     monkeypatch.setenv("CUDA_HOME", str(home))
     pipeline = Pipeline.load(grown.root, replace(grown.settings, cuda="system"))
-    record = pipeline.toolchain.record.read_bytes()
+    record = pipeline.toolchain.path.read_bytes()
     try:
         pipeline.toolchain.run()
         before = keys(pipeline)
@@ -179,7 +179,7 @@ def test_one_byte_of_a_compiler_is_another_key(
         pipeline.toolchain.run()
         assert not {*keys(pipeline)} & {*before}
     finally:
-        pipeline.toolchain.record.write_bytes(record)
+        pipeline.toolchain.path.write_bytes(record)
     counted("changes of one byte that changed the key")
 
 

@@ -36,7 +36,7 @@ def test_every_stock_torch_wheel_is_one_of_the_lock(repository):
 def torch(repository, tmp_path_factory):
     """The stock torch wheel of the running Python, and it thinned to 7.0."""
     pipeline = Pipeline.load(repository, Settings(torch="thin"))
-    stock = pipeline.package(pipeline.recipes["torch"]).fetched()
+    stock = pipeline.package(pipeline.recipes["torch"]).fetch.result().path
     folder = tmp_path_factory.mktemp("torch")
     yield stock, thin_wheel(stock, folder, ["7.0"], special=recipe(repository).thin)
     files.remove(folder)

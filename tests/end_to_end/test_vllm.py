@@ -182,6 +182,6 @@ def test_the_stock_wheel_is_found_to_be_what_it_is(vllm: Pipeline, repository: P
         )
     )
     recipe = vllm.recipes["vllm"]
-    expect = replace(vllm.package(recipe).expectation(), ops=(), imports=())
+    expect = replace(vllm.package(recipe).maker.expectation(), ops=(), imports=())
     found = [asdict(finding) for finding in verify(stock, expect)]
     assert found == json.loads((repository / "tests" / "records" / "stock-vllm-0.12.0.json").read_text())

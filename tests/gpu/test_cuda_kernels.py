@@ -107,7 +107,7 @@ def images(vllm: Pipeline) -> dict[str, Image]:
 @pytest.fixture(scope="module")
 def cubins(vllm: Pipeline) -> list[bytes]:
     package = cuda_kernels._package(vllm)
-    return cuda_kernels.cubins(vllm.wheelhouse.path / package.stage("wheels").results()["file"], package.toolchain())
+    return cuda_kernels.cubins(vllm.wheelhouse.path / package.wheels.result().file, vllm.toolchain.result())
 
 
 @pytest.mark.slow

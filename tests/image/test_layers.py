@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.checkouts import doit
 from tests.support.samples import compiled, wheel
-from voltforge.compile.toolchain import Toolchain
+from voltforge.compile.driver_stub import DriverStub
 from voltforge.errors import VoltforgeError
 from voltforge.image import container_engine, layers
 from voltforge.image.container_engine import EngineError
@@ -259,9 +259,9 @@ def inside(container: str, *words: str, options: tuple[str, ...] = (), status: i
 WITHOUT_A_GPU = ("env", "LD_LIBRARY_PATH=/mnt/driver", "PYTHONPATH=/mnt")
 
 
-def without_a_gpu(repository: Path, toolchain: Toolchain) -> dict[Path, str]:
+def without_a_gpu(repository: Path, driver_stub: DriverStub) -> dict[Path, str]:
     """What is mounted where a GPU is pretended."""
-    return {repository / "volta": "volta", toolchain.driver_stub: "driver"}
+    return {repository / "volta": "volta", driver_stub.path: "driver"}
 
 
 def mounted(places: dict[Path, str]) -> tuple[str, ...]:
@@ -313,8 +313,10 @@ def test_what_is_in_the_image_imports_and_goes_together(container: str, reposito
 
 
 @pytest.mark.build
-def test_vllms_command_line_runs_on_a_pretended_volta(container: str, repository: Path, toolchain: Toolchain) -> None:
-    options = mounted({repository / "tests/scripts": "scripts", **without_a_gpu(repository, toolchain)})
+def test_vllms_command_line_runs_on_a_pretended_volta(
+    container: str, repository: Path, driver_stub: DriverStub
+) -> None:
+    options = mounted({repository / "tests/scripts": "scripts", **without_a_gpu(repository, driver_stub)})
     pretended = (*WITHOUT_A_GPU, "python", "/mnt/scripts/pretended_volta.py")
     version = inside(container, *pretended, "the_command_line_says_its_version", options=options)
     assert "0.12.0+sm70" in version
@@ -360,10 +362,10 @@ FOUND = (
 
 @pytest.mark.build
 def test_the_images_own_triton_finds_every_kernel_that_was_compiled_ahead(
-    container: str, repository: Path, toolchain: Toolchain
+    container: str, repository: Path, driver_stub: DriverStub
 ) -> None:
     """Compilers that are called for one refuse; the calls are vLLM's own, on a pretended card."""
-    options = mounted(without_a_gpu(repository, toolchain))
+    options = mounted(without_a_gpu(repository, driver_stub))
     said = inside(container, *WITHOUT_A_GPU, "PYTHONPATH=/mnt:/opt/voltforge", "sh", "-c", FOUND, options=options)
     found = re.search(r"(\d+) kernels, all in the cache", said)
     assert found

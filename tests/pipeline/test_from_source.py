@@ -40,7 +40,7 @@ LEFT_OUT = ('"torch.linalg.solve', "imports =")
 def torch_checkout(root: Path, settings: Settings | None = None) -> Pipeline:
     """A new checkout with PyTorch's recipe for a small package of its shape, beside the real one's environment."""
     real = Pipeline.load(ROOT, Settings())
-    real.package(real.recipes["torch"]).stage("environment").run()
+    real.package(real.recipes["torch"]).stages["environment"].run()
     small_checkout(root)
     for name in ("torch-build.txt", "torch-runtime.txt"):
         os.link(ROOT / "recipes/locks" / name, root / "recipes/locks" / name)
@@ -65,8 +65,7 @@ def edited(pipeline: Pipeline, old: str, new: str) -> Pipeline:
 
 def run(pipeline: Pipeline) -> wheelfile.Wheel:
     """Run every stage, and give the wheel that was kept."""
-    pipeline.toolchain.run()
-    for stage in pipeline.package(pipeline.recipes["torch"]).stages().values():
+    for stage in pipeline.package(pipeline.recipes["torch"]).stages.values():
         stage.run()
     (kept,) = pipeline.wheelhouse.wheels()
     return kept
@@ -107,7 +106,7 @@ def test_pytorchs_recipe_makes_a_wheel_that_is_checked_and_kept_and_the_same_whe
 
 
 def run_again(pipeline: Pipeline) -> list[str]:
-    stages = pipeline.package(pipeline.recipes["torch"]).stages()
+    stages = pipeline.package(pipeline.recipes["torch"]).stages
     return [kind for kind, stage in stages.items() if not stage.current()]
 
 
@@ -165,13 +164,13 @@ from pathlib import Path
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
 pipeline = Pipeline.load(Path(sys.argv[1]), Settings(jobs="1"))
-pipeline.package(pipeline.recipes["torch"]).stage("build").run()
+pipeline.package(pipeline.recipes["torch"]).stages["build"].run()
 """
 
 
 def test_a_build_that_was_killed_near_its_end_goes_on_there(checkout: Pipeline) -> None:
     for kind in ("fetch", "tree", "environment"):
-        checkout.package(checkout.recipes["torch"]).stage(kind).run()
+        checkout.package(checkout.recipes["torch"]).stages[kind].run()
     child = psutil.Popen(
         [sys.executable, "-c", SCRIPT, str(checkout.root)], env={**os.environ, "PYTHONPATH": str(ROOT)}
     )

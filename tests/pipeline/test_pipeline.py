@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support.checkouts import edited
+from tests.support.checkouts import ROOT, edited
 from voltforge.commands import chores
 from voltforge.compile.toolchain import COMPILERS
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.package import Package
-from voltforge.pipeline.pipeline import STAGES, Pipeline
+from voltforge.pipeline.pipeline import Pipeline
 from voltforge.pipeline.stage import Stage
 from voltforge.sources import environment
 from voltforge.sources.materials import of_lock
@@ -23,8 +26,7 @@ from voltforge.wheel.wheelhouse import PROVENANCE, SBOM
 
 
 def stages(pipeline: Pipeline) -> dict[str, Stage]:
-    package = pipeline.package(pipeline.recipes["saxpy"])
-    return {kind: pipeline.toolchain if kind == "toolchain" else package.stage(kind) for kind in STAGES}
+    return dict(saxpy_package(pipeline).stages)
 
 
 def run(pipeline: Pipeline) -> list[str]:
@@ -71,12 +73,37 @@ def test_a_second_run_does_nothing_and_a_comment_in_the_recipe_neither(saxpy: Pi
 def test_a_kept_wheel_outlives_the_build_folder(saxpy: Pipeline) -> None:
     run(saxpy)
     sdist = next((saxpy.scratch / "downloads").glob("*.tar.gz")).read_bytes()
-    toolchain = (saxpy.scratch / "stages" / "toolchain.json").read_bytes()
+    records = {name: (saxpy.scratch / "stages" / name).read_bytes() for name in ("toolchain.json", "driver-stub.json")}
     for entry in saxpy.scratch.iterdir():
         files.remove(entry)
     files.write(saxpy.scratch / "downloads" / "saxpy-1.0.tar.gz", sdist)
-    files.write(saxpy.scratch / "stages" / "toolchain.json", toolchain)
+    for name, record in records.items():
+        files.write(saxpy.scratch / "stages" / name, record)
+    for name in ("toolchains", "driver-stub"):
+        (saxpy.scratch / name).symlink_to(ROOT / "build" / name)
     assert run(Pipeline.load(saxpy.root, Settings())) == ["fetch", "tree"]
+
+
+@pytest.mark.slow
+def test_a_copy_of_a_checkout_builds_nothing_again(saxpy: Pipeline, tmp_path: Path) -> None:
+    (saxpy.scratch / "toolchains").unlink()
+    files.remove(saxpy.scratch / "stages")
+    hard_links = {"symlinks": True, "copy_function": os.link}
+    shutil.copytree(ROOT / "build" / "toolchains", saxpy.scratch / "toolchains", **hard_links)
+    run(saxpy)
+    subprocess.run(["cp", "-a", saxpy.root, tmp_path / "copy"], check=True)
+    files.remove(saxpy.root)
+    copy = Pipeline.load(tmp_path / "copy", Settings())
+    texts = [
+        path.read_text() for path in (*(copy.scratch / "stages").iterdir(), *copy.wheelhouse.path.glob("receipts/*"))
+    ]
+    assert texts
+    assert not [text for text in texts if str(saxpy.root) in text]
+    assert run(copy) in ([], ["toolchain"]), "the copied compilers have other inodes and are hashed again"
+    assert run(copy) == []
+    for receipt in copy.wheelhouse.path.glob("receipts/*"):
+        receipt.unlink()
+    assert run(Pipeline.load(copy.root, Settings())) == ["wheels"], "tree, environment and built wheel are intact"
 
 
 @pytest.mark.slow
@@ -100,12 +127,13 @@ def test_a_wheel_that_vanished_or_rotted_is_made_again(saxpy: Pipeline) -> None:
 @pytest.mark.slow
 def test_a_wheel_with_other_bytes_is_looked_at_again_though_its_inputs_are_the_same(saxpy: Pipeline) -> None:
     run(saxpy)
-    for kept in (stages(saxpy)["wheels"].record, *saxpy.wheelhouse.path.glob("*.whl")):
+    for kept in (stages(saxpy)["wheels"].path, *saxpy.wheelhouse.path.glob("*.whl")):
         files.remove(kept)
     assert run(saxpy) == ["wheels"]
     built = stages(saxpy)["build"]
-    files.write_json(built.record, {**built.kept(), "results": {**built.results(), "sha256": "another"}})
-    assert stages(saxpy)["check"].key() != stages(saxpy)["check"].kept()["key"]
+    record = files.read_json(built.path)
+    files.write_json(built.path, {**record, "results": {**record["results"], "sha256": "another"}})
+    assert stages(saxpy)["check"].key() != stages(saxpy)["check"].finished().key
 
 
 @pytest.mark.slow
@@ -205,7 +233,7 @@ def test_sbom_and_provenance_of_a_wheel_say_all_that_it_was_made_of_with_hashes(
     assert hashes["lock", lock.name] == lock.sha256
     assert entries
     assert {("package", one.name): one.sha256 for one in entries}.items() <= hashes.items()
-    home = saxpy.package(recipe).toolchain().home
+    home = saxpy.toolchain.result().home
     assert {name: hashes.get(("compiler", name)) for name in COMPILERS} == {
         name: (files.sha256(home / name),) for name in COMPILERS
     }

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +20,36 @@ from voltforge.errors import VoltforgeError
 from voltforge.pipeline import stage as module
 from voltforge.pipeline.stage import Changed, NotRun, Stage, changed
 from voltforge.system import files
+from voltforge.system.records import CheckoutPath
+
+
+@dataclass(frozen=True)
+class Product:
+    path: CheckoutPath
 
 
 class Work:
     """A stage whose work is to write a file, and that counts how often it is done."""
 
-    def __init__(self, folder: Path, name: str = "tree:vllm", unless: Stage | None = None) -> None:
+    def __init__(self, folder: Path, name: str = "tree:vllm", unless: Callable[[], bool] = lambda: False) -> None:
         self.inputs: dict[str, Any] = {"source": "abc"}
         self.product = folder / f"{name}.product"
         self.runs = 0
         self.fails: BaseException | None = None
         self.stage = Stage(
-            name, folder / "records" / f"{name}.json", lambda: self.inputs, self.make, self.intact, unless=unless
-        )
+            name, folder / "records" / f"{name}.json", folder, Product, lambda: self.inputs, self.make, self.seal,
+            unless=unless,
+        )  # fmt: skip
 
-    def make(self, key: str) -> dict[str, Any]:
+    def make(self, key: str) -> Product:
         self.runs += 1
         if self.fails:
             raise self.fails
         self.product.write_text(key)
-        return {"path": str(self.product)}
+        return Product(self.product)
 
-    def intact(self, results: Any) -> bool:
-        return Path(results["path"]).exists()
+    def seal(self, product: Product) -> str:
+        return files.sha256(product.path)
 
 
 @pytest.fixture
@@ -55,11 +63,13 @@ def test_a_stage_runs_once_and_keeps_what_it_was_made_of(work):
     work.stage.run()
     assert work.runs == 1
     assert work.stage.current()
-    kept = json.loads(work.stage.record.read_text())
-    results = {"path": str(work.product)}
-    assert kept == {"stage": "tree:vllm", "key": work.stage.key(), "inputs": {"source": "abc"}, "results": results}
+    kept = json.loads(work.stage.path.read_text())
+    assert kept == {
+        "stage": "tree:vllm", "key": work.stage.key(), "inputs": {"source": "abc"},
+        "results": {"path": work.product.name}, "seal": files.sha256(work.product),
+    }  # fmt: skip
     assert work.product.read_text() == kept["key"]
-    assert work.stage.results() == results
+    assert work.stage.result() == Product(work.product)
 
 
 def test_a_changed_input_makes_it_run_again(work):
@@ -68,7 +78,7 @@ def test_a_changed_input_makes_it_run_again(work):
     assert not work.stage.current()
     work.stage.run()
     assert work.runs == 2
-    assert work.stage.kept()["inputs"] == {"source": "abd"}
+    assert work.stage.finished().inputs == {"source": "abd"}
 
 
 def test_a_new_version_of_the_pipeline_makes_it_run_again(work, monkeypatch):
@@ -87,15 +97,15 @@ def test_a_product_that_is_gone_makes_it_run_again(work):
 
 def test_a_record_that_is_gone_makes_it_run_again(work):
     work.stage.run()
-    work.stage.record.unlink()
+    work.stage.path.unlink()
     assert not work.stage.current()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '"text"', "{}", '{"key": "x"}', '{"results": 3}', "\0\1"])
 def test_a_record_that_makes_no_sense_is_none(work, content):
-    work.stage.record.parent.mkdir()
-    work.stage.record.write_text(content)
-    assert work.stage.kept() is None
+    work.stage.path.parent.mkdir()
+    work.stage.path.write_text(content)
+    assert work.stage.record() is None
     assert not work.stage.current()
     work.stage.run()
     assert work.stage.current()
@@ -120,7 +130,7 @@ def test_work_that_fails_leaves_no_record_not_even_the_old_one(work, problem):
     work.inputs, work.fails = {"source": "abd"}, problem
     with pytest.raises(type(problem)):
         work.stage.run()
-    assert not work.stage.record.exists()
+    assert not work.stage.path.exists()
     work.inputs = {"source": "abc"}
     assert not work.stage.current()
 
@@ -130,13 +140,15 @@ def test_a_killed_run_leaves_no_record(tmp_path):
         import os, signal, sys
         from pathlib import Path
         from voltforge.pipeline.stage import Stage
+        from voltforge.sources.tree import Tree
         def make(key):
             if sys.argv[2] == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
-            return {}
-        one = Stage("one", Path(sys.argv[1]), lambda: {"for": sys.argv[2]}, make, lambda _: True)
-        one.run()
-        print(one.current())
+            return Tree(Path("/tree"), 1)
+        record = Path(sys.argv[1])
+        stage = Stage("tree:x", record, record.parent, Tree, lambda: {"for": sys.argv[2]}, make)
+        stage.run()
+        print(stage.current())
     """
     record = tmp_path / "record.json"
     words = [sys.executable, "-c", script, str(record)]
@@ -148,7 +160,7 @@ def test_a_killed_run_leaves_no_record(tmp_path):
 def test_an_input_that_changes_during_the_work_leaves_no_record_and_is_named(work):
     make = work.stage.make
 
-    def slow(key: str) -> dict[str, Any]:
+    def slow(key: str) -> Product:
         work.inputs = {"source": "abd", "patches": {"0001.patch": "1234"}}
         return make(key)
 
@@ -156,12 +168,12 @@ def test_an_input_that_changes_during_the_work_leaves_no_record_and_is_named(wor
     with pytest.raises(Changed) as caught:
         moving.run()
     assert caught.value.what == (
-        "changed while tree:vllm was at work, so that nothing of it was kept:"
+        "inputs changed while tree:vllm was running; its result was discarded:"
         '\n  - patches: (none) -> {"0001.patch": "1234"}\n  - source: abc -> abd'
     )
-    assert not work.stage.record.exists()
+    assert not work.stage.path.exists()
     moving.run()
-    assert moving.kept()["inputs"] == work.inputs
+    assert moving.finished().inputs == work.inputs
 
 
 def test_what_a_stage_before_was_made_of_must_not_change_either(work, tmp_path):
@@ -171,7 +183,7 @@ def test_what_a_stage_before_was_made_of_must_not_change_either(work, tmp_path):
         built.run()
     work.stage.run()
     work.inputs = {"source": "abd"}
-    with pytest.raises(Changed, match="changed while build:vllm was at work"):
+    with pytest.raises(Changed, match="inputs changed while build:vllm was running"):
         built.run()
     assert after.runs == 0
     work.stage.run()
@@ -182,15 +194,15 @@ def test_what_a_stage_before_was_made_of_must_not_change_either(work, tmp_path):
 def test_what_a_stage_before_made_must_be_whole_until_the_end(work, tmp_path):
     after = Work(tmp_path, "build:vllm")
 
-    def spoiling(key: str) -> dict[str, Any]:
+    def spoiling(key: str) -> Product:
         work.product.unlink()
         return after.make(key)
 
     built = replace(after.stage, after=lambda: [work.stage], make=spoiling)
     work.stage.run()
-    with pytest.raises(Changed, match="what tree:vllm made: whole -> changed or gone"):
+    with pytest.raises(Changed, match="the result of tree:vllm: complete -> changed or missing"):
         built.run()
-    assert not built.record.exists()
+    assert not built.path.exists()
 
 
 NESTED = st.recursive(
@@ -224,24 +236,24 @@ def test_changes_are_named_from_the_outside_in(work):
 
 def test_results_before_a_run_are_refused_with_what_to_do(work):
     with pytest.raises(NotRun) as caught:
-        work.stage.results()
+        work.stage.result()
     assert (caught.value.what, caught.value.hint) == ("tree:vllm has not run", "./doit tree:vllm")
 
 
 def test_inputs_that_need_a_stage_that_has_not_run_are_not_current(work, tmp_path):
     after = Work(tmp_path, "build:vllm")
-    built = Stage("build:vllm", after.stage.record, lambda: work.stage.results(), after.make, after.intact)
+    built = replace(after.stage, inputs=lambda: {"tree": work.stage.result().path.name})
     assert not built.current()
     work.stage.run()
     built.run()
     assert built.current()
-    work.stage.record.unlink()
+    work.stage.path.unlink()
     assert not built.current()
 
 
 def test_a_later_stage_that_is_current_makes_this_one_needless(tmp_path):
     later = Work(tmp_path, "wheels:vllm")
-    earlier = Work(tmp_path, "build:vllm", unless=later.stage)
+    earlier = Work(tmp_path, "build:vllm", unless=later.stage.current)
     assert not earlier.stage.current()
     later.stage.run()
     assert earlier.stage.current()
@@ -254,7 +266,15 @@ def test_a_later_stage_that_is_current_makes_this_one_needless(tmp_path):
 
 
 def test_a_record_that_cannot_be_written_leaves_the_stage_undone(work):
-    work.stage.record.mkdir(parents=True)
+    work.stage.path.mkdir(parents=True)
     with pytest.raises(OSError, match=os.strerror(21)):
         work.stage.run()
     assert not work.stage.current()
+
+
+def test_a_stage_that_is_required_runs_though_a_later_result_makes_it_unnecessary(tmp_path):
+    work = Work(tmp_path, unless=lambda: True)
+    work.stage.run()
+    assert work.runs == 0
+    assert work.stage.required() == Product(work.product)
+    assert work.runs == 1

@@ -55,13 +55,15 @@ def small_checkout(root: Path, settings: Settings | None = None) -> Pipeline:
     locks, downloads = root / "recipes" / "locks", root / "build" / "downloads"
     for folder in (locks, downloads):
         folder.mkdir(parents=True)
-    for lock in ("cuda-12.4.txt", "cuda-12.8.txt"):
+    for lock in ("cuda-12.4.txt", "cuda-12.8.txt", "driver.txt"):
         shutil.copy(ROOT / "recipes" / "locks" / lock, locks)
     shutil.copy(ROOT / "recipes" / "cuda.toml", root / "recipes")
     shutil.copy(PACKAGES / "saxpy-build.txt", locks / "saxpy.txt")
-    (root / "build" / "toolchains").symlink_to(ROOT / "build" / "toolchains")
     (root / "build" / "stages").mkdir()
-    os.link(ROOT / "build" / "stages" / "toolchain.json", root / "build" / "stages" / "toolchain.json")
+    for name in ("toolchains", "driver-stub"):
+        (root / "build" / name).symlink_to(ROOT / "build" / name)
+    for name in ("toolchain.json", "driver-stub.json"):
+        os.link(ROOT / "build" / "stages" / name, root / "build" / "stages" / name)
     sdist = pack(PACKAGES / "saxpy", downloads / "saxpy-1.0.tar.gz")
     (root / "recipes" / "saxpy.toml").write_text(SAXPY.format(sha256=files.sha256(sdist)))
     return Pipeline.load(root, settings or Settings())

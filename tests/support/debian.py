@@ -97,7 +97,7 @@ def workshop(
     """A place for the build with the recipe's options, but for what 2.6.0 and Debian do not have, and ``env``."""
     recipe = pipeline.recipes["torch"]
     assert isinstance(recipe, SourceRecipe)
-    pipeline.package(recipe).stage("environment").run()
+    pipeline.package(recipe).stages["environment"].run()
     environment = Environment(pipeline.scratch / "environments" / "torch-build")
     around = sandbox.choose("auto")
     system = f"{around.place('tree', work / 'tree')}/deb/usr"

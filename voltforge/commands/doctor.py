@@ -165,7 +165,7 @@ def _index(pipeline: Pipeline) -> Iterator[Check]:
         yield Check("package index", "note", "VOLTFORGE_OFFLINE is set: it is never asked")
         return
     for recipe in pipeline.recipes.values():
-        source = pipeline.package(recipe).source
+        source = pipeline.package(recipe).maker.source
         if source.index:
             try:
                 pipeline.store.indexes.find(source.index, source.file)
@@ -175,7 +175,7 @@ def _index(pipeline: Pipeline) -> Iterator[Check]:
 
 
 def _upstream(pipeline: Pipeline) -> Iterator[Check]:
-    for source in (pipeline.package(recipe).source for recipe in pipeline.recipes.values()):
+    for source in (pipeline.package(recipe).maker.source for recipe in pipeline.recipes.values()):
         if not source.url:
             continue
         if pipeline.store.holds(source.artifact):
@@ -201,12 +201,12 @@ def _compiler(pipeline: Pipeline) -> Iterator[Check]:
             continue
         yield Check("CUDA compiler", "ok", f"{home}, CUDA {toolchain.nvcc_version(home)}")
         return
-    kept = pipeline.toolchain.kept()
-    if kept:
+    record = pipeline.toolchain.record()
+    if record:
         yield Check(
             "CUDA compiler",
             "ok",
-            f"CUDA {kept['results']['version']} ({kept['results']['origin']}), put together before",
+            f"CUDA {record.result.version} ({record.result.origin}), put together before",
         )
         return
     mirrors = distro.mirrors()

@@ -128,7 +128,7 @@ _AREAS = (
     _Area("thin", rf"\.thin-{_RANDOM}/", "of a run that was cut short", LEFT_OVER, outside_turns=True),
 )
 """The first one that fits a name counts."""
-_STAYS = ("cache", "gate", "history")
+_STAYS = ("cache", "driver-stub", "gate", "history")
 """Folders of build/ in which nothing is too much: ccache keeps its own within bounds."""
 _FOLDERS = tuple(dict.fromkeys(area.folder for area in _AREAS))
 _OUTSIDE = frozenset(area.folder for area in _AREAS if area.outside_turns)
@@ -292,7 +292,7 @@ def _sources(pipeline: Pipeline, known: _Known) -> Iterator[Path]:
 def _artifacts(pipeline: Pipeline, known: _Known) -> Iterator[Artifact]:
     for recipe in known.recipes:
         try:
-            yield pipeline.package(recipe).source.artifact
+            yield pipeline.package(recipe).maker.source.artifact
         except VoltforgeError:  # there is no stock wheel for the Python that runs: for another one it may be any
             yield from (source.artifact for source in getattr(recipe, "wheels", ()))
     for provision in (pipeline.cuda.redist, pipeline.cuda.distro):
@@ -312,13 +312,12 @@ def _toolkits(pipeline: Pipeline) -> Iterator[Path]:
     """The toolkit and the driver's stub of the record, by their names: a checkout may have been moved."""
     folder = pipeline.scratch / "toolchains"
     try:
-        results = pipeline.toolchain.results()
-        home, stub = Path(results["home"]), Path(results["driver_stub"])
+        home = pipeline.toolchain.result().home
         stands = home.is_dir() or (folder / home.name).is_dir()
     except CANNOT_TELL:
         stands = False
     if stands:
-        yield from (folder / home.name, folder / stub.name)
+        yield folder / home.name
     else:
         yield from _matching(folder, _TOOLKIT)
 
@@ -330,7 +329,7 @@ def _made(pipeline: Pipeline, recipe: SourceRecipe | ThinRecipe) -> Iterator[Pat
     if isinstance(recipe, SourceRecipe):
         yield from (scratch / "trees" / name, scratch / "environments" / recipe.beside(recipe.build.lock).stem)
     try:
-        built = Path(pipeline.package(recipe).stage("build").results()["path"])
+        built = pipeline.package(recipe).build.result().path
     except CANNOT_TELL:
         yield from _called(scratch / "wheels", name)
     else:
@@ -349,8 +348,8 @@ def _work(pipeline: Pipeline, known: _Known, name: str) -> Iterator[Path]:
     yield from (path for path, changed in there.items() if changed == max(there.values()))
     packages = [pipeline.package(recipe) for recipe in known.recipes if recipe.name == name]
     try:
-        today = [package.made_of() for package in packages if isinstance(package.recipe, SourceRecipe)]
-        last = packages[0].stage("build").kept()["inputs"]
+        today = [package.maker.inputs() for package in packages if isinstance(package.recipe, SourceRecipe)]
+        last = packages[0].build.finished().inputs
         kept = [receipt["inputs"] for receipt in known.receipts if receipt["results"]["name"] == name]
         compiled = [made_of for made_of in (*today, last, *kept) if set(SETTINGS) <= set(made_of)]
         keys = [files.digest({setting: made_of[setting] for setting in SETTINGS}) for made_of in compiled]
@@ -369,8 +368,8 @@ def _changed(path: Path) -> int:
 
 def _records(pipeline: Pipeline, runtime: Runtime, known: _Known) -> Iterator[Path]:
     """The records of all stages, and any other of which it cannot be told that its recipe is gone."""
-    stages = [stage for recipe in known.recipes for stage in pipeline.package(recipe).stages().values()]
-    yield from (stage.record for stage in (*stages, pipeline.toolchain, runtime.base, runtime.image))
+    stages = [stage for recipe in known.recipes for stage in pipeline.package(recipe).stages.values()]
+    yield from (stage.path for stage in (*stages, runtime.base, runtime.image))
     for path in _matching(pipeline.scratch / "stages", _JSON):
         try:
             gone = files.read_json(path)["stage"].split(":")[1] not in known.names
@@ -382,7 +381,7 @@ def _records(pipeline: Pipeline, runtime: Runtime, known: _Known) -> Iterator[Pa
 
 def _images(runtime: Runtime) -> Iterator[Path]:
     try:
-        yield runtime.folder / Path(runtime.image.results()["path"]).name
+        yield runtime.folder / runtime.image.result().path.name
     except CANNOT_TELL:
         yield from _matching(runtime.folder, _IMAGE)
 

@@ -144,12 +144,12 @@ def image(pipeline: Pipeline, runtime: Runtime) -> Comparison:
         NotReproducible: the second is another; its checkout is kept.
         VoltforgeError: there is no first, or the second build fails.
     """
-    first = Path(runtime.image.results()["path"])
+    first = runtime.image.result().path
     second = prepare(pipeline, "image", made=first.stat().st_mtime, same_user="the engine has a way of its own")
     shutil.copytree(pipeline.wheelhouse.path, second.root / "wheelhouse", copy_function=shutil.copy)
     with _store_apart(second) as apart:
         _build(pipeline, apart, "image", "image")
-    again = Path(Runtime(Pipeline.load(second.root, pipeline.settings)).image.results()["path"])
+    again = Runtime(Pipeline.load(second.root, pipeline.settings)).image.result().path
     return _judged(pipeline, second, "image", first, again)
 
 

@@ -6,7 +6,7 @@ import errno
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -76,36 +76,14 @@ def loaded(root: Path, variable: Callable[[str, str], str]) -> Pipeline:
         raise InvalidDodoFile(str(error)) from error
 
 
-def reporter(pipeline: Pipeline) -> type[Reporter]:
-    """The reporter for one pipeline, which learns from doit what the run is about to need."""
-
-    class Knowing(Reporter):
-        def initialize(self, tasks: Mapping[str, Any], selected_tasks: Sequence[str]) -> None:
-            pipeline.needed.update(needed(tasks, selected_tasks))
-
-    return Knowing
-
-
-def needed(tasks: Mapping[str, Any], selected: Sequence[str]) -> set[str]:
-    """The names of doit's tasks that are selected, and of all that must run before them."""
-    found: set[str] = set()
-    pending = list(selected)
-    while pending:
-        name = pending.pop()
-        if name not in found and name in tasks:
-            found.add(name)
-            pending += tasks[name].task_dep
-    return found
-
-
 def each(pipeline: Pipeline, kind: str) -> Iterator[dict[str, Any]]:
     """A task for every package that has a stage of that kind."""
     for recipe in pipeline.recipes.values():
-        if stage := pipeline.package(recipe).stages().get(kind):
+        if stage := pipeline.package(recipe).stages.get(kind):
             yield {**of(stage, pipeline), "name": recipe.name, "doc": recipe.summary}
 
 
-def of(stage: Stage, checkout: Checkout) -> dict[str, Any]:
+def of(stage: Stage[Any], checkout: Checkout) -> dict[str, Any]:
     """The task of one stage: it runs unless the stage's own record says that there is nothing to do."""
     history, turn = checkout.history, checkout.turn
 
@@ -123,6 +101,12 @@ def of(stage: Stage, checkout: Checkout) -> dict[str, Any]:
 
     before = [one.name for one in stage.after()]
     return {**action(timed), "uptodate": [nothing_to_do], "task_dep": before}
+
+
+def downloads(pipeline: Pipeline) -> dict[str, Any]:
+    """The task that downloads the sources of all packages at once. Offline each ``fetch`` says what it lacks."""
+    nothing_to_do = lambda: pipeline.store.offline or not pipeline.missing_sources()  # noqa: E731
+    return {**action(pipeline.download, turn=pipeline.turn), "uptodate": [nothing_to_do]}
 
 
 def action(

@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from packaging.version import Version
 
 from voltforge.binary import elf
+from voltforge.compile import driver_stub
 from voltforge.errors import VoltforgeError, listed
 from voltforge.sources import environment, materials, tree
 from voltforge.sources.fetch import MOST, Artifact, NotFetchedError, Store
@@ -20,6 +21,7 @@ from voltforge.sources.materials import Material
 from voltforge.sources.recipe import CudaRecipe, Provision
 from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
+from voltforge.system.records import CheckoutPath
 
 CHOICES = ("auto", "system", "redist", "distro")
 COMPILERS = (
@@ -59,8 +61,6 @@ CUDAFE_FLAGS      +=
 PTXAS_FLAGS       +=
 """
 """nvcc's own configuration, in the form of the toolkits' bin/nvcc.profile."""
-STUB_STATUS = 34
-"""CUDA_ERROR_STUB_LIBRARY of cuda.h: what every function of the stub driver returns."""
 
 
 class ToolchainError(VoltforgeError):
@@ -87,16 +87,18 @@ class HostCompiler:
 class Toolchain:
     """A CUDA toolkit and the C++ compiler behind it."""
 
-    home: Path
+    home: CheckoutPath
     origin: str
     """``system``, ``redist`` or ``distro``."""
     version: str
     """nvcc's version: ``12.4.131``."""
     host: HostCompiler
-    driver_stub: Path
-    """A folder with a ``libcuda.so.1`` that exports what cuda.h declares and drives nothing."""
     identity: Mapping[str, str]
-    """What decides the code that comes out: SHA-256 of each compiler by its name, and the headers' origin."""
+    """What decides the machine code: the SHA-256 of each compiler by its name, and the origin of the headers."""
+    programs: Mapping[str, CheckoutPath] = field(default_factory=dict)
+    """The files of the compilers by the names of :attr:`identity`."""
+    materials: tuple[Material, ...] = ()
+    """The compilers, and the archives and wheels that the toolkit was put together from."""
 
     @property
     def tag(self) -> str:
@@ -121,7 +123,7 @@ def select(
     if choice not in CHOICES:
         raise VoltforgeError(f"cuda={choice} is no choice", hint=f"one of {', '.join(CHOICES)}")
     makers: dict[str, Callable[[], Toolchain]] = {
-        "system": lambda: _system(recipe, folder, environ),
+        "system": lambda: _system(recipe, environ),
         "redist": lambda: _provided(recipe, recipe.redist, "redist", store, folder, environ),
         "distro": lambda: _provided(recipe, recipe.distro, "distro", store, folder, environ),
     }
@@ -213,51 +215,23 @@ def host_compiler(home: Path, environ: Mapping[str, str] = os.environ) -> HostCo
     raise ToolchainError([f"its newest C++ compiler is g++ {newest} ({said}); apt-get install g++-{newest}"])
 
 
-def made_with(toolchain: Toolchain, recipe: CudaRecipe) -> list[Material]:
-    """Every compiler by the hash of its content, and what the toolkit was put together from if it was."""
-    made = [
-        Material(
-            name, "compiler", toolchain.host.version if name.startswith("g++/") else toolchain.version, "", (hash,)
-        )
-        for name, hash in toolchain.identity.items()
-        if name in COMPILERS or name.startswith("g++/")
-    ]
-    provision = {"redist": recipe.redist, "distro": recipe.distro}.get(toolchain.origin)
-    if provision:
-        made += [replace(materials.of_source(archive), kind="compiler") for archive in provision.archives]
-        made += materials.of_lock(recipe.beside(provision.lock))
-    return made
+def state(toolchain: Toolchain) -> dict[str, list[int]]:
+    """Return size, time (ns) and inode of every compiler: while they stay, the compilers need not be hashed again.
+
+    Raises:
+        OSError: a compiler is missing.
+    """
+    found = {name: path.stat() for name, path in toolchain.programs.items()}
+    return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found.items()}
 
 
-def signature(toolchain: Toolchain) -> dict[str, list[int]]:
-    """Size, time and inode of every compiler: as long as they stand, the identity need not be hashed again."""
-    paths = [*(toolchain.home / name for name in COMPILERS), *_host_parts(toolchain.host).values()]
-    return {str(path): _stood(path) for path in paths}
-
-
-def stands(signature: Mapping[str, list[int]]) -> bool:
-    """Whether every compiler of a signature is as it was."""
-    return all(_stood(Path(path)) == stood for path, stood in signature.items())
-
-
-def _stood(path: Path) -> list[int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return []
-    return [found.st_size, found.st_mtime_ns, found.st_ino]
-
-
-def _system(recipe: CudaRecipe, folder: Path, environ: Mapping[str, str]) -> Toolchain:
+def _system(recipe: CudaRecipe, environ: Mapping[str, str]) -> Toolchain:
     reasons = []
     for home in candidates(environ):
         if reason := unsuitable(recipe, home):
             reasons.append(reason)
         else:
-            release = nvcc_version(home)
-            key = files.digest([str(home), release, files.sha256(home / "include/cuda.h")])[:12]
-            stub = folder / f"driver-stub-{key}"
-            return _described(home, "system", f"toolkit {release}", stub, environ)
+            return _described(home, "system", f"toolkit {nvcc_version(home)}", host_compiler(home, environ))
     raise ToolchainError(reasons or ["neither CUDA_HOME nor an nvcc on PATH"])
 
 
@@ -278,7 +252,11 @@ def _provided(
         )
         with files.replacing_folder(home) as beside:
             _assemble(archives, lock, store, beside)
-    return _described(home, origin, f"lock {libraries}", home / "lib64" / "stubs", environ)
+    host = host_compiler(home, environ)
+    if not (home / "lib64/stubs" / driver_stub.SONAME).exists():
+        driver_stub.compile_stub(home / "include", home / "lib64/stubs", host.cc)
+    made_from = [replace(materials.of_source(archive), kind="compiler") for archive in provision.archives]
+    return _described(home, origin, f"lock {libraries}", host, [*made_from, *materials.of_lock(lock)])
 
 
 def _assemble(archives: Sequence[Artifact], lock: Path, store: Store, home: Path) -> None:
@@ -317,39 +295,21 @@ def _place(name: str) -> str | None:
     return None
 
 
-def _described(home: Path, origin: str, libraries: str, stub: Path, environ: Mapping[str, str]) -> Toolchain:
-    host = host_compiler(home, environ)
-    if not (stub / "libcuda.so.1").exists():
-        make_driver_stub(home / "include", stub, host)
-    identity = {name: files.sha256(home / name) for name in COMPILERS}
-    identity |= {f"g++/{name}": files.sha256(path) for name, path in _host_parts(host).items()}
-    identity["headers and libraries"] = libraries
-    identity["g++"] = host.version
-    return Toolchain(home, origin, nvcc_version(home), host, stub, identity)
+def _described(
+    home: Path, origin: str, libraries: str, host: HostCompiler, made_from: Sequence[Material] = ()
+) -> Toolchain:
+    host_parts = {f"g++/{name}": path for name, path in _host_parts(host).items()}
+    programs = {**{name: home / name for name in COMPILERS}, **host_parts}
+    hashes = {name: files.sha256(path) for name, path in programs.items()}
+    version = nvcc_version(home)
+    compilers = [
+        Material(name, "compiler", host.version if name in host_parts else version, "", (sha256,))
+        for name, sha256 in hashes.items()
+    ]
+    identity = {**hashes, "headers and libraries": libraries, "g++": host.version}
+    return Toolchain(home, origin, version, host, identity, programs, (*compilers, *made_from))
 
 
 def _host_parts(host: HostCompiler) -> dict[str, Path]:
     asked = {name: run([host.cxx, f"-print-prog-name={name}"]).output.strip() for name in HOST_PARTS}
     return {name: Path(shutil.which(found) or found).resolve() for name, found in asked.items()}
-
-
-def make_driver_stub(include: Path, folder: Path, host: HostCompiler) -> None:
-    """A ``libcuda.so.1`` that exports every function that ``cuda.h`` declares, old versions included.
-
-    A stub without symbols would make the linker drop the driver from NEEDED, and what is linked would not load.
-    """
-    header = '#include "cuda.h"\n'
-    names: set[str] = set()
-    files.write(folder / "declarations.c", header)
-    for flag in ("-U__CUDA_API_VERSION_INTERNAL", "-D__CUDA_API_VERSION_INTERNAL"):
-        text = run([host.cc, "-E", "-P", flag, f"-I{include}", folder / "declarations.c"]).output
-        names |= set(re.findall(r"\bCUresult\s+(cu[A-Z]\w*)\s*\(", text))
-    source = "".join(f"int {name}(void) {{ return {STUB_STATUS}; }}\n" for name in sorted(names))
-    files.write(folder / "stub.c", source)
-    library = folder / "libcuda.so.1"
-    run([host.cc, "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-o", f"{library}.new", folder / "stub.c"])
-    (folder / "libcuda.so").unlink(missing_ok=True)
-    (folder / "libcuda.so").symlink_to("libcuda.so.1")
-    Path(f"{library}.new").replace(library)
-    for name in ("declarations.c", "stub.c"):
-        (folder / name).unlink()

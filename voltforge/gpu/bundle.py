@@ -7,17 +7,18 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from voltforge.errors import VoltforgeError
 from voltforge.gpu import cuda_kernels, triton_kernels
-from voltforge.pipeline.pipeline import STAGES, Pipeline
+from voltforge.pipeline.pipeline import Pipeline
 from voltforge.pipeline.stage import Stage, Values
 from voltforge.sources import environment
 from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
+from voltforge.system.records import CheckoutPath
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 """For which a bundle brings the bindings of the driver."""
@@ -66,7 +67,17 @@ class GpuError(VoltforgeError):
     """A row that is not right."""
 
 
-def bundle(pipeline: Pipeline) -> Stage:
+@dataclass(frozen=True)
+class GpuBundle:
+    """A file with kernels, inputs and references that runs on a machine with a card."""
+
+    path: CheckoutPath
+    sha256: str
+    rows: int
+    launches: int
+
+
+def bundle(pipeline: Pipeline) -> Stage[GpuBundle]:
     """The stage that makes the bundle of the kept wheel's kernels; its result names the file."""
 
     def inputs() -> Values:
@@ -81,17 +92,8 @@ def bundle(pipeline: Pipeline) -> Stage:
             "runtime": files.sha256(pipeline.root / "recipes" / "locks" / "vllm-runtime.txt"),
         }
 
-    def intact(results: Values) -> bool:
-        path = Path(results["path"])
-        return path.is_file() and files.sha256(path) == results["sha256"]
-
-    return Stage(
-        "gpu-bundle",
-        pipeline.record("gpu-bundle"),
-        inputs,
-        lambda _: _make(pipeline),
-        intact,
-        lambda: [pipeline.toolchain],
+    return pipeline.stage(
+        "gpu-bundle", GpuBundle, inputs, lambda _: _make(pipeline), lambda made: files.sha256(made.path)
     )
 
 
@@ -103,11 +105,11 @@ def verify(pipeline: Pipeline) -> None:
         GpuError: a row is not right.
         NotRun: there is no bundle.
     """
-    made = results(pipeline)
+    made = bundle(pipeline).result()
     told = pipeline.scratch / "gpu" / "verdicts.json"
     told.unlink(missing_ok=True)
     console.step("run the kernels of 7.0 on this machine's card")
-    _answered([sys.executable, made["path"], "--json", told], made["rows"] * ROW + MODELS, "not every row is right")
+    _answered([sys.executable, made.path, "--json", told], made.rows * ROW + MODELS, "not every row is right")
     if tuple(json.loads(told.read_text())["card"]["capability"]) == (7, 0):
         console.step("run a small model with the kept wheel")
         with triton_kernels.installed(pipeline) as settled:
@@ -142,17 +144,17 @@ def _lock(pipeline: Pipeline) -> Path:
     return pipeline.root / "recipes" / "locks" / "gpu-runner.txt"
 
 
-def _make(pipeline: Pipeline) -> Values:
+def _make(pipeline: Pipeline) -> GpuBundle:
+    # Imported here, because a checkout can lack volta/.
     from volta.gpu import rows
-    from volta.gpu_rows import (
-        cuda_kernels as cuda_rows,  # which a checkout without volta/ can do without until it is asked for this
-    )
+    from volta.gpu_rows import cuda_kernels as cuda_rows
 
     wheel = triton_kernels.kept(pipeline)
     path = pipeline.scratch / "gpu" / f"voltforge-gpu-{wheel.version.public}-sm70.pyz"
-    package = pipeline.package(pipeline.recipes["vllm"])
-    for kind in STAGES[: STAGES.index("build") + 1]:  # a kept wheel makes them needless, but its sources are needed
-        replace(package.stage(kind), unless=None).run()
+    for stage in pipeline.package(pipeline.recipes["vllm"]).stages.values():
+        stage.required()  # a kept wheel makes most stages unnecessary, but their results are needed
+        if stage.name.startswith("build:"):
+            break
     images = cuda_kernels.images(pipeline)
     with tempfile.TemporaryDirectory(dir=_folder(path.parent)) as scratch:
         recorded = Path(scratch) / "triton.zip"
@@ -183,7 +185,7 @@ def _make(pipeline: Pipeline) -> Values:
     shown = path.relative_to(pipeline.root)
     console.note(f"{shown}, {files.size(size)}: {len(everything)} rows, {launches} launches")
     console.note(f"on a machine with an NVIDIA card, Python and numpy: python3 {path.name}")
-    return {"path": str(path), "sha256": files.sha256(path), "rows": len(everything), "launches": launches}
+    return GpuBundle(path, files.sha256(path), len(everything), launches)
 
 
 def _program(pipeline: Pipeline, scratch: Path) -> Iterator[tuple[str, bytes]]:
@@ -205,8 +207,3 @@ def _program(pipeline: Pipeline, scratch: Path) -> Iterator[tuple[str, bytes]]:
 def _folder(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def results(pipeline: Pipeline) -> Any:
-    """What the bundle's stage has kept: its path, its hash, how many rows and launches."""
-    return bundle(pipeline).results()

@@ -19,9 +19,7 @@ from voltforge.compile.build import Workshop
 from voltforge.compile.sandbox import Sandbox
 from voltforge.compile.toolchain import Toolchain
 from voltforge.errors import VoltforgeError
-from voltforge.pipeline.from_source import Compiled
 from voltforge.pipeline.pipeline import Pipeline
-from voltforge.sources.recipe import SourceRecipe
 from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
 
@@ -75,12 +73,12 @@ class Bench:
             ImageError: its work folder is gone, or is of other inputs than today's.
             NotRun: it was never built here.
         """
-        package = _package(pipeline)
-        stage = package.stage("build")
-        if stage.kept() and stage.kept()["key"] != stage.key():
+        vllm = pipeline.source_build("vllm")
+        record = vllm.build.record()
+        if record and record.key != vllm.build.key():
             raise ImageError("the build of vllm is of other sources or tools than today's", hint=HINT)
-        around = stage.results().get("sandbox", "")
-        shop = package.workshop(Sandbox(around) if around else sandbox.choose(pipeline.settings.sandbox))
+        around = vllm.build.result().sandbox
+        shop = vllm.workshop(Sandbox(around) if around else sandbox.choose(pipeline.settings.sandbox))
         tree = shop.folders["tree"]
         scripts = sorted(tree.glob("build/temp*/build.ninja")) if tree.is_dir() else []
         if not scripts:
@@ -152,16 +150,15 @@ def images(pipeline: Pipeline, sources: Sequence[str] = SOURCES) -> dict[str, Im
     """
     from volta.gpu.rows import Image
 
-    package = _package(pipeline)
-    kept = package.stage("build").kept()
-    wheel = package.stage("wheels").results()  # which says what to run where there is none
-    if kept is None:
+    build = pipeline.source_build("vllm").build.record()
+    wheel = pipeline.package(pipeline.recipes["vllm"]).wheels.result()  # fails with the command that makes one
+    if build is None:
         raise ImageError("there is no build of vllm here, only its wheel", hint=AGAIN)
-    key = files.digest({"build": kept["key"], "wheel": wheel["sha256"], "sources": list(sources), "making": MAKING})
+    key = files.digest({"build": build.key, "wheel": wheel.sha256, "sources": list(sources), "making": MAKING})
     folder = pipeline.scratch / "gpu" / "images" / key[:16]
     if not folder.is_dir():
         bench = Bench.of(pipeline)
-        shipped = cubins(pipeline.wheelhouse.path / wheel["file"], package.toolchain())
+        shipped = cubins(pipeline.wheelhouse.path / wheel.file, pipeline.toolchain.result())
         with files.replacing_folder(folder) as made:
             known: dict[str, Image] = {}
             for source in sources:
@@ -245,9 +242,8 @@ def the_wheels(image: Image, shipped: Sequence[bytes]) -> bytes:
 
 def shipped(pipeline: Pipeline, symbol: str) -> list[bytes]:
     """The cubins of the kept wheel that define a kernel, by its mangled name."""
-    package = _package(pipeline)
-    wheel = pipeline.wheelhouse.path / package.stage("wheels").results()["file"]
-    return [one for one in cubins(wheel, package.toolchain()) if symbol in kernels(one)]
+    wheel = pipeline.wheelhouse.path / pipeline.package(pipeline.recipes["vllm"]).wheels.result().file
+    return [one for one in cubins(wheel, pipeline.toolchain.result()) if symbol in kernels(one)]
 
 
 def entries(ptx: str) -> list[str]:
@@ -290,11 +286,3 @@ def _number(path: Path) -> list[int]:
 
 def _file(source: str, ending: str) -> str:
     return f"{source.replace('/', '-')}.{ending}"
-
-
-def _package(pipeline: Pipeline) -> Compiled:
-    recipe = pipeline.recipes["vllm"]
-    package = pipeline.package(recipe)
-    if not isinstance(package, Compiled) or not isinstance(recipe, SourceRecipe):
-        raise ImageError("the recipe of vllm compiles nothing")
-    return package

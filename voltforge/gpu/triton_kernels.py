@@ -12,7 +12,6 @@ from typing import Any
 from voltforge.binary.elf import system_libraries
 from voltforge.compile.jobs import count
 from voltforge.errors import VoltforgeError
-from voltforge.pipeline.package import Package
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.pipeline.stage import Values
 from voltforge.sources import environment
@@ -167,7 +166,7 @@ def surroundings(pipeline: Pipeline, packages: Path | None = None) -> dict[str, 
     path = os.pathsep.join(str(one) for one in (packages, pipeline.root) if one)
     variables |= {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if DRIVER not in system_libraries():
-        variables["LD_LIBRARY_PATH"] = str(pipeline.toolchain.results()["driver_stub"])
+        variables["LD_LIBRARY_PATH"] = str(pipeline.driver_stub.required().path)
     return variables
 
 
@@ -191,9 +190,8 @@ def installed(pipeline: Pipeline) -> Iterator[Environment]:
         VoltforgeError: there is no wheel of vLLM.
     """
     found = kept(pipeline)
-    pipeline.toolchain.run()
-    package: Package = pipeline.package(pipeline.recipes["vllm"])
-    settled = package.settled(package.recipe.beside(package.recipe.expect.lock), "vllm-kernels-verify")
+    recipe = pipeline.recipes["vllm"]
+    settled = pipeline.environment(recipe.beside(recipe.expect.lock), "vllm-kernels-verify")
     try:
         environment.install_wheel(settled, found.path)
         yield settled

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from packaging.tags import sys_tags
 
@@ -18,6 +20,7 @@ from voltforge.sources import distro, environment
 from voltforge.sources.environment import Environment
 from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
+from voltforge.system.records import CheckoutPath
 from voltforge.wheel.wheelfile import Wheel
 
 NAME = "localhost/voltforge"
@@ -41,6 +44,38 @@ HEALTHCHECK = {
 """In nanoseconds; a first start compiles for minutes."""
 
 
+@dataclass(frozen=True)
+class BaseImage:
+    """A root file system in the store of the container engine."""
+
+    tag: str
+    id: str
+    """The engine's digest of the image."""
+    size: int
+    """In bytes."""
+
+
+@dataclass(frozen=True)
+class ImageArchive:
+    """The runtime image as an OCI archive."""
+
+    path: CheckoutPath
+    sha256: str
+    size: int
+    """In bytes."""
+    tags: tuple[str, ...]
+    base_size: int
+    """Bytes of the base that voltforge made; 0 for a base from a registry."""
+    compressed: tuple[tuple[str, int], ...]
+    """Digest and bytes of each layer as it is in the archive."""
+    projects: Mapping[str, int]
+    """Bytes of each project."""
+    layers: Mapping[str, int]
+    """Bytes of each layer, uncompressed."""
+    left_out: tuple[Part, ...]
+    """Parts of the environment that the image does not need."""
+
+
 class Runtime:
     """The stages of the image: ``base`` and ``image``."""
 
@@ -49,24 +84,24 @@ class Runtime:
         self.folder = checkout.scratch / "image"
 
     @property
-    def base(self) -> Stage:
+    def base(self) -> Stage[BaseImage]:
         """A root file system of the distribution's own packages, for where no registry can be reached."""
-        return Stage("image:base", self.checkout.record("image:base"), self._packages, self._bootstrap, self._based)
+        return self.checkout.stage("image:base", BaseImage, self._packages, self._bootstrap, _present)
 
     @property
-    def image(self) -> Stage:
+    def image(self) -> Stage[ImageArchive]:
         """The archive."""
         # Without wheels that is said at once, and no base made before.
         there = all(any(self.checkout.wheelhouse.path.glob(f"{name}-*.whl")) for name in PROJECTS)
         first = [] if self.checkout.settings.base else [self.base]
-        after = [self.checkout.toolchain, *first] if there else []
-        return Stage("image", self.checkout.record("image"), self._made_of, self._build, _stands, lambda: after)
+        after: list[Stage[Any]] = first if there else []
+        seal = lambda archive: files.sha256(archive.path)  # noqa: E731
+        return self.checkout.stage("image", ImageArchive, self._made_of, self._build, seal, after=lambda: after)
 
     def why(self) -> None:
         """Print the sizes of the image, and what was left out and why; it must have been made."""
-        kept = self.image.results()
-        content = Content(kept["projects"], kept["layers"], tuple(Part(**part) for part in kept["left_out"]))
-        layers.why(content, kept["base_size"])
+        archive = self.image.result()
+        layers.why(Content(archive.projects, archive.layers, archive.left_out), archive.base_size)
 
     def wheels(self) -> dict[str, Wheel]:
         """The wheels of the wheelhouse that go in, by project, for the Python that runs.
@@ -96,7 +131,7 @@ class Runtime:
             "lock": files.sha256(self._lock()),
             "python": environment.interpreter(),
             "files": {name: files.sha256(docker / name) for name in ("Dockerfile", "start.py", "leave-out.toml")},
-            "base": chosen or self.base.results()["id"],
+            "base": chosen or self.base.result().id,
             "engine": str(container_engine.choose()),
             "code": {path.name: files.sha256(path) for path in CODE},
             "kernels": triton_kernels.inputs(self.checkout),
@@ -107,7 +142,7 @@ class Runtime:
 
     # What they do.
 
-    def _bootstrap(self, _: str) -> Values:
+    def _bootstrap(self, _: str) -> BaseImage:
         chosen, suite = container_engine.choose(), distro.codename()
         mirrors = distro.mirrors()
         if not suite or not mirrors:
@@ -136,14 +171,11 @@ class Runtime:
         size = root.stat().st_size
         files.remove(root)
         console.note(f"{tag}, {files.size(size)}")
-        return {"tag": tag, "id": chosen.identity(tag), "size": size}
+        return BaseImage(tag, str(chosen.identity(tag)), size)
 
-    def _based(self, results: Values) -> bool:
-        return container_engine.choose().identity(results["tag"]) == str(results["id"])
-
-    def _build(self, _: str) -> Values:
+    def _build(self, _: str) -> ImageArchive:
         chosen, wheels = container_engine.choose(), self.wheels()
-        base = self.checkout.settings.base or self.base.results()["tag"]
+        base = self.checkout.settings.base or self.base.result().tag
         vllm = wheels["vllm"].version.public
         tags = [f"{vllm}-sm70", "latest"]
         console.step(f"image {NAME}:{tags[0]} with {chosen}, of {', '.join(one.path.name for one in wheels.values())}")
@@ -182,11 +214,10 @@ class Runtime:
         console.note(
             f"{path.relative_to(self.checkout.root)}, {files.size(path.stat().st_size)}, {len(compressed)} layers"
         )
-        return {
-            "path": str(path), "sha256": files.sha256(path), "size": path.stat().st_size, "tags": tags,
-            "base_size": self._base_size(), "compressed": compressed, "projects": dict(content.projects),
-            "layers": sizes, "left_out": [asdict(part) for part in content.left_out],
-        }  # fmt: skip
+        return ImageArchive(
+            path, files.sha256(path), path.stat().st_size, tuple(tags), self._base_size(), tuple(compressed),
+            dict(content.projects), sizes, tuple(content.left_out),
+        )  # fmt: skip
 
     def _settle(self, wheels: dict[str, Wheel]) -> Environment:
         """An environment with what the lock names, and our own wheels in place of the lock's."""
@@ -208,12 +239,12 @@ class Runtime:
         return {name: str(receipt["key"]) for name, receipt in kept.items() if receipt}
 
     def _base_size(self) -> int:
-        return 0 if self.checkout.settings.base else int(self.base.results()["size"])
+        return 0 if self.checkout.settings.base else self.base.result().size
 
 
-def _stands(results: Values) -> bool:
-    path = Path(results["path"])
-    return path.is_file() and files.sha256(path) == str(results["sha256"])
+def _present(base: BaseImage) -> str:
+    """Return the id of the image that the engine has under the tag of the base."""
+    return str(container_engine.choose().identity(base.tag))
 
 
 def _plain_environment() -> dict[str, str]:

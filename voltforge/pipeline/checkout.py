@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 from voltforge.pipeline.durations import History
 from voltforge.pipeline.run_lock import Turn
-from voltforge.sources.fetch import Artifact, Store
+from voltforge.pipeline.stage import Stage, Values
+from voltforge.sources import environment
+from voltforge.sources.environment import Environment
+from voltforge.sources.fetch import Store
 from voltforge.sources.index import redacted
 from voltforge.sources.recipe import CHOICES
 from voltforge.wheel import signing
 from voltforge.wheel.shared_cache import Cache
 from voltforge.wheel.signing import Signer, Trust
 from voltforge.wheel.wheelhouse import Wheelhouse
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,6 @@ class Checkout:
 
     root: Path
     settings: Settings = Settings()
-    needed: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
-    """The stages that this run is about to need, by name; doit tells which."""
 
     @property
     def scratch(self) -> Path:
@@ -108,10 +113,33 @@ class Checkout:
         """How long the stages took here."""
         return History(self.record("history"))
 
-    def awaited(self) -> list[Artifact]:
-        """The sources that this run needs and does not have yet."""
-        return []
+    def stage(
+        self,
+        name: str,
+        kind: type[T],
+        inputs: Callable[[], Values],
+        make: Callable[[str], T],
+        seal: Callable[[T], Any] = lambda _: None,
+        *,
+        after: Callable[[], Sequence[Stage[Any]]] = lambda: (),
+        unless: Callable[[], bool] = lambda: False,
+    ) -> Stage[T]:
+        """Return a stage of this checkout, with its record in ``build/stages/``."""
+        return Stage(name, self.record(name), self.root, kind, inputs, make, seal, after, unless)
+
+    def environment(self, lock: Path, name: str) -> Environment:
+        """Return a new environment in ``build/environments/`` with what ``lock`` names.
+
+        Raises:
+            InstallError: a file of the lock cannot be downloaded, or has another hash.
+        """
+        path = self.scratch / "environments" / name
+        return environment.create(lock, path, self.store.indexes, offline=self.store.offline)
+
+    def wheel_folder(self, project: str, key: str) -> Path:
+        """Return the folder of the wheel that is built under a key."""
+        return self.scratch / "wheels" / f"{project}-{key[:12]}"
 
     def record(self, stage: str) -> Path:
-        """Where a stage keeps what it made, by its name: ``tree:vllm``."""
+        """Return the file of a stage's record; its name is like ``tree:vllm``."""
         return self.scratch / "stages" / f"{stage.replace(':', '-')}.json"

@@ -6,29 +6,30 @@ import contextlib
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from voltforge.compile import jobs, object_cache, toolchain
+from voltforge.compile import driver_stub, jobs, object_cache, toolchain
 from voltforge.compile.costs import Estimate, Estimates
+from voltforge.compile.driver_stub import DriverStub
 from voltforge.compile.object_cache import Objects
 from voltforge.compile.scheduler import Scheduler
+from voltforge.compile.toolchain import Toolchain
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Checkout, Settings
-from voltforge.pipeline.from_source import Compiled
-from voltforge.pipeline.from_wheel import Thinned
+from voltforge.pipeline.from_source import FromSource
+from voltforge.pipeline.from_wheel import FromWheel
 from voltforge.pipeline.package import Package
 from voltforge.pipeline.stage import Stage, Values
-from voltforge.sources import materials
-from voltforge.sources.fetch import Artifact
+from voltforge.sources.fetch import Artifact, NotFetchedError
 from voltforge.sources.recipe import CudaRecipe, SourceRecipe, Thin, ThinRecipe, byte_count, load, load_all, load_cuda
-from voltforge.system import console, files
+from voltforge.system import console, files, programs
 from voltforge.wheel import checks, wheelfile
 
-STAGES = ("fetch", "tree", "toolchain", "environment", "build", "check", "wheels")
-"""In the order that the data takes."""
+STAGES = ("fetch", "tree", "toolchain", "environment", "build", "driver-stub", "check", "wheels")
+"""The kinds of stages, in the order of the data."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,38 @@ class Pipeline(Checkout):
         object_cache.named(self.settings.ccache)
 
     def package(self, recipe: SourceRecipe | ThinRecipe) -> Package:
-        """The stages of one recipe."""
-        if isinstance(recipe, ThinRecipe):
-            return Thinned(self, recipe, self.toolchain)
-        return Compiled(self, recipe, self.toolchain, lambda: self.scheduler, lambda: self.objects)
+        """Return the stages of one recipe."""
+        maker = FromWheel(self, recipe) if isinstance(recipe, ThinRecipe) else self._from_source(recipe)
+        return Package(self, maker, self.driver_stub)
 
-    def stages(self) -> dict[str, Stage]:
-        """Every stage by its name, in the order that the data takes."""
+    def source_build(self, name: str) -> FromSource:
+        """Return the stages that compile a project.
+
+        Raises:
+            VoltforgeError: the project is not compiled, or has no recipe.
+        """
+        recipe = self.recipes.get(name)
+        if not isinstance(recipe, SourceRecipe):
+            raise VoltforgeError(f"no recipe compiles {name}", hint="./doit list")
+        return self._from_source(recipe)
+
+    def _from_source(self, recipe: SourceRecipe) -> FromSource:
+        return FromSource(self, recipe, self.toolchain, lambda: self.scheduler, lambda: self.objects)
+
+    def stages(self) -> dict[str, Stage[Any]]:
+        """Return every stage by its name, in the order of the data."""
         packages = [self.package(recipe) for recipe in self.recipes.values()]
-        found = [package.stage(kind) for kind in STAGES for package in packages if package.has(kind)]
+        found = [package.stages[kind] for kind in STAGES for package in packages if kind in package.stages]
         return {stage.name: stage for stage in found}
 
     @cached_property
     def scheduler(self) -> Scheduler:
-        """Where every compiler of this run asks for leave.
+        """The scheduler of all compile jobs of this run.
 
         Raises:
-            VoltforgeError: ``jobs=`` or ``memory=`` is no number of that.
+            VoltforgeError: ``jobs=`` or ``memory=`` is not valid.
         """
-        needs = {
+        estimates = {
             name: Estimates(
                 self.scratch / "history" / f"{name}.json",
                 recipe.build.memory_per_job,
@@ -88,7 +102,7 @@ class Pipeline(Checkout):
             if isinstance(recipe, SourceRecipe)
         }
         count = jobs.asked(self.settings.jobs) or jobs.cores()
-        return Scheduler(self.scratch / "gate", count, needs, limit=_limit(self.settings.memory))
+        return Scheduler(self.scratch / "gate", count, estimates, limit=_limit(self.settings.memory))
 
     @cached_property
     def objects(self) -> Objects | None:
@@ -99,15 +113,24 @@ class Pipeline(Checkout):
         """
         return object_cache.chosen(self.settings.ccache, self.scratch / "cache" / "ccache")
 
-    def awaited(self) -> list[Artifact]:
-        """The sources that this run needs and does not have yet."""
-        found = []
+    def missing_sources(self) -> list[Artifact]:
+        """Return the sources of all packages that must be downloaded."""
+        artifacts = []
         for package in map(self.package, self.recipes.values()):
-            fetch = package.stage("fetch")
-            with contextlib.suppress(VoltforgeError):  # a package without a source for this machine says so in its turn
-                if fetch.name in self.needed and not fetch.current():
-                    found.append(package.source.artifact)
-        return found
+            with contextlib.suppress(VoltforgeError):  # its own stage reports a source that this machine cannot use
+                if not package.fetch.current():
+                    artifacts.append(package.maker.source.artifact)
+        return artifacts
+
+    def download(self) -> None:
+        """Download the sources of all packages at once; the ``fetch`` stages then find them.
+
+        A source that cannot be downloaded is a warning here; the ``fetch`` stage of its package fails.
+        """
+        try:
+            self.store.get_all(self.missing_sources())
+        except NotFetchedError as error:
+            console.warn(f"not downloaded yet: {', '.join(missing.artifact.file for missing in error.missing)}")
 
     def thin(self, name: str) -> Thin:
         """What a project's wheel needs beyond what thinning does to every wheel, whatever is built of it here."""
@@ -116,31 +139,45 @@ class Pipeline(Checkout):
         return recipe.thin if isinstance(recipe, ThinRecipe) else Thin()
 
     @cached_property
-    def toolchain(self) -> Stage:
-        """The toolkit that all packages are compiled with."""
+    def toolchain(self) -> Stage[Toolchain]:
+        """The stage that chooses the CUDA toolkit for all packages."""
 
         def inputs() -> Values:
-            asked = {key: os.environ.get(key, "") for key in ("CUDA_HOME", "CUDA_PATH", "CXX")}
-            found = {tool: os.path.realpath(path) for tool in ("nvcc", "g++") if (path := shutil.which(tool))}
+            variables = {key: os.environ.get(key, "") for key in ("CUDA_HOME", "CUDA_PATH", "CXX")}
+            tools = {tool: os.path.realpath(path) for tool in ("nvcc", "g++") if (path := shutil.which(tool))}
             return {
                 "recipe": self.cuda.model_dump(mode="json"),
                 "locks": [files.sha256(self.cuda.beside(p.lock)) for p in (self.cuda.redist, self.cuda.distro)],
                 "choice": self.settings.cuda,
-                "asked": asked,
-                "found": found,
+                "asked": variables,
+                "found": tools,
             }
 
-        def make(_: str) -> Values:
+        def make(_: str) -> Toolchain:
             console.step("toolchain")
             chosen = toolchain.select(self.cuda, self.settings.cuda, self.store, self.scratch / "toolchains")
             console.note(f"{chosen}, in {_shown(chosen.home, self.root)}")
-            made_of = [materials.as_json(one) for one in toolchain.made_with(chosen, self.cuda)]
-            return {**_plain(asdict(chosen)), "signature": toolchain.signature(chosen), "materials": made_of}
+            return chosen
 
-        def intact(results: Values) -> bool:
-            return toolchain.stands(results["signature"])
+        return self.stage("toolchain", Toolchain, inputs, make, toolchain.state)
 
-        return Stage("toolchain", self.record("toolchain"), inputs, make, intact)
+    @cached_property
+    def driver_stub(self) -> Stage[DriverStub]:
+        """The stage that compiles a stand-in for the driver's library, for checks on machines without a GPU."""
+        lock = self.cuda.beside(self.cuda.driver)
+
+        def make(_: str) -> DriverStub:
+            console.step("driver stub")
+            return driver_stub.from_lock(lock, self.scratch / "driver-stub", self.store, programs.find("gcc"))
+
+        return self.stage(
+            "driver-stub",
+            DriverStub,
+            lambda: {"lock": files.sha256(lock)},
+            make,
+            lambda stub: files.sha256(stub.library),
+            unless=lambda: all(self.package(recipe).wheels.current() for recipe in self.recipes.values()),
+        )
 
     def examined(self, path: Path) -> list[checks.Finding]:
         """What the checks find in any wheel, held to the recipe of its project if there is one.
@@ -154,8 +191,7 @@ class Pipeline(Checkout):
         if name not in self.recipes:
             console.note(f"no recipe is called {name}: only what holds for every wheel is checked")
             return checks.verify(path, checks.Expectation())
-        self.toolchain.run()
-        return self.package(self.recipes[name]).examined(path, None)
+        return list(self.package(self.recipes[name]).findings(path, None))
 
 
 def _limit(text: str) -> int | None:
@@ -163,15 +199,6 @@ def _limit(text: str) -> int | None:
         return byte_count(text) if text else None
     except ValueError as error:
         raise VoltforgeError(f"memory={text}: {error}", hint="memory=6GiB, or leave it out") from None
-
-
-def _plain(value: Any) -> Any:
-    """The same value in JSON's types."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _shown(path: Path, root: Path) -> str:

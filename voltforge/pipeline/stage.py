@@ -1,45 +1,46 @@
-"""A stage: work whose result is kept under the key of everything that can change it."""
+"""A stage: work whose result is recorded under the key of everything that can change it."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from voltforge import PIPELINE_VERSION
 from voltforge.errors import VoltforgeError, listed
-from voltforge.system import files
+from voltforge.system import files, records
 
+T = TypeVar("T")
 Values = Mapping[str, Any]
-"""What JSON can hold, by name."""
+"""JSON values by name."""
 WIDTH = 120
-"""How much of a value is shown; a sha256 is 64."""
+"""Characters of an input that are printed; a SHA-256 has 64."""
 
 
 class NotRun(VoltforgeError):  # noqa: N818 - it says what happened
-    """A stage whose results are asked for before it has run."""
+    """The result of a stage was needed before the stage had run."""
 
 
 class Changed(VoltforgeError):  # noqa: N818 - it says what happened
-    """An input that is no longer what it was when the work on it began."""
+    """An input changed while a stage was working on it."""
 
     def __init__(self, name: str, changes: Sequence[Change]) -> None:
-        told = listed([str(change) for change in changes])
+        lines = listed([str(change) for change in changes])
         super().__init__(
-            f"changed while {name} was at work, so that nothing of it was kept:{told}", hint="run it again"
+            f"inputs changed while {name} was running; its result was discarded:{lines}", hint="run it again"
         )
         self.changes = tuple(changes)
 
 
 @dataclass(frozen=True)
 class Change:
-    """An input with two values; ``None`` where it is on one side only."""
+    """An input with two values; ``None`` where the input is missing on one side."""
 
     name: str
-    """Its names from the outside in, with dots: ``patches.0001-imports.patch``."""
+    """The keys from the outside in, joined by dots: ``patches.0001-imports.patch``."""
     old: Any
     new: Any
 
@@ -48,118 +49,160 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step for one package.
+class Record(Generic[T]):
+    """The last finished run of a stage."""
 
-    Its record is written last, so a stage without one was not finished; doit's own memory of what ran, which a
-    killed run loses, decides nothing.
+    key: str
+    inputs: Values
+    result: T
+    seal: Any
+    """The state of the files that the result names, taken when the stage finished."""
+
+
+@dataclass(frozen=True)
+class Stage(Generic[T]):
+    """One step of one package, with a result of type ``T``.
+
+    The record is written last: a stage without a record did not finish. doit's own state file, which a killed run
+    loses, decides nothing.
     """
 
     name: str
-    """As doit calls it: ``tree:vllm``."""
-    record: Path
-    """Where key, inputs and results are kept."""
+    """The name of the doit task: ``tree:vllm``."""
+    path: Path
+    """The file of the record."""
+    root: Path
+    """The checkout; paths in the record are relative to it."""
+    kind: type[T]
+    """The dataclass of the result."""
     inputs: Callable[[], Values]
-    """Everything that can change the result, by name; asked before and after the stages below have run."""
-    make: Callable[[str], Values]
-    """Does the work; takes the key and gives the results to keep."""
-    intact: Callable[[Values], bool]
-    """Whether what the results speak of is still there, as it was."""
-    after: Callable[[], Sequence[Stage]] = lambda: ()
-    """Gives the stages that must have run before."""
-    unless: Stage | None = None
-    """A later stage that makes this one needless while it is current: a kept wheel needs no build tree."""
+    """Return everything that can change the result, by name. Called before and after the work."""
+    make: Callable[[str], T]
+    """Do the work for a key and return the result."""
+    seal: Callable[[T], Any] = lambda _: None
+    """Return the state of the files that a result names, as JSON; an ``OSError`` means that they are missing."""
+    after: Callable[[], Sequence[Stage[Any]]] = lambda: ()
+    """Return the stages that must run before this one."""
+    unless: Callable[[], bool] = lambda: False
+    """Return True while later results make this stage unnecessary: a kept wheel needs no build tree."""
 
     def key(self, inputs: Values | None = None) -> str:
-        """The digest of the inputs, today's if none are given, and of the pipeline's version."""
+        """Return the digest of inputs (by default the present ones), the stage's name and the pipeline's version."""
         inputs = dict(self.inputs() if inputs is None else inputs)
         return files.digest({"pipeline": PIPELINE_VERSION, "stage": self.name, "inputs": inputs})
 
-    def kept(self) -> Any:
-        """The record as it stands, or ``None`` where there is none that can be read."""
-        record = files.read_json(self.record)
-        return record if isinstance(record, dict) and isinstance(record.get("results"), dict) else None
+    def record(self) -> Record[T] | None:
+        """Return the record of the last finished run, or ``None`` if there is none or it cannot be read."""
+        value = files.read_json(self.path)
+        try:
+            result = records.decode(self.kind, value["results"], self.root)
+            return Record(str(value.get("key")), dict(value.get("inputs") or {}), result, value.get("seal"))
+        except (TypeError, KeyError, ValueError, AttributeError):
+            return None
 
-    def results(self) -> Any:
-        """What :attr:`make` gave when it last ran.
+    def finished(self) -> Record[T]:
+        """Return the record of the last finished run.
 
         Raises:
-            NotRun: it has no record.
+            NotRun: there is none.
         """
-        kept = self.kept()
-        if not kept:
+        record = self.record()
+        if record is None:
             raise NotRun(f"{self.name} has not run", hint=f"./doit {self.name}")
-        return kept["results"]
+        return record
+
+    def result(self) -> T:
+        """Return the result of the last finished run.
+
+        Raises:
+            NotRun: there is none.
+        """
+        return self.finished().result
 
     def current(self) -> bool:
-        """Whether there is nothing to do.
-
-        Nothing is where what is kept, in the stage that makes this one needless or here, is of today's inputs.
-        """
-        if self.unless is not None and self.unless.current():
+        """True if the record matches the present inputs, or if later results make the stage unnecessary."""
+        if self.unless():
             return True
         try:
-            kept = self.kept()
-            return bool(kept and kept.get("key") == self.key() and self.intact(kept["results"]))
+            record = self.record()
+            return record is not None and record.key == self.key() and self._is_sealed(record)
         except VoltforgeError:
-            return False  # what cannot be asked is not current by itself
+            return False  # stale if its inputs cannot be computed
 
     def run(self) -> None:
-        """Do the work and keep the record, unless there is nothing to do.
+        """Do the work and write the record, unless the stage is current.
 
         Raises:
-            NotRun: a stage that must have run before has not.
-            Changed: an input, here or of a stage before, was changed while the work was done; nothing is kept.
+            NotRun: a stage that must run before has not.
+            Changed: an input of this stage or of one before it changed meanwhile; nothing is recorded.
         """
         if self.current():
             return
-        self._stand()
+        self._check_stages_before()
         inputs = dict(self.inputs())
         key = self.key(inputs)
-        self.record.unlink(missing_ok=True)
-        results = self.make(key)
-        self._stand()
+        self.path.unlink(missing_ok=True)
+        result = self.make(key)
+        seal = self.seal(result)
+        self._check_stages_before()
         if changes := [*changed(inputs, self.inputs())]:
             raise Changed(self.name, changes)
-        os.sync()  # a record must not be on the disk before what it speaks of
-        files.write_json(self.record, {"stage": self.name, "key": key, "inputs": inputs, "results": dict(results)})
+        os.sync()  # the record must not reach the disk before the files that it names
+        results = records.encode(result, self.root)
+        files.write_json(
+            self.path, {"stage": self.name, "key": key, "inputs": inputs, "results": results, "seal": seal}
+        )
+
+    def required(self) -> T:
+        """Run the stage even if later results make it unnecessary, and return its result.
+
+        Raises:
+            VoltforgeError: as :meth:`run`.
+        """
+        replace(self, unless=lambda: False).run()
+        return self.result()
 
     def changes(self) -> list[Change]:
-        """The inputs that are not what they were when the stage ran last, as it is kept.
+        """Return the inputs that differ from those of the last finished run.
 
         Raises:
-            NotRun: it has no record, or a stage that it takes values from has none.
+            NotRun: it has no record, or a stage that provides an input has none.
         """
-        self.results()
-        return [*changed(self.kept()["inputs"], self.inputs())]
+        return [*changed(self.finished().inputs, self.inputs())]
 
     def reason(self) -> str:
-        """In a sentence why it would run now, but for inputs that changed; empty if there is no other reason.
+        """Return why the stage would run now, other than by changed inputs; empty if nothing else would make it run.
 
         Raises:
-            VoltforgeError: an input cannot be asked for.
+            VoltforgeError: an input cannot be computed.
         """
-        kept = self.kept()
-        if not kept:
-            return "it has not run here, or was not finished"
+        record = self.record()
+        if record is None:
+            return "it has not run here, or did not finish"
         if self.changes():
             return ""
-        if kept.get("key") != self.key():
+        if record.key != self.key():
             return "it ran in another version of the pipeline"
-        return "" if self.intact(kept["results"]) else "what it made is gone, or not as it was"
+        return "" if self._is_sealed(record) else "a file that it made is missing or was changed"
 
-    def _stand(self) -> None:
-        """See that what the stages before made is there, and of what this one's inputs speak of."""
-        for below in self.after():
-            changes = below.changes()
-            if not changes and not below.intact(below.results()):
-                changes = [Change(f"what {below.name} made", "whole", "changed or gone")]
+    def _is_sealed(self, record: Record[T]) -> bool:
+        try:
+            return files.digest(self.seal(record.result)) == files.digest(record.seal)
+        except OSError:
+            return False
+
+    def _check_stages_before(self) -> None:
+        """Check that the stages before this one have run, for their present inputs, and that their results exist."""
+        for stage in self.after():
+            changes = stage.changes()
+            if not changes and not stage._is_sealed(stage.finished()):
+                changes = [Change(f"the result of {stage.name}", "complete", "changed or missing")]
             if changes:
                 raise Changed(self.name, changes)
 
 
 def changed(old: Any, new: Any, name: str = "") -> Iterator[Change]:
-    """Where two values of JSON differ, by the names of what is in them; lists are compared as a whole."""
+    """Yield the differences between two JSON values by their keys; lists are compared as a whole."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}):
             yield from changed(old.get(key), new.get(key), f"{name}.{key}" if name else key)
@@ -168,7 +211,7 @@ def changed(old: Any, new: Any, name: str = "") -> Iterator[Change]:
 
 
 def shown(value: Any) -> str:
-    """An input for people to read: text as it is, the rest as JSON, cut short."""
+    """Return an input for people to read: text as it is, other values as JSON, cut at :data:`WIDTH`."""
     if value is None:
         return "(none)"
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -17,6 +17,7 @@ from voltforge.errors import VoltforgeError, remedy
 from voltforge.sources.index import Indexes
 from voltforge.system import console, files
 from voltforge.system.process import Completed, ProgramFailed, run
+from voltforge.system.records import CheckoutPath
 
 
 class InstallError(VoltforgeError):
@@ -39,7 +40,7 @@ class InstallError(VoltforgeError):
 class Environment:
     """A virtual environment that holds what one lock names."""
 
-    path: Path
+    path: CheckoutPath
 
     @property
     def python(self) -> Path:

@@ -320,6 +320,8 @@ class CudaRecipe(RecipeTable):
     at_least: VersionText
     below: VersionText
     below_because: str
+    driver: RelativePath
+    """The lock of the wheels with the ``cuda.h`` that the driver's stub is compiled from."""
     redist: Provision
     distro: Provision
     path: Path = Field(exclude=True)
@@ -380,7 +382,11 @@ def load_cuda(path: Path) -> CudaRecipe:
         for key, provision in provisions.items()
         if not low <= Version(provision.version) < high
     ]
-    _refuse(path, problems + _absent(recipe, {f"{key}.lock": one.lock for key, one in provisions.items()}))
+    _refuse(
+        path,
+        problems
+        + _absent(recipe, {"driver": recipe.driver, **{f"{key}.lock": one.lock for key, one in provisions.items()}}),
+    )
     return recipe
 
 

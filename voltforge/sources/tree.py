@@ -28,6 +28,7 @@ from typing import IO, Any, cast
 from voltforge.errors import VoltforgeError, listed, remedy
 from voltforge.system import files
 from voltforge.system.process import ProgramFailed, run
+from voltforge.system.records import CheckoutPath
 
 BROKEN = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
@@ -111,7 +112,7 @@ class Patch:
 class Tree:
     """An unpacked and patched source tree."""
 
-    path: Path
+    path: CheckoutPath
     epoch: int
     """The newest time of the archive's members in seconds since 1970: the build's SOURCE_DATE_EPOCH."""
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from email import message_from_bytes, policy
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -224,3 +225,17 @@ def _hashes(values: Iterable[str]) -> list[HashType]:
     from cyclonedx.model import HashAlgorithm, HashType
 
     return [HashType(alg=HashAlgorithm.SHA_256, content=value) for value in values]
+
+
+def inputs() -> dict[str, str]:
+    """Return what decides the bytes of a wheel besides its content: the compression and the SBOM's writer."""
+    writer = f"cyclonedx-python-lib {metadata.version('cyclonedx-python-lib')}"
+    return {"compression": wheelfile.DEFLATE, "sbom": writer}
+
+
+def embed(folder: Path, project: str, materials: Sequence[Material], epoch: int) -> None:
+    """Write the SBOM of an unpacked wheel into its ``.dist-info/sboms`` (PEP 770)."""
+    info = wheelfile.dist_info(folder)
+    version = info.name.removesuffix(".dist-info").rpartition("-")[2]
+    document = describe(folder, name=project, version=version, materials=materials, epoch=epoch)
+    files.write(info / "sboms" / f"{project}.cdx.json", document)
