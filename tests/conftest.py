@@ -136,7 +136,7 @@ def installed(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def beside(vllm: Pipeline, installed: Environment, tmp_path_factory: pytest.TempPathFactory) -> Beside:
     """That environment's Python, on a machine without a GPU."""
     home = {"HOME": str(tmp_path_factory.mktemp("home")), "OMP_NUM_THREADS": "1"}
-    return Beside(installed.python, {**triton_kernels.surroundings(vllm), **home})
+    return Beside(installed.python, {**triton_kernels.variables(vllm), **home})
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""The bundle for a GPU: vLLM's kernels for 7.0 with inputs and references, in one file; here it is made and looked at.
+"""The GPU bundle has every kernel for 7.0 with inputs and expected results, and reports a missing GPU.
 
-No GPU runs it here. docs/volta.md has the table of a run on a newer card.
+The tests make and inspect it without a GPU. docs/volta.md has the table of a run on a newer GPU.
 """
 
 from __future__ import annotations
@@ -36,29 +36,27 @@ KERNELS = (
 
 @pytest.fixture(scope="module")
 def made(vllm: Pipeline) -> Path:
-    """The bundle of the wheel that was built."""
+    """The bundle of the wheel in the wheelhouse."""
     doit("gpu-bundle")
-    return Path(bundle.results(vllm)["path"])
+    return bundle.bundle(vllm).result().path
 
 
-def ran(path: Path, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The bundle run as a person would, with nothing of this checkout beside it."""
+def run_bundle(path: Path, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the bundle outside the checkout."""
     return subprocess.run([sys.executable, path, *words], cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
-def test_it_has_every_kernel_and_no_flaw_that_shows_without_a_gpu(made: Path, tmp_path: Path) -> None:
-    done = ran(made, "--check", cwd=tmp_path)
+def test_bundle_has_every_kernel_and_passes_its_check(made: Path, tmp_path: Path) -> None:
+    done = run_bundle(made, "--check", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0 flaws. Nothing was run: that takes a GPU." in done.stdout
-    listed = ran(made, "--list", cwd=tmp_path).stdout
+    listed = run_bundle(made, "--list", cwd=tmp_path).stdout
     for kernel in KERNELS:
         assert kernel in listed
     assert made.stat().st_size <= bundle.LARGEST
 
 
-def test_it_brings_the_drivers_bindings_for_every_python_and_the_very_code_of_the_checkout(
-    made: Path, repository: Path
-) -> None:
+def test_bundle_has_driver_bindings_for_every_python_and_the_code_of_the_checkout(made: Path, repository: Path) -> None:
     with zipfile.ZipFile(made) as archive:
         names = archive.namelist()
         for tag in ("cp310", "cp311", "cp312", "cp313"):
@@ -67,30 +65,30 @@ def test_it_brings_the_drivers_bindings_for_every_python_and_the_very_code_of_th
             assert archive.read(f"volta/{name}") == (repository / "volta" / name).read_bytes()
 
 
-def test_without_a_gpu_it_says_so_in_a_sentence_with_status_5(made: Path, tmp_path: Path) -> None:
+def test_bundle_without_a_gpu_ends_with_status_5(made: Path, tmp_path: Path) -> None:
     if has_driver():
         pytest.skip("this machine has a driver; CI has none")
-    done = ran(made, cwd=tmp_path)
+    done = run_bundle(made, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (5, "")
     assert done.stderr == "x this machine has no NVIDIA driver: libcuda.so.1 is not found\n"
 
 
-def test_a_python_without_numpy_is_told_what_is_missing(made: Path, tmp_path: Path) -> None:
+def test_bundle_without_numpy_ends_with_status_2(made: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-S", made], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "x this bundle needs numpy: pip install numpy\n"
 
 
-def test_verify_gpu_ends_with_status_5_and_says_what_to_do(made: Path, repository: Path) -> None:
+def test_verify_gpu_without_a_gpu_ends_with_status_5_and_a_hint(made: Path, repository: Path) -> None:
     if has_driver():
         pytest.skip("this machine has a driver; CI has none")
     done = subprocess.run(["./doit", "verify:gpu"], cwd=repository, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 5
     assert "x this machine has no NVIDIA driver" in done.stdout
-    assert "carry the file that ./doit gpu-bundle makes" in done.stdout
+    assert "copy the file that ./doit gpu-bundle makes" in done.stdout
 
 
-def test_a_second_call_makes_nothing_and_a_change_of_a_kernels_case_makes_it_anew(
+def test_bundle_is_current_until_a_module_that_makes_rows_changes(
     made: Path, vllm: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = bundle.bundle(vllm)
@@ -101,7 +99,7 @@ def test_a_second_call_makes_nothing_and_a_change_of_a_kernels_case_makes_it_ane
 
 ENDS = {
     "print('x no card at all'); sys.exit(5)": (NoGpuError, "no card at all"),
-    "print('FAILED: a row'); sys.exit(1)": (GpuError, "not every row is right"),
+    "print('FAILED: a row'); sys.exit(1)": (GpuError, "a kernel has a wrong result"),
     "print('x the card was lost'); sys.exit(1)": (GpuError, "the card was lost"),
     "print('x told.json cannot be written'); sys.exit(2)": (GpuError, "told.json cannot be written"),
     "raise SystemExit(3)": (GpuError, "failed with status 3"),
@@ -109,27 +107,28 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_whatever_a_bundle_ends_with_is_told_as_it_is(end: str, tmp_path: Path) -> None:
+def test_errors_of_a_bundle_are_reported(end: str, tmp_path: Path) -> None:
     kind, words = ENDS[end]
     with pytest.raises(kind, match=words):
         bundle.verify(with_bundle(tmp_path, end))
 
 
-def test_a_bundle_whose_rows_are_right_is_the_end_of_it_on_a_card_that_is_no_volta(tmp_path: Path) -> None:
+def test_small_model_is_skipped_on_a_gpu_that_is_not_a_volta(tmp_path: Path) -> None:
     bundle.verify(with_bundle(tmp_path, 'open(sys.argv[2], "w").write(\'{"card": {"capability": [9, 0]}}\')'))
 
 
 def with_bundle(root: Path, program: str) -> Pipeline:
-    """A checkout whose bundle is this program."""
+    """Return a checkout whose bundle is this program."""
     pipeline = checkout(root)
     path = root / "bundle.py"
     path.write_text(f"import sys\n{program}\n")
-    files.write_json(pipeline.record("gpu-bundle"), {"results": {"path": str(path), "rows": 1}})
+    result = {"path": path.name, "sha256": files.sha256(path), "rows": 1, "launches": 1}
+    files.write_json(bundle.bundle(pipeline).path, {"results": result})
     (root / "build" / "gpu").mkdir()
     return pipeline
 
 
-def test_without_a_wheel_there_is_nothing_to_make_a_bundle_of(tmp_path: Path, toolchain: Toolchain) -> None:
+def test_bundle_without_a_wheel_is_an_error(tmp_path: Path, toolchain: Toolchain) -> None:
     pipeline = small_checkout(tmp_path / "checkout")
     shutil.copytree(ROOT / "volta", pipeline.root / "volta")
     shutil.copy(ROOT / "recipes" / "locks" / "gpu-runner.txt", pipeline.root / "recipes" / "locks")
@@ -140,7 +139,7 @@ def test_without_a_wheel_there_is_nothing_to_make_a_bundle_of(tmp_path: Path, to
         bundle.bundle(pipeline).run()
 
 
-def test_a_row_that_is_recorded_has_the_launches_and_what_is_right_after_them(beside: Beside, tmp_path: Path) -> None:
+def test_recorded_row_passes_its_check(beside: Beside, tmp_path: Path) -> None:
     beside.run(
         "-m", "volta.gpu_rows.record_triton", tmp_path / "made.zip", "--only", "Experts(zeros=True)", "--jobs", "1"
     )

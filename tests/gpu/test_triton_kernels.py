@@ -1,7 +1,7 @@
-"""vLLM's Triton kernels on 7.0: they compile, within a Volta's limits, and a cache made ahead of time is found.
+"""vLLM's Triton kernels compile for 7.0 within Volta's limits, and a precompiled cache is complete.
 
-Everything runs beside vLLM, in an environment with the kept wheel, through the programs that a person would run. No GPU
-is here: the driver is a pretended one that says 7.0, and nothing is launched.
+The programs run in an environment with the wheelhouse's vLLM. No GPU is needed: a pretended driver reports 7.0, and no
+kernel is launched.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ from voltforge.system.process import run
 
 
 def python(vllm: Pipeline, installed: Environment, text: str, tmp_path: Path, *words: str) -> Any:
-    """What a program prints, as JSON, run beside vLLM."""
+    """Run a program beside vLLM and return the JSON of its last line."""
     (tmp_path / "program.py").write_text(text)
-    return json.loads(triton_kernels.asked(vllm, installed, tmp_path / "program.py", *words).strip().splitlines()[-1])
+    return json.loads(
+        triton_kernels.run_python(vllm, installed, tmp_path / "program.py", *words).strip().splitlines()[-1]
+    )
 
 
-# What a person is told.
+# Messages.
 
 
-def test_a_kernel_over_a_limit_is_an_error_with_its_name_and_its_numbers() -> None:
+def test_kernel_over_a_limit_is_an_error_with_its_name_and_numbers() -> None:
     fine = {"case": "one", "kernel": "two", "problem": "", "seconds": 1.0}
-    triton_kernels.report([fine])
+    triton_kernels.check([fine])
     with pytest.raises(KernelError, match="one: two takes 300 registers"):
-        triton_kernels.report([fine, {**fine, "problem": "one: two takes 300 registers, and the limit is 255"}])
+        triton_kernels.check([fine, {**fine, "problem": "one: two takes 300 registers, and the limit is 255"}])
 
 
 BROKEN = """
@@ -55,16 +57,16 @@ sys.exit(measure.main(["--jobs", "1"]))
 
 @pytest.mark.build
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [("{}[0]", "KeyError"), ("None", "launches nothing, where reshape_and_cache_kernel_flash was expected")],
 )
-def test_a_call_that_breaks_or_launches_nothing_is_no_success(
-    vllm: Pipeline, installed: Environment, tmp_path: Path, fault: str, said: str
+def test_case_that_fails_or_launches_nothing_is_an_error(
+    vllm: Pipeline, installed: Environment, tmp_path: Path, fault: str, message: str
 ) -> None:
-    """Of vLLM's own Python, as a newer one might."""
+    """A newer vLLM can cause either."""
     (tmp_path / "broken.py").write_text(BROKEN.replace("{}[{}]", fault))
-    with pytest.raises(KernelError, match=said):
-        triton_kernels.report(triton_kernels.compiled(vllm, installed, program=(tmp_path / "broken.py",)))
+    with pytest.raises(KernelError, match=message):
+        triton_kernels.check(triton_kernels.compile_kernels(vllm, installed, program=(tmp_path / "broken.py",)))
 
 
 E4M3 = """
@@ -80,29 +82,29 @@ with measure.compiler() as by:
 
 
 @pytest.mark.build
-def test_a_kernel_that_does_not_compile_is_named_with_its_configuration_and_the_compilers_own_line(
+def test_kernel_that_does_not_compile_is_reported_with_its_configuration_and_the_compilers_message(
     vllm: Pipeline, installed: Environment, tmp_path: Path
 ) -> None:
-    [said] = python(vllm, installed, E4M3, tmp_path)
-    assert said.startswith("attention-2d dtype=fp16 kv=e4m3 head_size=64 heads=8 kv_heads=2 query=16: ")
-    assert re.search(r"kernel_unified_attention_2d does not compile for 7\.0: .*fp8e4nv not supported", said)
+    [output] = python(vllm, installed, E4M3, tmp_path)
+    assert output.startswith("attention-2d dtype=fp16 kv=e4m3 head_size=64 heads=8 kv_heads=2 query=16: ")
+    assert re.search(r"kernel_unified_attention_2d does not compile for 7\.0: .*fp8e4nv not supported", output)
 
 
-def test_the_wheelhouse_must_have_a_wheel(tmp_path: Path) -> None:
+def test_missing_wheel_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     with (
         pytest.raises(Exception, match="the wheelhouse has no vllm"),
-        triton_kernels.installed(Pipeline.load(tmp_path, Settings())),
+        triton_kernels.installed_vllm(Pipeline.load(tmp_path, Settings())),
     ):
         pass
 
 
-# What is compiled.
+# Compiling.
 
 
 @pytest.mark.build
-def test_attention_of_every_head_size_keeps_within_registers_and_48_kib(vllm: Pipeline, installed: Environment) -> None:
-    rows = triton_kernels.compiled(vllm, installed, "--tiles")
+def test_attention_of_every_head_size_fits_registers_and_48_kib(vllm: Pipeline, installed: Environment) -> None:
+    rows = triton_kernels.compile_kernels(vllm, installed, "--tiles")
     assert {one["case"].split("head_size=")[1].split()[0] for one in rows} == {"64", "80", "96", "128", "256"}
     for one in rows:
         assert one["after"]["spill"] <= 8, one
@@ -118,9 +120,9 @@ def test_attention_of_every_head_size_keeps_within_registers_and_48_kib(vllm: Pi
 
 
 @pytest.mark.build
-def test_every_kernel_of_every_case_is_within_the_limits_and_in_the_documentations_table(vllm: Pipeline) -> None:
-    said = doit("verify:triton")
-    assert re.search(r"\d{3} cases", said)
+def test_every_kernel_is_within_the_limits_and_documented(vllm: Pipeline) -> None:
+    output = doit("verify:triton")
+    assert re.search(r"\d{3} cases", output)
     rows = json.loads((vllm.root / "build" / "triton.json").read_text())
     assert not [one["problem"] for one in rows if one["problem"]]
     assert max(one["shared"] for one in rows) <= 96 << 10
@@ -158,7 +160,7 @@ print(json.dumps(code))
 
 
 @pytest.mark.build
-def test_other_capabilities_launch_the_very_same_code_with_the_patches(
+def test_patches_do_not_change_the_code_for_other_capabilities(
     vllm: Pipeline, installed: Environment, tmp_path: Path
 ) -> None:
     """0015-attention-tiles and 0017-window-maximum."""
@@ -173,24 +175,24 @@ def test_other_capabilities_launch_the_very_same_code_with_the_patches(
     assert len(code["ours"]) == 9
 
 
-# What is made ahead of time.
+# The precompiled cache.
 
 CONFIG = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 1024, "head_dim": 128}
 
 
 @pytest.fixture(scope="module")
 def cache(vllm: Pipeline, installed: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for one small model, which will lie at /nowhere."""
+    """A precompiled cache for one small model; its final path is /nowhere."""
     folder = tmp_path_factory.mktemp("warm")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    warmed(vllm, installed, folder, "--at", "/nowhere")
+    precompile(vllm, installed, folder, "--at", "/nowhere")
     return folder
 
 
 @pytest.fixture
 def brought(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder where the image's start script has brought that cache to."""
-    folder, start = tmp_path / "brought", started()
+    """A folder into which the image's start script has copied that cache."""
+    folder, start = tmp_path / "brought", start_script()
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "triton-cache").symlink_to(cache / "cache")
@@ -200,24 +202,24 @@ def brought(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return folder
 
 
-def warmed(vllm: Pipeline, installed: Environment, folder: Path, *words: str) -> str:
-    return triton_kernels.asked(
+def precompile(vllm: Pipeline, installed: Environment, folder: Path, *words: str) -> str:
+    return triton_kernels.run_python(
         vllm, installed, "-m", "volta.triton_kernels.precompile", "--cache", folder / "cache",
         "--model", folder / "config.json", "--tensor-parallel", "1", *words,
     )  # fmt: skip
 
 
 @pytest.mark.build
-def test_a_later_process_finds_all_kernels_and_launchers_and_compiles_nothing(
+def test_later_process_finds_all_kernels_and_launchers_in_the_cache(
     vllm: Pipeline, installed: Environment, brought: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = warmed(vllm, installed, brought, "--check")
-    assert re.search(r"\d+ kernels, all in the cache", said)
+    output = precompile(vllm, installed, brought, "--check")
+    assert re.search(r"\d+ kernels, all in the cache", output)
     monkeypatch.setenv("PATH", "")  # without the program `file`, by which a launcher's key tells ELF
-    assert re.search(r"\d+ kernels, all in the cache", warmed(vllm, installed, brought, "--check"))
+    assert re.search(r"\d+ kernels, all in the cache", precompile(vllm, installed, brought, "--check"))
     next((brought / "cache").glob("*/kernel_unified_attention_2d.cubin")).parent.rename(brought / "gone")
     with pytest.raises(KernelError, match="kernel_unified_attention_2d: it is not in the cache"):
-        warmed(vllm, installed, brought, "--check")
+        precompile(vllm, installed, brought, "--check")
 
 
 OF_A_LAYER = """
@@ -252,16 +254,16 @@ print(json.dumps(sorted(found)))
 
 
 @pytest.mark.build
-def test_what_a_models_own_attention_layer_launches_is_in_the_cache(
+def test_kernels_of_a_models_attention_layer_are_in_the_cache(
     vllm: Pipeline, installed: Environment, brought: Path, tmp_path: Path
 ) -> None:
-    """As a server calls it: whatever the batch, with keys and values cut from one projection, and a cache's pages."""
+    """The layer is called as a server does: several batches, keys and values from one projection, a paged cache."""
     found = python(vllm, installed, OF_A_LAYER, tmp_path, str(brought / "cache"))
     attention = ["kernel_unified_attention_2d", "kernel_unified_attention_3d", "reduce_segments"]
     assert found == [*attention, "reshape_and_cache_kernel_flash"]
 
 
-def started() -> Any:
+def start_script() -> Any:
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("start", ROOT / "docker" / "start.py")
@@ -273,7 +275,7 @@ def started() -> Any:
 
 
 @pytest.mark.build
-def test_the_cache_says_nothing_of_the_machine_that_made_it(
+def test_cache_does_not_depend_on_the_machine(
     vllm: Pipeline, installed: Environment, cache: Path, tmp_path: Path
 ) -> None:
     for path in (cache / "cache").rglob("*"):
@@ -281,7 +283,7 @@ def test_the_cache_says_nothing_of_the_machine_that_made_it(
             assert str(installed.path).encode() not in path.read_bytes(), path
             assert str(cache).encode() not in path.read_bytes(), path
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    warmed(vllm, installed, tmp_path, "--at", "/nowhere")
+    precompile(vllm, installed, tmp_path, "--at", "/nowhere")
     assert content(tmp_path / "cache") == content(cache / "cache")
 
 
@@ -290,15 +292,13 @@ def content(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.build
-def test_a_model_that_is_no_transformer_is_refused_in_words(
-    vllm: Pipeline, installed: Environment, tmp_path: Path
-) -> None:
+def test_model_that_is_not_a_transformer_is_an_error(vllm: Pipeline, installed: Environment, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(KernelError, match="--model has no 'num_attention_heads'"):
-        warmed(vllm, installed, tmp_path)
+        precompile(vllm, installed, tmp_path)
 
 
-# What has a case, and what has none.
+# Coverage of the kernels by cases.
 
 CASES = [
     statement
@@ -307,7 +307,7 @@ CASES = [
 ]
 """The statements of the modules. They are read and not imported: torch is not in the environment of the tests."""
 Place = tuple[str, str]
-"""A function in Triton's language: its file and its name."""
+"""A Triton function: its file and its name."""
 
 
 def not_covered() -> dict[str, str]:
@@ -318,7 +318,7 @@ def not_covered() -> dict[str, str]:
 
 def kernels_of_cases() -> set[str]:
     """The names in the ``kernels`` of every case."""
-    told = [
+    definitions = [
         one
         for case in CASES
         if isinstance(case, ast.ClassDef)
@@ -326,12 +326,12 @@ def kernels_of_cases() -> set[str]:
         if (isinstance(one, ast.FunctionDef) and one.name == "kernels")
         or (isinstance(one, ast.Assign) and ast.unparse(one.targets[0]) == "kernels")
     ]
-    constants = [node.value for one in told for node in ast.walk(one) if isinstance(node, ast.Constant)]
+    constants = [node.value for one in definitions for node in ast.walk(one) if isinstance(node, ast.Constant)]
     return {value for value in constants if isinstance(value, str)}
 
 
 def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    """What a module has in Triton's language."""
+    """Yield the Triton functions of a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             decorators = [one.func if isinstance(one, ast.Call) else one for one in node.decorator_list]
@@ -340,7 +340,7 @@ def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
 
 
 def called(tree: ast.Module, file: str) -> dict[Place, set[Place]]:
-    """The functions in Triton's language of a module, each with what it calls, of the module's own or imported."""
+    """Return the Triton functions of a module, each with the functions that it calls, also imported ones."""
     origin = {
         name.asname or name.name: (f"{node.module.replace('.', '/')}.py", name.name)
         for node in ast.walk(tree)
@@ -357,7 +357,7 @@ def called(tree: ast.Module, file: str) -> dict[Place, set[Place]]:
 
 
 @pytest.mark.build
-def test_every_triton_kernel_of_the_wheel_has_a_case_or_is_named_as_not_covered(vllm: Pipeline) -> None:
+def test_every_triton_kernel_of_the_wheel_has_a_case_or_is_listed_as_not_covered(vllm: Pipeline) -> None:
     (kept,) = [one for one in vllm.wheelhouse.wheels() if one.name == "vllm"]
     calls: dict[Place, set[Place]] = {}
     with zipfile.ZipFile(kept.path) as archive:

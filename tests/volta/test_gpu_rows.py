@@ -177,7 +177,7 @@ def test_every_launch_gives_its_kernel_what_the_ptx_declares(rows: list[Row]) ->
 def test_the_code_is_for_7_0_and_in_the_cubin_too(rows: list[Row]) -> None:
     for name, _, one in launches(rows):
         assert ".target sm_70\n" in one.image.ptx, name
-        assert one.symbol in cuda_kernels.kernels(one.image.cubin), name
+        assert one.symbol in cuda_kernels.cubin_kernels(one.image.cubin), name
 
 
 @pytest.mark.slow

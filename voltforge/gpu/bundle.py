@@ -1,4 +1,4 @@
-"""What a Volta would run, carried to whatever newer card is at hand: one file that launches, compares and tabulates."""
+"""Make a single file that runs vLLM's kernels for 7.0 on any newer NVIDIA GPU and compares their results."""
 
 from __future__ import annotations
 
@@ -21,118 +21,122 @@ from voltforge.system.process import ProgramFailed, run
 from voltforge.system.records import CheckoutPath
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-"""For which a bundle brings the bindings of the driver."""
-LARGEST = 60 * 10**6
-"""Bytes of a bundle."""
+"""The Python versions that a bundle has bindings of the CUDA driver for."""
+MAX_SIZE = 60 * 10**6
+"""Largest size of a bundle, in bytes."""
 CODE = ("__init__.py", "gpu/__init__.py", "gpu/rows.py", "gpu/card.py", "gpu/check.py", "gpu/worker.py", "gpu/run.py")
-"""The modules of volta/ that travel."""
+"""The modules of volta/ in a bundle."""
 MAKERS = ("parallel.py", "pretended_gpu.py", "reference.py", "gpu_rows", "numerics")
 """The modules and packages of volta/ that decide what rows a bundle has."""
 LEFT_OUT = (".pyx", ".pyx.in", ".pxd", ".pxd.in", ".pxi", ".pyi", "RECORD", "INSTALLER", "REQUESTED", "uv_cache.json")
-"""What of the bindings no run needs, or differs from machine to machine."""
+"""Suffixes of files in the bindings that no run needs, or that differ from machine to machine."""
 MAIN = """\
 #!/usr/bin/env python3
 import sys
 
 
-def misused(why):
-    print("x this bundle needs " + why, file=sys.stderr)
+def stop(requirement):
+    print("x this bundle needs " + requirement, file=sys.stderr)
     sys.exit(2)
 
 
 if sys.version_info < (3, 10):
-    misused("Python 3.10 or newer, and this is " + sys.version.split()[0])
+    stop("Python 3.10 or newer, and this is " + sys.version.split()[0])
 try:
     import numpy
 except ImportError:
-    misused("numpy: pip install numpy")
+    stop("numpy: pip install numpy")
 
 from volta.gpu.run import main
 
 sys.exit(main(path=sys.path[0]))
 """
-WRONG, NO_GPU = 1, 5
-"""Statuses of a bundle: a row is not right; no GPU can be used."""
-ROW, MODELS = 60.0, 4 * 3600.0
-"""Seconds after which the runner ends a row, and that all small models may take."""
+WRONG_ROW, NO_GPU = 1, 5
+"""Exit statuses of a bundle: a result is wrong; no GPU can be used."""
+ROW_TIMEOUT, MODELS_TIMEOUT = 60.0, 4 * 3600.0
+"""Seconds for one row, and for all small models."""
 
 
 class NoGpuError(VoltforgeError):
-    """There is no GPU that can be used."""
+    """This machine has no GPU that can be used."""
 
     exit_status = NO_GPU
 
 
 class GpuError(VoltforgeError):
-    """A row that is not right."""
+    """A row has a wrong result."""
 
 
 @dataclass(frozen=True)
 class GpuBundle:
-    """A file with kernels, inputs and references that runs on a machine with a card."""
+    """The result of the stage."""
 
     path: CheckoutPath
     sha256: str
     rows: int
+    """Comparisons that the bundle makes."""
     launches: int
+    """Kernel launches of all rows."""
 
 
 def bundle(pipeline: Pipeline) -> Stage[GpuBundle]:
-    """The stage that makes the bundle of the kept wheel's kernels; its result names the file."""
+    """Return the stage that makes the bundle from the wheelhouse's vLLM."""
 
     def inputs() -> Values:
         folder = pipeline.root / "volta"
-        made_of = [*CODE, *(str(path.relative_to(folder)) for name in MAKERS for path in _modules(folder / name))]
-        found = [one.path for one in pipeline.wheelhouse.wheels() if one.name == "vllm"]
+        modules = [*CODE, *(str(path.relative_to(folder)) for name in MAKERS for path in _modules(folder / name))]
+        wheels = [wheel.path for wheel in pipeline.wheelhouse.wheels() if wheel.name == "vllm"]
         return {
-            "wheel": [files.sha256(one) for one in found],
-            "code": {name: files.sha256(pipeline.root / "volta" / name) for name in made_of},
-            "makers": [files.sha256(Path(one)) for one in (__file__, str(cuda_kernels.__file__))],
+            "wheel": [files.sha256(path) for path in wheels],
+            "code": {name: files.sha256(folder / name) for name in modules},
+            "makers": [files.sha256(Path(path)) for path in (__file__, str(cuda_kernels.__file__))],
             "lock": files.sha256(_lock(pipeline)),
             "runtime": files.sha256(pipeline.root / "recipes" / "locks" / "vllm-runtime.txt"),
         }
 
     return pipeline.stage(
-        "gpu-bundle", GpuBundle, inputs, lambda _: _make(pipeline), lambda made: files.sha256(made.path)
+        "gpu-bundle", GpuBundle, inputs, lambda _: _make(pipeline), lambda result: files.sha256(result.path)
     )
 
 
 def verify(pipeline: Pipeline) -> None:
-    """Run the bundle on this machine's card and print its table; on a card of 7.0 also a small model, whole.
+    """Run the bundle on this machine's GPU and print its table. On a GPU of 7.0 also run a small model.
 
     Raises:
-        NoGpuError: there is no card, or none that can be used.
-        GpuError: a row is not right.
+        NoGpuError: this machine has no GPU that can be used.
+        GpuError: a row has a wrong result.
         NotRun: there is no bundle.
     """
-    made = bundle(pipeline).result()
-    told = pipeline.scratch / "gpu" / "verdicts.json"
-    told.unlink(missing_ok=True)
-    console.step("run the kernels of 7.0 on this machine's card")
-    _answered([sys.executable, made.path, "--json", told], made.rows * ROW + MODELS, "not every row is right")
-    if tuple(json.loads(told.read_text())["card"]["capability"]) == (7, 0):
-        console.step("run a small model with the kept wheel")
-        with triton_kernels.installed(pipeline) as settled:
-            words: list[str | Path] = [settled.python, "-m", "volta.small_model"]
-            around = {"cwd": pipeline.root, "env": triton_kernels.surroundings(pipeline)}
-            _answered(words, MODELS, "a small model's answers are not right", **around)
+    result = bundle(pipeline).result()
+    verdicts = pipeline.scratch / "gpu" / "verdicts.json"
+    verdicts.unlink(missing_ok=True)
+    console.step("run the kernels for 7.0 on this machine's GPU")
+    command: list[str | Path] = [sys.executable, result.path, "--json", verdicts]
+    _run_checks(command, result.rows * ROW_TIMEOUT + MODELS_TIMEOUT, "a kernel has a wrong result")
+    if tuple(json.loads(verdicts.read_text())["card"]["capability"]) == (7, 0):
+        console.step("run a small model with the wheel")
+        with triton_kernels.installed_vllm(pipeline) as installed:
+            options = {"cwd": pipeline.root, "env": triton_kernels.variables(pipeline)}
+            model: list[str | Path] = [installed.python, "-m", "volta.small_model"]
+            _run_checks(model, MODELS_TIMEOUT, "a small model has a wrong result", **options)
 
 
-def _answered(words: Sequence[str | Path], patience: float, wrong: str, **around: Any) -> None:
+def _run_checks(command: Sequence[str | Path], timeout: float, wrong: str, **options: Any) -> None:
+    """Run a program that prints a table, and raise its error; ``wrong`` is the message for wrong rows."""
     try:
-        run(words, watch=_print, timeout=patience, **around)
+        run(command, watch=_print, timeout=timeout, **options)
     except ProgramFailed as error:
-        said = [line.removeprefix("x ") for line in error.output.splitlines() if line.startswith("x ")]
+        errors = [line.removeprefix("x ") for line in error.output.splitlines() if line.startswith("x ")]
         if error.status == NO_GPU:
-            hint = "carry the file that ./doit gpu-bundle makes to a machine with a card, and run it there"
-            raise NoGpuError(said[-1] if said else error.output.strip(), hint=hint) from error
-        if error.status == WRONG and not said:
-            raise GpuError(wrong, hint="the rows above say which") from error
-        raise GpuError(said[-1] if said else error.what, hint="./doit doctor; nvidia-smi") from error
+            hint = "copy the file that ./doit gpu-bundle makes to a machine with a GPU, and run it there"
+            raise NoGpuError(errors[-1] if errors else error.output.strip(), hint=hint) from error
+        if error.status == WRONG_ROW and not errors:
+            raise GpuError(wrong, hint="see the rows above") from error
+        raise GpuError(errors[-1] if errors else error.what, hint="./doit doctor; nvidia-smi") from error
 
 
 def _print(line: str, _: object) -> None:
-    if line and not line.startswith("x "):  # which becomes the error
+    if line and not line.startswith("x "):  # such a line becomes the error
         console.note(line)
 
 
@@ -145,65 +149,57 @@ def _lock(pipeline: Pipeline) -> Path:
 
 
 def _make(pipeline: Pipeline) -> GpuBundle:
-    # Imported here, because a checkout can lack volta/.
-    from volta.gpu import rows
+    from volta.gpu import rows  # a checkout may lack volta/: only this stage needs it
     from volta.gpu_rows import cuda_kernels as cuda_rows
 
-    wheel = triton_kernels.kept(pipeline)
+    wheel = triton_kernels.vllm_wheel(pipeline)
     path = pipeline.scratch / "gpu" / f"voltforge-gpu-{wheel.version.public}-sm70.pyz"
+    path.parent.mkdir(parents=True, exist_ok=True)
     for stage in pipeline.package(pipeline.recipes["vllm"]).stages.values():
-        stage.required()  # a kept wheel makes most stages unnecessary, but their results are needed
+        stage.required()  # a current wheel makes most stages unnecessary, but their results are needed
         if stage.name.startswith("build:"):
             break
     images = cuda_kernels.images(pipeline)
-    with tempfile.TemporaryDirectory(dir=_folder(path.parent)) as scratch:
-        recorded = Path(scratch) / "triton.zip"
-        with triton_kernels.installed(pipeline) as settled, console.progress("kernels") as tell:
-            console.step("record what vLLM launches on 7.0")
-            words: list[str | Path] = [
-                "-m",
-                "volta.gpu_rows.record_triton",
-                recorded,
-                "--jobs",
-                triton_kernels.jobs(pipeline),
-            ]
-            triton_kernels.asked(pipeline, settled, *words, watch=lambda line, _: tell(line) if line else None)
-        triton = rows.Bundle.open(recorded)
-        everything = [*(triton.row(number) for number in range(len(triton.listed))), *cuda_rows.rows(images)]
-        with files.replacing(path) as sink:
-            sink.write(b"#!/usr/bin/env python3\n")
-            with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        triton = rows.Bundle.open(_record_triton(pipeline, Path(scratch) / "triton.zip"))
+        all_rows = [*(triton.row(number) for number in range(len(triton.listed))), *cuda_rows.rows(images)]
+        with files.replacing(path) as file:
+            file.write(b"#!/usr/bin/env python3\n")
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
                 for name, data in _program(pipeline, Path(scratch)):
                     archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
-                rows.write(everything, archive)
-            if (size := sink.tell()) > LARGEST:
+                rows.write(all_rows, archive)
+            if (size := file.tell()) > MAX_SIZE:
                 raise VoltforgeError(
-                    f"the bundle has {files.size(size)}", hint="make LARGER in volta/gpu_rows/record_triton.py smaller"
+                    f"the bundle has {files.size(size)}, and the limit is {files.size(MAX_SIZE)}",
+                    hint="make LARGER in volta/gpu_rows/record_triton.py smaller",
                 )
     path.chmod(0o755)
-    launches = sum(len(row.launches) for row in everything)
-    shown = path.relative_to(pipeline.root)
-    console.note(f"{shown}, {files.size(size)}: {len(everything)} rows, {launches} launches")
-    console.note(f"on a machine with an NVIDIA card, Python and numpy: python3 {path.name}")
-    return GpuBundle(path, files.sha256(path), len(everything), launches)
+    launches = sum(len(row.launches) for row in all_rows)
+    console.note(f"{path.relative_to(pipeline.root)}, {files.size(size)}: {len(all_rows)} rows, {launches} launches")
+    console.note(f"run it on a machine with an NVIDIA GPU, Python and numpy: python3 {path.name}")
+    return GpuBundle(path, files.sha256(path), len(all_rows), launches)
+
+
+def _record_triton(pipeline: Pipeline, path: Path) -> Path:
+    """Write the launches of vLLM's Triton kernels, with inputs and expected results, to ``path``."""
+    with triton_kernels.installed_vllm(pipeline) as installed, console.progress("kernels") as show:
+        console.step("record the Triton kernels that vLLM launches on 7.0")
+        program = "-m", "volta.gpu_rows.record_triton", path, "--jobs", triton_kernels.job_count(pipeline)
+        triton_kernels.run_python(pipeline, installed, *program, watch=lambda line, _: show(line) if line else None)
+    return path
 
 
 def _program(pipeline: Pipeline, scratch: Path) -> Iterator[tuple[str, bytes]]:
-    """The files of a bundle besides its rows, by name."""
+    """Yield the files of a bundle besides its rows: name and content."""
     yield "__main__.py", MAIN.encode()
     for name in CODE:
         yield f"volta/{name}", (pipeline.root / "volta" / name).read_bytes()
+    store = pipeline.store
     for python in PYTHONS:
         tag = f"cp{python.replace('.', '')}"
         folder = scratch / tag
-        environment.install_into(
-            _lock(pipeline), folder, pipeline.store.indexes, offline=pipeline.store.offline, python=python
-        )
-        for path in sorted(one for one in folder.rglob("*") if one.is_file() and not one.name.endswith(LEFT_OUT)):
+        environment.install_into(_lock(pipeline), folder, store.indexes, offline=store.offline, python=python)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(LEFT_OUT)):
             if "__pycache__" not in path.parts:
                 yield f"site/{tag}/{path.relative_to(folder)}", path.read_bytes()
-
-
-def _folder(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    return path

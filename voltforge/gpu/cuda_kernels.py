@@ -1,4 +1,4 @@
-"""vLLM's own CUDA kernels for 7.0, twice: as PTX for any later card, and as the wheel has them for a Volta."""
+"""Compile vLLM's CUDA kernels a second time, as PTX for newer GPUs, beside the cubins of the wheel for 7.0."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from voltforge.pipeline.pipeline import Pipeline
 from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
 
-if TYPE_CHECKING:  # a checkout without volta/ can do without it until it is asked for kernels
+if TYPE_CHECKING:  # a checkout may lack volta/
     from volta.gpu.rows import Image
 
 SOURCES = (
@@ -36,253 +36,265 @@ SOURCES = (
     "csrc/moe/moe_align_sum_kernels.cu",
     "csrc/moe/moe_wna16.cu",
 )
-"""Those that volta/gpu_rows has rows for."""
+"""The sources of the kernels that volta/gpu_rows has rows for."""
 EXTENSIONS = ("vllm/_C.abi3.so", "vllm/_moe_C.abi3.so")
-"""The files of the wheel that they are linked into."""
+"""The extension modules of the wheel that these sources are linked into."""
 GENCODE = "-gencode=arch=compute_70,code=[sm_70,compute_70]"
-"""What nvcc calls 7.0+PTX: both from one run of its compiler."""
-HINT = "./doit wheels:vllm"
-AGAIN = f"rm -f build/stages/build-vllm.json wheelhouse/receipts/vllm-*.json, then {HINT}"
-"""A kept wheel makes its build needless, so that it has to be forgotten first."""
-ALONE = frozenset({"-MD"})
-FOLLOWED = frozenset({"-gencode", "--generate-code", "-MT", "-MF", "-o"})
-"""Options of nvcc that are not taken over, without and with a value of their own."""
-MAKING = 1
-"""Goes up when the same build would give other images."""
-_SOURCE = re.compile(r'^#include "(.+\.cu)"', re.MULTILINE)
+"""nvcc's option for a cubin and PTX from one run of its compiler."""
+BUILD_HINT = "./doit wheels:vllm"
+REBUILD_HINT = f"rm -f build/stages/build-vllm.json wheelhouse/receipts/vllm-*.json, then {BUILD_HINT}"
+"""With a current wheel the build stage is skipped, so its records must be removed first."""
+DROPPED_FLAGS = frozenset({"-MD"})
+DROPPED_OPTIONS = frozenset({"-gencode", "--generate-code", "-MT", "-MF", "-o"})
+"""Options of nvcc with a separate value that are not taken over from the build."""
+FORMAT = 1
+"""Version of the kept images. Increase it if the same build must give other images."""
+_INCLUDED_SOURCE = re.compile(r'^#include "(.+\.cu)"', re.MULTILINE)
 _ENTRY = re.compile(r"^\s*(?:\.visible\s+|\.weak\s+)*\.entry\s+([\w$.]+)", re.MULTILINE)
 
 
-class ImageError(VoltforgeError):
-    """Code of a kernel that cannot be had."""
+class CudaKernelError(VoltforgeError):
+    """The PTX or the cubin of a kernel cannot be made or found."""
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The workshop that a wheel was compiled in, and what ninja did there."""
+class BuildCommands:
+    """The workshop of the wheel's build, and the commands that ninja ran in it."""
 
-    shop: Workshop
+    workshop: Workshop
     commands: Mapping[str, Sequence[str]]
-    """The words that compile each source, by its path in the tree: those of the file that includes it, if one does."""
+    """The nvcc command of each source, by its path in the tree."""
 
     @classmethod
-    def of(cls, pipeline: Pipeline) -> Bench:
-        """That of the wheel which the checkout keeps.
+    def of(cls, pipeline: Pipeline) -> BuildCommands:
+        """Read the commands of vLLM's build.
 
         Raises:
-            ImageError: its work folder is gone, or is of other inputs than today's.
-            NotRun: it was never built here.
+            CudaKernelError: the work folder is missing, or belongs to other inputs than the current ones.
+            NotRun: vLLM was never built in this checkout.
         """
         vllm = pipeline.source_build("vllm")
         record = vllm.build.record()
         if record and record.key != vllm.build.key():
-            raise ImageError("the build of vllm is of other sources or tools than today's", hint=HINT)
-        around = vllm.build.result().sandbox
-        shop = vllm.workshop(Sandbox(around) if around else sandbox.choose(pipeline.settings.sandbox))
-        tree = shop.folders["tree"]
+            raise CudaKernelError("the build of vllm does not match the current sources or tools", hint=BUILD_HINT)
+        kind = vllm.build.result().sandbox
+        workshop = vllm.workshop(Sandbox(kind) if kind else sandbox.choose(pipeline.settings.sandbox))
+        tree = workshop.folders["tree"]
         scripts = sorted(tree.glob("build/temp*/build.ninja")) if tree.is_dir() else []
         if not scripts:
-            raise ImageError(f"the work folder of vllm's build, {shop.work}, is gone", hint=AGAIN)
-        seen = files.read_json(shop.work / build.PLACE)
-        if seen != str(shop.places["tree"]):
-            raise ImageError(f"vllm was built in {seen}, which this sandbox cannot show", hint="the sandbox= it had")
-        ninja = (shop.environment.path / "bin" / "ninja").resolve()
-        asked = run([ninja, "-C", scripts[-1].parent, "-t", "compdb"]).output
-        return cls(shop, followed(commands(asked[asked.index("[") :], shop.places["tree"]), tree))
+            raise CudaKernelError(f"the work folder of vllm's build is missing: {workshop.work}", hint=REBUILD_HINT)
+        built_in = files.read_json(workshop.work / build.PLACE)
+        if built_in != str(workshop.places["tree"]):
+            raise CudaKernelError(
+                f"vllm was built in {built_in}, which this sandbox cannot provide", hint="use the same sandbox= again"
+            )
+        ninja = (workshop.environment.path / "bin" / "ninja").resolve()
+        output = run([ninja, "-C", scripts[-1].parent, "-t", "compdb"]).output
+        commands = parse_compdb(output[output.index("[") :], workshop.places["tree"])
+        return cls(workshop, with_included_sources(commands, tree))
 
 
-def commands(compdb: str, tree: Path) -> dict[str, list[str]]:
-    """How ninja compiles each source below ``tree``, from the JSON that ``ninja -t compdb`` prints.
+def parse_compdb(compdb: str, tree: Path) -> dict[str, list[str]]:
+    """Return the compile command of each source below ``tree``, without the scheduler's launcher.
 
-    Without what asks for leave: it is one command at a time.
+    Args:
+        compdb: the JSON that ``ninja -t compdb`` prints.
+        tree: the sources, as the build saw them.
     """
-    found = {}
-    for one in json.loads(compdb):
-        source = Path(one["file"])
+    commands = {}
+    for rule in json.loads(compdb):
+        source = Path(rule["file"])
         if source.is_relative_to(tree):
-            words = shlex.split(one["command"])
-            asks = next((place for place, word in enumerate(words) if Path(word).name == scheduler.LAUNCHER.name), -1)
-            found[str(source.relative_to(tree))] = words[asks + 1 :]
-    return found
+            words = shlex.split(rule["command"])
+            names = [Path(word).name for word in words]
+            start = names.index(scheduler.LAUNCHER.name) + 1 if scheduler.LAUNCHER.name in names else 0
+            commands[str(source.relative_to(tree))] = words[start:]
+    return commands
 
 
-def followed(commands: Mapping[str, Sequence[str]], tree: Path) -> dict[str, Sequence[str]]:
-    """The commands, and those of the sources that a compiled one includes whole."""
-    found = dict(commands)
-    for source, words in commands.items():
-        for name in _SOURCE.findall((tree / source).read_text(errors="replace")):
-            found.setdefault(os.path.normpath(Path(source).parent / name), words)
-    return found
+def with_included_sources(commands: Mapping[str, Sequence[str]], tree: Path) -> dict[str, Sequence[str]]:
+    """Return the commands, and for each ``.cu`` file that a source includes the command of that source."""
+    complete = dict(commands)
+    for source, command in commands.items():
+        for name in _INCLUDED_SOURCE.findall((tree / source).read_text(errors="replace")):
+            complete.setdefault(os.path.normpath(Path(source).parent / name), command)
+    return complete
 
 
-def rewritten(words: Sequence[str], out: Path) -> list[str]:
-    """A command of ninja's for nvcc that leaves the device code alone, for 7.0 and as PTX, in a file of its own.
+def fatbin_command(command: Sequence[str], output: Path) -> list[str]:
+    """Change a compile command so that nvcc writes a fatbin with a cubin for 7.0 and PTX to ``output``.
 
     Raises:
-        ImageError: it does not compile one source for 7.0.
+        CudaKernelError: the command does not compile one source for 7.0 alone.
     """
-    made, rest, archs, compiles = [], iter(words), [], False
+    changed, rest, archs, compiles = [], iter(command), [], False
     for word in rest:
-        if word in FOLLOWED:
+        if word in DROPPED_OPTIONS:
             value = next(rest, "")
             archs += [value] if "gen" in word else []
         elif word.startswith(("-gencode=", "--generate-code=")):
             archs.append(word.partition("=")[2])
         elif word == "-c":
             compiles = True
-            made.append("-fatbin")
-        elif word not in ALONE:
-            made.append(word)
+            changed.append("-fatbin")
+        elif word not in DROPPED_FLAGS:
+            changed.append(word)
     if not compiles or set(archs) != {"arch=compute_70,code=sm_70"}:
-        asked = ", ".join(dict.fromkeys(archs)) or "no architecture"
-        raise ImageError(f"a command of the build compiles for {asked}, not for 7.0 alone: {shlex.join(words)[:200]}")
-    return [*made, GENCODE, "-o", str(out)]
+        targets = ", ".join(dict.fromkeys(archs)) or "no architecture"
+        raise CudaKernelError(
+            f"a command of the build compiles for {targets}, not for 7.0 alone: {shlex.join(command)[:200]}"
+        )
+    return [*changed, GENCODE, "-o", str(output)]
 
 
 def images(pipeline: Pipeline, sources: Sequence[str] = SOURCES) -> dict[str, Image]:
-    """Each source's kernels, beside those it is compiled with: once more for their PTX, with the wheel's own cubin.
+    """Return the PTX and the wheel's cubin of each source.
 
-    It takes minutes the first time; ``build/gpu/images/`` keeps them for as long as the build stands.
+    The first call takes minutes. The results are kept in ``build/gpu/images/`` for the current build.
 
     Raises:
-        ImageError: there is no finished build to take the commands from, or a source is not in it.
-        NotRun: vllm was never built here.
+        CudaKernelError: there is no finished build, or a source is not part of it.
+        NotRun: vLLM was never built in this checkout.
     """
     from volta.gpu.rows import Image
 
-    build = pipeline.source_build("vllm").build.record()
-    wheel = pipeline.package(pipeline.recipes["vllm"]).wheels.result()  # fails with the command that makes one
-    if build is None:
-        raise ImageError("there is no build of vllm here, only its wheel", hint=AGAIN)
-    key = files.digest({"build": build.key, "wheel": wheel.sha256, "sources": list(sources), "making": MAKING})
+    record = pipeline.source_build("vllm").build.record()
+    wheel = pipeline.package(pipeline.recipes["vllm"]).wheels.result()
+    if record is None:
+        raise CudaKernelError("vllm has a wheel but no build in this checkout", hint=REBUILD_HINT)
+    key = files.digest({"build": record.key, "wheel": wheel.sha256, "sources": list(sources), "making": FORMAT})
     folder = pipeline.scratch / "gpu" / "images" / key[:16]
     if not folder.is_dir():
-        bench = Bench.of(pipeline)
-        shipped = cubins(pipeline.wheelhouse.path / wheel.file, pipeline.toolchain.result())
-        with files.replacing_folder(folder) as made:
-            known: dict[str, Image] = {}
-            for source in sources:
-                command = shlex.join(bench.commands.get(source, [source]))
-                if command not in known:
-                    one = compiled(bench, source, pipeline.scratch / "logs" / "gpu-images.log")
-                    known[command] = Image(one.ptx, the_wheels(one, shipped))
-                one = known[command]
-                files.write(made / _file(source, "ptx"), one.ptx)
-                files.write(made / _file(source, "cubin"), one.cubin)
+        cubins = wheel_cubins(pipeline.wheelhouse.path / wheel.file, pipeline.toolchain.result())
+        _write_images(pipeline, sources, cubins, folder)
     return {
         source: Image((folder / _file(source, "ptx")).read_text(), (folder / _file(source, "cubin")).read_bytes())
         for source in sources
     }
 
 
-def compiled(bench: Bench, source: str, log: Path) -> Image:
-    """One source compiled in the workshop, beside what its build made.
+def _write_images(pipeline: Pipeline, sources: Sequence[str], cubins: Sequence[bytes], folder: Path) -> None:
+    """Compile the sources, each command once, and write their PTX and cubins to ``folder``."""
+    from volta.gpu.rows import Image
+
+    build_commands = BuildCommands.of(pipeline)
+    log = pipeline.scratch / "logs" / "gpu-images.log"
+    by_command: dict[str, Image] = {}
+    with files.replacing_folder(folder) as temporary:
+        for source in sources:
+            command = shlex.join(build_commands.commands.get(source, [source]))
+            if command not in by_command:
+                compiled = compile_source(build_commands, source, log)
+                by_command[command] = Image(compiled.ptx, matching_cubin(compiled, cubins))
+            image = by_command[command]
+            files.write(temporary / _file(source, "ptx"), image.ptx)
+            files.write(temporary / _file(source, "cubin"), image.cubin)
+
+
+def compile_source(build_commands: BuildCommands, source: str, log: Path) -> Image:
+    """Compile one source in the workshop of its build. The files of the build stay as they are.
 
     Raises:
-        ImageError: the build has no such source, or it does not compile.
+        CudaKernelError: the source is not part of the build, or does not compile.
     """
-    if source not in bench.commands:
-        raise ImageError(f"the build of vllm does not compile {source}", hint="is it of this version?")
-    console.step(f"compile {source} for 7.0, as PTX and as cubin")
-    name = "gpu-image.fatbin"
-    made = bench.shop.folders["home"] / name
-    files.remove(made)
+    if source not in build_commands.commands:
+        raise CudaKernelError(f"the build of vllm does not compile {source}", hint="check its path in this version")
+    console.step(f"compile {source} for 7.0, as PTX and cubin")
+    workshop, name = build_commands.workshop, "gpu-image.fatbin"
+    fatbin = workshop.folders["home"] / name
+    files.remove(fatbin)
     try:
-        bench.shop.run(rewritten(bench.commands[source], bench.shop.places["home"] / name), log=log)
-        return extracted(made, bench.shop.toolchain)
+        workshop.run(fatbin_command(build_commands.commands[source], workshop.places["home"] / name), log=log)
+        return read_fatbin(fatbin, workshop.toolchain)
     except ProgramFailed as error:
-        first = build.first_error(log)
-        raise ImageError(f"{source} was not compiled for its PTX: {first}", hint=f"the whole log is {log}") from error
+        message = build.first_error(log)
+        raise CudaKernelError(f"{source} does not compile as PTX: {message}", hint=f"see {log}") from error
     finally:
-        files.remove(made)
+        files.remove(fatbin)
 
 
-def extracted(path: Path, toolchain: Toolchain) -> Image:
-    """The one PTX and the one cubin of a fatbin.
+def read_fatbin(path: Path, toolchain: Toolchain) -> Image:
+    """Return the PTX and the cubin of a fatbin.
 
     Raises:
-        ImageError: it has not one of each.
+        CudaKernelError: it does not have exactly one of each.
     """
     from volta.gpu.rows import Image
 
-    texts, codes = _listed(path, toolchain, "ptx"), _listed(path, toolchain, "elf")
-    if len(texts) != 1 or len(codes) != 1:
-        raise ImageError(f"{path} has {len(texts)} PTX and {len(codes)} cubins, not one of each")
-    return Image(texts[0].decode(), codes[0])
+    ptx, cubins = _extract(path, toolchain, "ptx"), _extract(path, toolchain, "elf")
+    if len(ptx) != 1 or len(cubins) != 1:
+        raise CudaKernelError(f"{path} has {len(ptx)} PTX and {len(cubins)} cubins, not one of each")
+    return Image(ptx[0].decode(), cubins[0])
 
 
-def cubins(wheel: Path, toolchain: Toolchain) -> list[bytes]:
-    """The device code for 7.0 in a wheel's extensions, one cubin for each source that was linked into them."""
-    found: list[bytes] = []
+def wheel_cubins(wheel: Path, toolchain: Toolchain) -> list[bytes]:
+    """Return the cubins for 7.0 in the wheel's extension modules: one for each linked source."""
+    cubins: list[bytes] = []
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         for name in EXTENSIONS:
-            found += _listed(Path(archive.extract(name, folder)), toolchain, "elf")
-    return found
+            cubins += _extract(Path(archive.extract(name, folder)), toolchain, "elf")
+    return cubins
 
 
-def the_wheels(image: Image, shipped: Sequence[bytes]) -> bytes:
-    """That of the wheel's cubins which is an image's own: the same bytes, else the one that has the same kernels.
+def matching_cubin(image: Image, cubins: Sequence[bytes]) -> bytes:
+    """Return the wheel's cubin for an image: the same bytes, or else the cubin with the same kernels.
 
-    Names that carry nvcc's hash of a source, as those of functions that no other source sees, stand in none of
-    :data:`SOURCES`; in the wheel they are arguments of gguf_kernel.cu's templates alone.
+    The comparison is by mangled names. nvcc puts a hash of the source into the names of internal functions, but no
+    kernel of :data:`SOURCES` has such a name; in the wheel only the template arguments of gguf_kernel.cu do.
 
     Raises:
-        ImageError: none has them, or more than one.
+        CudaKernelError: no cubin, or more than one, has the kernels.
     """
-    if image.cubin in shipped:
+    if image.cubin in cubins:
         return image.cubin
-    wanted = frozenset(entries(image.ptx))
-    holding = [one for one in shipped if wanted <= kernels(one)]
-    if not wanted or len(holding) != 1:
+    wanted = frozenset(ptx_kernels(image.ptx))
+    matches = [cubin for cubin in cubins if wanted <= cubin_kernels(cubin)]
+    if not wanted or len(matches) != 1:
         first = min(wanted, default="no kernel")
-        raise ImageError(f"{len(holding)} of the wheel's {len(shipped)} cubins have {first}, not one", hint=HINT)
-    console.warn("the wheel's cubin is not the one that the same command gives now")
-    return holding[0]
+        count = f"{len(matches)} of the wheel's {len(cubins)} cubins"
+        raise CudaKernelError(f"{count} have {first}; exactly 1 is expected", hint=BUILD_HINT)
+    console.warn("the wheel's cubin differs from the cubin that the same command gives now")
+    return matches[0]
 
 
-def shipped(pipeline: Pipeline, symbol: str) -> list[bytes]:
-    """The cubins of the kept wheel that define a kernel, by its mangled name."""
-    wheel = pipeline.wheelhouse.path / pipeline.package(pipeline.recipes["vllm"]).wheels.result().file
-    return [one for one in cubins(wheel, pipeline.toolchain.result()) if symbol in kernels(one)]
-
-
-def entries(ptx: str) -> list[str]:
-    """The mangled names of the kernels that a PTX defines."""
+def ptx_kernels(ptx: str) -> list[str]:
+    """Return the mangled names of the kernels that a PTX text defines."""
     return _ENTRY.findall(ptx)
 
 
-def kernels(cubin: bytes) -> frozenset[str]:
-    """The mangled names of the kernels that a cubin defines.
+def cubin_kernels(cubin: bytes) -> frozenset[str]:
+    """Return the mangled names of the kernels that a cubin defines.
 
     Raises:
-        ImageError: it is none.
+        CudaKernelError: the bytes are not a cubin.
     """
     from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile
 
     try:
-        # Each kernel's code has a section of its own, and what it takes another (CUDA Binary Utilities, 2.3).
+        # The code of each kernel is in a section .text.<name> (CUDA Binary Utilities, 2.3).
         names = [section.name for section in ELFFile(BytesIO(cubin)).iter_sections()]
     except ELFError as error:
-        raise ImageError(f"it is no cubin: {error}") from error
+        raise CudaKernelError(f"not a cubin: {error}") from error
     return frozenset(name.removeprefix(".text.") for name in names if name.startswith(".text."))
 
 
-def _listed(path: Path, toolchain: Toolchain, kind: str) -> list[bytes]:
-    """What cuobjdump takes out of a file: ``ptx`` or ``elf``, in the file's order."""
-    tool = (toolchain.home / "bin" / "cuobjdump").resolve()
-    if not tool.is_file():
-        raise ImageError(f"{toolchain} has no cuobjdump", hint="cuda=distro")
+def _extract(path: Path, toolchain: Toolchain, kind: str) -> list[bytes]:
+    """Return the device images for 7.0 that cuobjdump extracts from a file, ``ptx`` or ``elf``, in the file's order."""
+    cuobjdump = (toolchain.home / "bin" / "cuobjdump").resolve()
+    if not cuobjdump.is_file():
+        raise CudaKernelError(f"{toolchain} has no cuobjdump", hint="cuda=distro")
     with tempfile.TemporaryDirectory() as folder:
-        # It writes where it stands, under names that it makes of the file's.
-        run([tool, f"-x{kind}", "all", path.resolve()], cwd=Path(folder))
-        ending = {"ptx": "ptx", "elf": "cubin"}[kind]
-        return [one.read_bytes() for one in sorted(Path(folder).glob(f"*.sm_70.{ending}"), key=_number)]
+        # cuobjdump writes to the current folder and numbers the files.
+        run([cuobjdump, f"-x{kind}", "all", path.resolve()], cwd=Path(folder))
+        suffix = {"ptx": "ptx", "elf": "cubin"}[kind]
+        extracted = sorted(Path(folder).glob(f"*.sm_70.{suffix}"), key=_numbers)
+        return [image.read_bytes() for image in extracted]
 
 
-def _number(path: Path) -> list[int]:
+def _numbers(path: Path) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", path.name)]
 
 
-def _file(source: str, ending: str) -> str:
-    return f"{source.replace('/', '-')}.{ending}"
+def _file(source: str, suffix: str) -> str:
+    return f"{source.replace('/', '-')}.{suffix}"

@@ -1,11 +1,11 @@
-"""vLLM's Triton kernels: held to the limits of a Volta, and compiled ahead of time; both without a GPU."""
+"""Compile vLLM's Triton kernels for compute capability 7.0 without a GPU, and check them against Volta's limits."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,12 @@ from voltforge.system.process import ProgramFailed, run
 from voltforge.wheel.checks import DRIVER
 from voltforge.wheel.wheelfile import Wheel
 
-PATIENCE = 3600.0
-"""Seconds that compiling all of them may take; it was 200 of one core."""
-
-MEMORY = 1 << 30
-"""Bytes for one process that compiles."""
-BROKEN = 3
-"""The status with which volta.triton_kernels.measure says that a kernel is broken."""
+TIMEOUT = 3600.0
+"""Seconds for all kernels; one core took 200."""
+MEMORY_PER_JOB = 1 << 30
+"""Bytes for one compiler process."""
+BROKEN_KERNEL = 3
+"""Exit status of volta.triton_kernels.measure if a kernel has a problem."""
 PRECOMPILE = (
     "parallel.py",
     "pretended_gpu.py",
@@ -36,35 +35,35 @@ PRECOMPILE = (
         for name in ("attention", "awq", "case", "experts", "model_shapes", "precompile", "rotary")
     ),
 )
-"""The modules of volta/ that decide what is compiled ahead."""
+"""The modules of volta/ that decide which kernels are precompiled for the image."""
 
 
 class KernelError(VoltforgeError):
-    """A kernel that does not compile, or takes more than a Volta has."""
+    """A kernel that does not compile, or exceeds a limit of Volta."""
 
 
 def verify(pipeline: Pipeline) -> None:
-    """Compile every Triton kernel that the wheel's vLLM reaches on 7.0, and print what each takes of it.
+    """Compile every Triton kernel that the wheel's vLLM uses on 7.0, and print the resources that each takes.
 
-    ``build/triton.json`` has a row for each kernel of each case.
+    ``build/triton.json`` gets a row for each kernel of each case.
 
     Raises:
-        KernelError: one does not compile, or is over a limit; the compiler's own line is named.
-        VoltforgeError: there is no wheel.
+        KernelError: a kernel does not compile, with the compiler's message, or exceeds a limit.
+        VoltforgeError: the wheelhouse has no vLLM.
     """
-    from volta.triton_kernels import tables  # which a checkout without volta/ can do without until it is asked for this
+    from volta.triton_kernels import tables  # a checkout may lack volta/: only this command needs it
 
-    with installed(pipeline) as settled:
-        console.step("compile Triton's kernels for 7.0")
-        with console.progress("kernels") as tell:
-            rows = compiled(pipeline, settled, tell=tell)
+    with installed_vllm(pipeline) as installed:
+        console.step("compile Triton kernels for 7.0")
+        with console.progress("kernels") as show:
+            rows = compile_kernels(pipeline, installed, show=show)
     console.table("Triton kernels on 7.0", tables.HEADINGS, tables.summary(rows))
     files.write_json(pipeline.root / "build" / "triton.json", rows)
-    report(rows)
+    check(rows)
 
 
-def report(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Say how much was compiled.
+def check(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the number of cases and their time.
 
     Raises:
         KernelError: a row has a problem.
@@ -77,30 +76,38 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def compiled(
+def compile_kernels(
     pipeline: Pipeline,
-    settled: Environment,
-    *words: str,
+    installed: Environment,
+    *arguments: str,
     program: Sequence[str | Path] = ("-m", "volta.triton_kernels.measure"),
-    tell: Any = lambda _: None,
+    show: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """What ``python -m volta.triton_kernels.measure`` prints in an environment where vLLM is installed."""
+    """Run ``python -m volta.triton_kernels.measure`` beside vLLM and return the rows that it prints.
+
+    Args:
+        pipeline: the checkout.
+        installed: an environment with vLLM.
+        arguments: options of the program.
+        program: another program, for a test.
+        show: gets the name of each case, for a progress display.
+    """
     rows: list[dict[str, Any]] = []
 
     def watch(line: str, _: object) -> None:
         if line.startswith("{"):
             rows.append(json.loads(line))
-            tell(rows[-1]["case"])
+            show(rows[-1]["case"])
 
-    many = "--jobs", jobs(pipeline)
-    asked(pipeline, settled, *program, *many, *words, watch=watch, ok=(0, BROKEN))
+    words = *program, "--jobs", job_count(pipeline), *arguments
+    run_python(pipeline, installed, *words, watch=watch, ok=(0, BROKEN_KERNEL))
     if not rows:
         raise KernelError("no case was compiled")
     return rows
 
 
-def inputs(pipeline: Pipeline) -> Values:
-    """What decides which kernels are compiled ahead, and their bytes, beside the environment that they are for."""
+def precompile_inputs(pipeline: Pipeline) -> Values:
+    """Return what decides the precompiled kernels besides the environment: the sources of volta/ and the C compiler."""
     try:
         compiler = run([os.environ.get("CC") or "gcc", "--version"]).output.splitlines()[0]
     except ProgramFailed:
@@ -109,91 +116,102 @@ def inputs(pipeline: Pipeline) -> Values:
     return {"sources": sources, "compiler": compiler}
 
 
-def warm(pipeline: Pipeline, settled: Environment, packages: Path, cache: Path, place: Path, tell: Any) -> str:
-    """Fill a Triton cache with the kernels of common models; it will lie at ``place``. Gives its size in words.
+def precompile(
+    pipeline: Pipeline,
+    installed: Environment,
+    packages: Path,
+    cache: Path,
+    final_path: Path,
+    show: Callable[[str], None],
+) -> str:
+    """Fill a Triton cache with the kernels of common models.
 
-    ``packages`` is the site-packages of what they are for: Triton's own files, stripped or not, are in every key.
+    Args:
+        pipeline: the checkout.
+        installed: an environment with vLLM.
+        packages: the site-packages of the image. Triton's own files are part of every key of the cache.
+        cache: the folder of the cache.
+        final_path: the path of the cache in the image.
+        show: gets lines of progress.
+
+    Returns:
+        The size of the cache, as words.
     """
 
     def watch(line: str, _: object) -> None:
-        if line:  # else only time went by
-            tell(line)
+        if line:  # an empty line only marks the time
+            show(line)
 
-    words: list[str | Path] = [
-        "-S",
-        "-m",
-        "volta.triton_kernels.precompile",
-        "--cache",
-        cache,
-        "--at",
-        place,
-        "--progress",
-    ]
-    words += ["--jobs", jobs(pipeline)]
-    return asked(pipeline, settled, *words, packages=packages, watch=watch).strip().splitlines()[-1]
+    options: list[str | Path] = ["--cache", cache, "--at", final_path, "--progress", "--jobs", job_count(pipeline)]
+    program = "-S", "-m", "volta.triton_kernels.precompile"
+    output = run_python(pipeline, installed, *program, *options, packages=packages, watch=watch)
+    return output.strip().splitlines()[-1]
 
 
-def jobs(pipeline: Pipeline) -> str:
-    """How many kernels to compile at once."""
-    return str(count(pipeline.settings.jobs, MEMORY)[0])
+def job_count(pipeline: Pipeline) -> str:
+    """Return the number of kernels to compile at once."""
+    return str(count(pipeline.settings.jobs, MEMORY_PER_JOB)[0])
 
 
-def asked(
-    pipeline: Pipeline, settled: Environment, *words: str | Path, packages: Path | None = None, **options: Any
+def run_python(
+    pipeline: Pipeline, installed: Environment, *arguments: str | Path, packages: Path | None = None, **options: Any
 ) -> str:
-    """Run an environment's Python, with volta to be imported; gives what it printed.
+    """Run the Python of an environment, with volta importable, and return its output.
 
     Raises:
-        KernelError: it failed.
+        KernelError: it failed; the message is the last line of its output that is not indented.
     """
     try:
-        handed = surroundings(pipeline, packages)
-        # -m looks in the current folder first, and its volta must be this checkout's.
-        return run([settled.python, *words], cwd=pipeline.root, env=handed, timeout=PATIENCE, **options).output
+        env = variables(pipeline, packages)
+        # With -m, Python imports from the current folder first: volta must be that of this checkout.
+        command = [installed.python, *arguments]
+        return run(command, cwd=pipeline.root, env=env, timeout=TIMEOUT, **options).output
     except ProgramFailed as error:
-        said = [line for line in error.output.splitlines() if line.strip()]
-        told = next((line for line in reversed(said) if not line.startswith(" ")), error.what)
-        raise KernelError(told) from error
+        lines = [line for line in error.output.splitlines() if line.strip()]
+        message = next((line for line in reversed(lines) if not line.startswith(" ")), error.what)
+        raise KernelError(message) from error
 
 
-def surroundings(pipeline: Pipeline, packages: Path | None = None) -> dict[str, str]:
-    """The variables with which a Python imports vLLM and volta on a machine without a GPU.
+def variables(pipeline: Pipeline, packages: Path | None = None) -> dict[str, str]:
+    """Return the environment variables to import vLLM and volta on a machine without a GPU.
 
-    ``packages`` is looked in before all others.
+    Args:
+        pipeline: the checkout.
+        packages: a folder to import from before all others.
     """
     dropped = "TRITON_", "VLLM_", "PYTHON", "LD_LIBRARY_PATH"
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    path = os.pathsep.join(str(one) for one in (packages, pipeline.root) if one)
-    variables |= {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    python_path = os.pathsep.join(str(folder) for folder in (packages, pipeline.root) if folder)
+    env |= {"PYTHONPATH": python_path, "PYTHONDONTWRITEBYTECODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if DRIVER not in system_libraries():
-        variables["LD_LIBRARY_PATH"] = str(pipeline.driver_stub.required().path)
-    return variables
+        env["LD_LIBRARY_PATH"] = str(pipeline.driver_stub.required().path)
+    return env
 
 
-def kept(pipeline: Pipeline) -> Wheel:
-    """The wheelhouse's vLLM.
+def vllm_wheel(pipeline: Pipeline) -> Wheel:
+    """Return vLLM's wheel in the wheelhouse.
 
     Raises:
-        VoltforgeError: there is none.
+        VoltforgeError: the wheelhouse has none.
     """
-    found = [one for one in pipeline.wheelhouse.wheels() if one.name == "vllm"]
-    if not found:
+    wheels = [wheel for wheel in pipeline.wheelhouse.wheels() if wheel.name == "vllm"]
+    if not wheels:
         raise VoltforgeError("the wheelhouse has no vllm", hint="./doit wheels:vllm")
-    return found[0]
+    return wheels[0]
 
 
 @contextlib.contextmanager
-def installed(pipeline: Pipeline) -> Iterator[Environment]:
-    """An environment of the runtime's lock with the wheelhouse's vLLM, for as long as it is needed.
+def installed_vllm(pipeline: Pipeline) -> Iterator[Environment]:
+    """Yield a temporary environment with the runtime's lock and the wheelhouse's vLLM.
 
     Raises:
-        VoltforgeError: there is no wheel of vLLM.
+        VoltforgeError: the wheelhouse has no vLLM.
     """
-    found = kept(pipeline)
+    wheel = vllm_wheel(pipeline)
     recipe = pipeline.recipes["vllm"]
-    settled = pipeline.environment(recipe.beside(recipe.expect.lock), "vllm-kernels-verify")
+    installed = pipeline.environment(recipe.beside(recipe.expect.lock), "vllm-kernels-verify")
     try:
-        environment.install_wheel(settled, found.path)
-        yield settled
+        environment.install_wheel(installed, wheel.path)
+        yield installed
     finally:
-        files.remove(settled.path)
+        files.remove(installed.path)

@@ -134,7 +134,7 @@ class Runtime:
             "base": chosen or self.base.result().id,
             "engine": str(container_engine.choose()),
             "code": {path.name: files.sha256(path) for path in CODE},
-            "kernels": triton_kernels.inputs(self.checkout),
+            "kernels": triton_kernels.precompile_inputs(self.checkout),
         }
 
     def _lock(self) -> Path:
@@ -190,7 +190,7 @@ class Runtime:
         compiled = context / "kernels" / KERNELS.relative_to("/")
         with layers.united(context, self.folder / "united") as united, console.progress("kernels for 7.0") as tell:
             packages = united / settled.site_packages.relative_to(settled.path)
-            said = triton_kernels.warm(self.checkout, settled, packages, compiled, KERNELS, tell)
+            said = triton_kernels.precompile(self.checkout, settled, packages, compiled, KERNELS, tell)
         console.note(f"{said}, compiled ahead for 7.0")
         sizes = {**content.layers, "kernels": layers.weight(compiled)}
         layers.set_modes(context)
