@@ -1,1 +1,1 @@
-"""What runs beside vLLM where its wheel is installed: of torch, triton, vllm and the standard library alone."""
+"""Examine what vLLM does on a Volta; runs where vLLM's wheel is installed, or on the card."""

@@ -1,4 +1,7 @@
-"""Work on all cores, by processes that are forked when vLLM is imported already: that alone takes ten seconds."""
+"""Run a function on all cores, in processes forked after vLLM is imported.
+
+Importing vLLM takes ten seconds; a forked process does not repeat it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def each(function: Callable[[Item], Result], items: Sequence[Item], jobs: int | None = None) -> Iterator[Result]:
-    """The results in the order of the items; a worker is given several at a time."""
+    """Yield the results in the order of the items; ``jobs`` is the number of processes, one for each core if None."""
     count = jobs or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("fork")) as pool:
         yield from pool.map(function, items, chunksize=max(1, min(4, len(items) // count)))

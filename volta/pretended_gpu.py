@@ -1,8 +1,7 @@
-"""A GPU that is not there: vLLM and Triton are told its capability, launches end after the compile.
+"""Pretend a GPU: tell vLLM and Triton its compute capability, and compile kernels instead of launching them.
 
-Import this before vllm: it settles what the imports of vllm ask. Everything between vLLM's own Python function and the
-launch is the real thing, so what is compiled, and the key that it is cached under, is what the same call gives on a
-machine with such a card.
+Import this before vllm, because vllm looks for a GPU when it is imported. Everything between vLLM's own Python function
+and the launch is real. So the compiled code and its cache key are the same as on a machine with such a card.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-# Without a GPU vllm/triton_utils/importing.py puts an empty shell in Triton's place, unless this variable is empty:
-# so it looks in a worker that is given its card later.
+# Without a GPU vllm/triton_utils/importing.py replaces Triton with a placeholder, unless this variable is empty, as it
+# is in a worker process whose card is set later.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it speaks on standard output
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to standard output
 
 import torch
 import triton
@@ -39,18 +38,18 @@ class Launch:
     """A kernel that would have been launched."""
 
     function: str
-    """Its name in the source: ``kernel_unified_attention_2d``."""
+    """The name in the source: ``kernel_unified_attention_2d``."""
     kernel: Any
     """Triton's CompiledKernel."""
     grid: Any
-    said: str
-    """What ptxas said, if it was compiled now and ptxas is heard."""
+    log: str
+    """The output of ptxas; empty if the kernel was in the cache or Triton does not print it."""
     arguments: Mapping[str, Any]
-    """What it was called with, by the names in its source."""
+    """The arguments of the call, by the names in the source."""
 
 
 class Driver:
-    """As much of Triton's driver as a compile asks for."""
+    """The methods of Triton's driver that a compilation calls."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability = capability
@@ -72,46 +71,49 @@ class Driver:
 
 
 class Platform(NonNvmlCudaPlatform):
-    """A CUDA platform without a device behind it; vLLM's modules keep the one that they found at import."""
+    """A CUDA platform without a device.
 
-    told = VOLTA
-    joined = False
-    """Whether NVLink joins all cards."""
+    The capability is a class attribute, because vLLM's modules keep the platform that they found at import.
+    """
+
+    capability = VOLTA
+    nvlink = False
+    """True if NVLink connects all cards."""
 
     @classmethod
     def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
-        """The capability that is pretended."""
-        return DeviceCapability(*Platform.told)
+        """Return the pretended capability."""
+        return DeviceCapability(*Platform.capability)
 
     @classmethod
     def get_device_name(cls, device_id: int = 0) -> str:
-        """A name that no tuned configuration has, and that reads well in a sentence."""
+        """Return a name that no tuned configuration of vLLM has and that fits into its messages."""
         return NAME
 
     @classmethod
     def get_device_total_memory(cls, device_id: int = 0) -> int:
-        """Bytes."""
+        """Return the memory of the card in bytes."""
         return 16 << 30
 
     @classmethod
     def is_fully_connected(cls, physical_device_ids: list[int]) -> bool:
-        """Whether NVLink joins the cards."""
-        return cls.joined
+        """Return True if NVLink connects the cards."""
+        return cls.nvlink
 
 
-class DoesNotCompile(Exception):  # noqa: N818 - it says what happened
-    """A kernel that Triton refuses; ``function`` is its name."""
+class KernelCompileError(Exception):
+    """Triton does not compile a kernel; ``function`` is the kernel's name."""
 
     def __init__(self, function: str, why: str) -> None:
         super().__init__(f"{function}: {why}")
         self.function = function
         self.why = why
-        """The compiler's own line."""
+        """The line of the compiler's output that names the error."""
 
 
 def capability(of: tuple[int, int] = VOLTA, target: tuple[int, int] | None = None) -> None:
-    """From now on, everybody who asks is told this capability; Triton compiles for ``target``, if another is named."""
-    Platform.told = of
+    """Pretend a card of capability ``of`` from now on; Triton compiles for ``target``, by default ``of``."""
+    Platform.capability = of
     if not isinstance(vllm.platforms._current_platform, Platform):
         vllm.platforms._current_platform = Platform()
     torch.cuda.get_device_capability = lambda device=None: of
@@ -122,13 +124,13 @@ def capability(of: tuple[int, int] = VOLTA, target: tuple[int, int] | None = Non
 
 
 @contextlib.contextmanager
-def launches(taken: Callable[[Launch], object] = lambda launch: None) -> Iterator[list[Launch]]:
-    """Inside, every launch of a Triton kernel compiles it and then only adds to the list; ``taken`` is told at once.
+def launches(callback: Callable[[Launch], object] = lambda launch: None) -> Iterator[list[Launch]]:
+    """Inside the block, compile each Triton kernel and add its launch to the list instead of launching it.
 
-    What vLLM launches in between of its own CUDA kernels is left out, for there is nothing to launch it on.
+    ``callback`` is called with each launch at once. vLLM's own CUDA kernels are skipped, since there is no GPU.
 
     Raises:
-        DoesNotCompile: Triton refuses a kernel.
+        KernelCompileError: Triton does not compile a kernel.
     """
     import vllm._custom_ops as ops
 
@@ -136,33 +138,37 @@ def launches(taken: Callable[[Launch], object] = lambda launch: None) -> Iterato
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        said = io.StringIO()
+        log = io.StringIO()
         try:
-            with contextlib.redirect_stdout(said):
+            with contextlib.redirect_stdout(log):
                 kernel = run(self, *args, grid=grid, warmup=True, **options)
         except Exception as error:
-            raise DoesNotCompile(self.fn.__name__, _line(error)) from error
-        given = {one.name: one.default for one in self.params} | dict(zip(self.arg_names, args, strict=False))
+            raise KernelCompileError(self.fn.__name__, _line(error)) from error
+        given = {parameter.name: parameter.default for parameter in self.params} | dict(
+            zip(self.arg_names, args, strict=False)
+        )
         given |= {name: value for name, value in options.items() if name in given}
-        seen.append(Launch(self.fn.__name__, kernel, grid, said.getvalue(), given))
-        taken(seen[-1])
+        seen.append(Launch(self.fn.__name__, kernel, grid, log.getvalue(), given))
+        callback(seen[-1])
         return kernel
 
-    def nothing(*_: Any, **__: Any) -> None:
+    def skip(*_: Any, **__: Any) -> None:
         return None
 
-    of_cuda = [(ops, name) for name in ("moe_align_block_size", "moe_wna16_gemm", "moe_sum")]
-    of_cuda += [(torch.ops._C, "silu_and_mul")]
+    cuda_kernels = [(ops, name) for name in ("moe_align_block_size", "moe_wna16_gemm", "moe_sum")]
+    cuda_kernels += [(torch.ops._C, "silu_and_mul")]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        for owner, name in of_cuda:
-            stack.enter_context(mock.patch.object(owner, name, nothing))
+        for owner, name in cuda_kernels:
+            stack.enter_context(mock.patch.object(owner, name, skip))
         yield seen
 
 
 def _line(error: BaseException) -> str:
-    """Where in the kernel, and what, of what a compiler says in many lines."""
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    place = re.match(r"at (\d+:\d+)", said[0]) if said else None
-    told = next((line for line in said if re.search(r"\berror\b", line)), said[-1] if said else type(error).__name__)
-    return f"at {place[1]} of the kernel: {told}" if place else told
+    """Return the position and the error from a compiler's message of many lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    place = re.match(r"at (\d+:\d+)", lines[0]) if lines else None
+    message = next(
+        (line for line in lines if re.search(r"\berror\b", line)), lines[-1] if lines else type(error).__name__
+    )
+    return f"at {place[1]} of the kernel: {message}" if place else message

@@ -159,7 +159,7 @@ def test_only_below_7_5_does_the_awq_product_add_up_in_float32(
 ) -> None:
     said = bench.does(
         "import importlib\n"
-        f"with unittest.mock.patch.object(pretended_gpu.Platform, 'told', {capability}):\n"
+        f"with unittest.mock.patch.object(pretended_gpu.Platform, 'capability', {capability}):\n"
         "    name = awq_triton.__name__\n"
         "    spec = importlib.util.spec_from_file_location(name, awq_triton.__file__)\n"
         "    fresh = importlib.util.module_from_spec(spec)\n"

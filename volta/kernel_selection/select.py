@@ -79,7 +79,7 @@ def as_card(some: list[Case], rank: int, linked: bool, folder: Path) -> None:
     """What one card's process does: join once, then answer to every case."""
     from volta.pretended_gpu import Platform
 
-    Platform.joined = linked
+    Platform.nvlink = linked
     first: list[str] = []
 
     def join(config: Any, _: Path) -> str:

@@ -12,7 +12,7 @@ from volta.triton_kernels.case import Case, Tensors
 
 @dataclass(frozen=True, kw_only=True)
 class AwqDequantize(Case):
-    """awq_dequantize_triton: what prompts of 256 tokens and more take."""
+    """awq_dequantize_triton, which vLLM calls for prompts of 256 tokens and more."""
 
     kernels = ("awq_dequantize_kernel",)
     label = "awq-dequantize"
@@ -20,12 +20,12 @@ class AwqDequantize(Case):
     columns: int
     group: int = 128
 
-    def tensors(self, made: Tensors) -> dict[str, Any]:
+    def tensors(self, make: Tensors) -> dict[str, Any]:
         groups, packed = self.rows // self.group, self.columns // 8
         return {
-            "qweight": made.integers(-(2**31), 2**31, self.rows, packed),
-            "scales": made.normal(groups, self.columns, dtype=torch.float16, scale=0.01),
-            "zeros": made.integers(-(2**31), 2**31, groups, packed),
+            "qweight": make.integers(-(2**31), 2**31, self.rows, packed),
+            "scales": make.normal(groups, self.columns, dtype=torch.float16, scale=0.01),
+            "zeros": make.integers(-(2**31), 2**31, groups, packed),
         }
 
     def call(self, **arguments: Any) -> Any:
@@ -36,7 +36,7 @@ class AwqDequantize(Case):
 
 @dataclass(frozen=True, kw_only=True)
 class AwqGemm(Case):
-    """awq_gemm_triton, with the number of parts in K that awq.py asks for."""
+    """awq_gemm_triton; ``parts`` is the number of parts along K, 8 in vLLM's awq.py."""
 
     kernels = ("awq_gemm_kernel",)
     label = "awq-gemm"
@@ -46,13 +46,13 @@ class AwqGemm(Case):
     group: int = 128
     parts: int = 8
 
-    def tensors(self, made: Tensors) -> dict[str, Any]:
+    def tensors(self, make: Tensors) -> dict[str, Any]:
         groups, packed = self.rows // self.group, self.columns // 8
         return {
-            "input": made.normal(self.tokens, self.rows, dtype=torch.float16),
-            "qweight": made.integers(-(2**31), 2**31, self.rows, packed),
-            "scales": made.normal(groups, self.columns, dtype=torch.float16, scale=0.01),
-            "qzeros": made.integers(-(2**31), 2**31, groups, packed),
+            "input": make.normal(self.tokens, self.rows, dtype=torch.float16),
+            "qweight": make.integers(-(2**31), 2**31, self.rows, packed),
+            "scales": make.normal(groups, self.columns, dtype=torch.float16, scale=0.01),
+            "qzeros": make.integers(-(2**31), 2**31, groups, packed),
             "split_k_iters": self.parts,
         }
 

@@ -1,8 +1,8 @@
 """Define a case: one call of a vLLM function that launches Triton kernels.
 
-A case has a name, its tensors (seeded; on any device) and its call, all apart: ``volta.triton_kernels.measure``
-compiles it without launching, and the same case can be launched on a GPU or interpreted on the CPU. vLLM is imported
-when a case is called, never here.
+A case has a name, its tensors (seeded; on any device) and its call, each separate. So ``volta.triton_kernels.measure``
+compiles a case without launching it, and the same case can be launched on a GPU or interpreted on the CPU. vLLM is
+imported when a case is called, never here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "e5m2": torch.float8_e5m
 
 @dataclass(frozen=True)
 class Tensors:
-    """Makes tensors: random ones from a seed, or without one of whatever the memory holds, for a compile."""
+    """Makes tensors: random with a seed, uninitialized without one, which is enough to compile."""
 
     device: str = "cpu"
     seed: int | None = None
@@ -29,46 +29,46 @@ class Tensors:
             self.generator.manual_seed(self.seed)
 
     def normal(self, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-        """Normally distributed."""
+        """Return normally distributed numbers with standard deviation ``scale``."""
         if self.seed is None:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return (scale * torch.randn(shape, generator=self.generator)).to(dtype).to(self.device)
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        """Equally distributed, ``high`` not among them."""
+        """Return uniformly distributed integers from ``low`` to below ``high``."""
         if self.seed is None:
             return torch.empty(shape, dtype=dtype, device=self.device)
-        made = torch.randint(low, high, shape, generator=self.generator, dtype=torch.int64)
-        return made.to(dtype).to(self.device)
+        values = torch.randint(low, high, shape, generator=self.generator, dtype=torch.int64)
+        return values.to(dtype).to(self.device)
 
     def exactly(self, values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        """These values."""
+        """Return a tensor of these values."""
         return torch.tensor(values, dtype=dtype, device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case(ABC):
-    """One call of one of vLLM's functions."""
+    """One call of a vLLM function."""
 
     kernels: ClassVar[tuple[str, ...]]
-    """The names of the kernels that it may launch, as the source has them."""
+    """The names in the source of the kernels that the call may launch."""
     label: ClassVar[str]
 
     @property
     def name(self) -> str:
-        """``attention-2d dtype=fp16 head_size=128 …``: each field that is not as it usually is."""
-        told = [(one, getattr(self, one.name)) for one in fields(self)]
-        return " ".join([self.label, *(f"{one.name}={value}" for one, value in told if value != one.default)])
+        """The label and each field that differs from its default: ``attention-2d dtype=fp16 head_size=128 …``."""
+        values = [(field, getattr(self, field.name)) for field in fields(self)]
+        return " ".join([self.label, *(f"{field.name}={value}" for field, value in values if value != field.default)])
 
     @abstractmethod
-    def tensors(self, made: Tensors) -> dict[str, Any]:
-        """Its arguments."""
+    def tensors(self, make: Tensors) -> dict[str, Any]:
+        """Return the arguments of the call."""
 
     @abstractmethod
     def call(self, **arguments: Any) -> Any:
-        """Call vLLM's function with them; gives its result."""
+        """Call vLLM's function with the arguments and return its result."""
 
 
 def cdiv(number: int, by: int) -> int:
-    """The quotient, rounded up."""
+    """Return the quotient, rounded up."""
     return -(number // -by)

@@ -22,18 +22,18 @@ class Lora(Case):
     adapters: int = 1
     tokens: int = 33
 
-    def tensors(self, made: Tensors) -> dict[str, Any]:
+    def tensors(self, make: Tensors) -> dict[str, Any]:
         half, slots = torch.float16, self.adapters + 1
         return {
-            "inputs": made.normal(self.tokens, self.hidden, dtype=half),
-            "a": [made.normal(self.adapters, 1, self.rank, self.hidden, dtype=half) for _ in range(self.slices)],
-            "b": [made.normal(self.adapters, 1, self.hidden, self.rank, dtype=half) for _ in range(self.slices)],
-            "between": made.normal(self.slices, self.tokens, self.rank, dtype=torch.float32),
-            "output": made.normal(self.tokens, self.slices * self.hidden, dtype=half),
+            "inputs": make.normal(self.tokens, self.hidden, dtype=half),
+            "a": [make.normal(self.adapters, 1, self.rank, self.hidden, dtype=half) for _ in range(self.slices)],
+            "b": [make.normal(self.adapters, 1, self.hidden, self.rank, dtype=half) for _ in range(self.slices)],
+            "between": make.normal(self.slices, self.tokens, self.rank, dtype=torch.float32),
+            "output": make.normal(self.tokens, self.slices * self.hidden, dtype=half),
             "meta": (
-                made.exactly([0] * self.tokens), made.exactly(list(range(self.tokens))),
-                made.exactly([0] * (slots - 1) + [self.tokens]), made.exactly([0] * slots + [self.tokens]),
-                made.exactly([-1, *range(self.adapters)]), torch.tensor([False]),
+                make.exactly([0] * self.tokens), make.exactly(list(range(self.tokens))),
+                make.exactly([0] * (slots - 1) + [self.tokens]), make.exactly([0] * slots + [self.tokens]),
+                make.exactly([-1, *range(self.adapters)]), torch.tensor([False]),
             ),
         }  # fmt: skip
 

@@ -15,7 +15,7 @@ from volta.triton_kernels.rotary import Mrope
 from volta.triton_kernels.sampling import Rejection
 
 NOT_COVERED = {
-    "layers/mamba, layers/fla, lightning_attn, fused_gdn_gating": "hybrid and state-space models, of which none is in "
+    "layers/mamba, layers/fla, lightning_attn, fused_gdn_gating": "hybrid and state-space models, none of which is in "
     "the table of shapes",
     "merge_attn_states": "cascade attention, which TRITON_ATTN refuses (use_cascade_attention is False)",
     "correct_attn_cp_out": "context parallelism in decode, of FlashAttention, FlashInfer and MLA alone",
@@ -36,7 +36,7 @@ NOT_COVERED = {
     "Inductor's": "made by torch.compile of each model's own graph; a call of Triton that it traces, as that of AWQ's "
     "kernels, is compiled anew inside of it, under a key of its own",
 }
-"""What has Triton kernels and no case here, and why: parts of the names of files or kernels, or another package's."""
+"""The Triton kernels without a case: parts of file names or kernel names, or another package, and the reason."""
 
 
 ATTENTION: dict[str, Sequence[Any]] = {
@@ -50,19 +50,19 @@ ATTENTION: dict[str, Sequence[Any]] = {
     "softcap": (0, 30.0),
     "sinks": (False, True),
 }
-"""The matrix of attention. bfloat16 is refused below 8.0."""
+"""The values of each parameter of attention. vLLM refuses bfloat16 below 8.0."""
 STRENGTH = 3
-"""Every combination of so many of its values is compiled."""
+"""The cases contain every combination of this many values of :data:`ATTENTION`."""
 USUAL = {"queries": (4,), "sinks": (False,)}
-"""With these alone, :func:`whole` has every combination of all others."""
+"""The values to which :func:`whole` restricts these parameters."""
 
 
 def covering(
     axes: Mapping[str, Sequence[Any]], strength: int, allowed: Callable[[dict[str, Any]], bool]
 ) -> Iterator[dict[str, Any]]:
-    """Choices of one value for each axis, among which every allowed combination of ``strength`` values occurs.
+    """Yield choices of one value for each axis that together contain every allowed combination of ``strength`` values.
 
-    Greedy and without chance: each choice begins with a combination that is still missing.
+    This is a covering array. The algorithm is greedy and deterministic: each choice begins with a missing combination.
     """
     names = list(axes)
 
@@ -75,7 +75,7 @@ def covering(
             return None
         if len(choice) == len(names):
             return choice
-        name = next(one for one in names if one not in choice)
+        name = next(name for name in names if name not in choice)
         ranked = sorted(axes[name], key=lambda value: -len(pairs({**choice, name: value}) & missing))
         return next((found for value in ranked if (found := completed({**choice, name: value}))), None)
 
@@ -93,10 +93,10 @@ def covering(
 
 
 def fits(choice: Mapping[str, Any]) -> bool:
-    """Whether a choice of :data:`ATTENTION` is for 7.0.
+    """Return True if the registers of 7.0 can hold a choice of :data:`ATTENTION` with tiles of 16.
 
-    More than 32 queries for a kv head of 256, or more than 64 for one of more than 64, is no model that is known, and
-    cannot be held in registers with tiles of 16; in 32 bits that is so from 32 queries on.
+    They cannot hold more than 32 queries for a kv head of size 256, or more than 64 for one of size above 64. In fp32
+    the limits are half of that. No known model exceeds them.
     """
     padded = 1 << (choice.get("head_size", 64) - 1).bit_length()
     rows = max(16, 1 << (choice.get("queries", 1) - 1).bit_length())
@@ -104,30 +104,30 @@ def fits(choice: Mapping[str, Any]) -> bool:
 
 
 def attention() -> Iterator[Case]:
-    """The matrix of attention, in prefill and in decode."""
+    """Yield the cases of attention, in prefill and in decode."""
     for choice in covering(ATTENTION, STRENGTH, fits):
         yield from both(**choice)
-    # DeepSeek's heads, of 128 and 64 numbers, where VLLM_MLA_DISABLE makes ordinary attention of MLA.
+    # DeepSeek's heads of 128 + 64 numbers: VLLM_MLA_DISABLE=1 replaces MLA with ordinary attention.
     for tokens, kv in itertools.product((16, 1), ("", "e5m2")):
         yield Attention(dtype="fp16", kv=kv, head_size=192, heads=16, kv_heads=16, query=tokens)
 
 
 def whole() -> Iterator[Case]:
-    """Every combination of the matrix of attention, for models with four queries for each kv head and no sinks."""
+    """Yield every combination of attention's parameters, for four queries for each kv head and no sinks."""
     axes = {**ATTENTION, **USUAL}
     for values in itertools.product(*axes.values()):
         yield from both(**dict(zip(axes, values, strict=True)))
 
 
 def both(*, queries: int, **choice: Any) -> Iterator[Case]:
-    """A choice of the matrix, in prefill and in decode."""
+    """Yield the case of a choice in prefill and in decode."""
     kv_heads = 1 if queries > 32 else 2
     for tokens in (16, 1):
         yield Attention(**choice, heads=queries * kv_heads, kv_heads=kv_heads, query=tokens)
 
 
 def others() -> Iterator[Case]:
-    """Everything but attention: full products, for they are small."""
+    """Yield the cases of all other kernels: every combination of their parameters."""
     for dtype, kv, size, block in itertools.product(
         ("fp16", "fp32"), ("", "e5m2"), ATTENTION["head_size"], ATTENTION["block_size"]
     ):
@@ -140,19 +140,19 @@ def others() -> Iterator[Case]:
         yield Experts(dtype=dtype, experts=8, top_k=top_k, hidden=512, width=256, tokens=tokens)
     for bits, zeros, group, tokens in itertools.product((4, 8), (False, True), (32, 64, 128), (1, 16, 32, 96)):
         if bits == 4 and tokens < 32:
-            continue  # few tokens of 4 bits go to moe_wna16_gemm, a kernel of CUDA
+            continue  # with 4 bits and few tokens vLLM calls moe_wna16_gemm, a CUDA kernel
         yield Experts(bits=bits, zeros=zeros, group=group, experts=8, top_k=2, hidden=512, width=256, tokens=tokens)
     for dtype, heads, spread in itertools.product(("fp16", "fp32"), ((28, 4), (12, 2), (16, 16)), (False, True)):
         yield Mrope(
             dtype=dtype, heads=heads[0], kv_heads=heads[1], interleaved=spread,
             sections=(24, 20, 20) if spread else (16, 24, 24),
         )  # fmt: skip
-    # One kernel has the whole vocabulary in a block: 20 seconds to compile at 32000, a minute and more at 151936.
+    # One kernel has the whole vocabulary in a block. It compiles in 20 seconds at 32000, in over a minute at 151936.
     yield Rejection(vocabulary=32000)
     for rank, slices, tokens in itertools.product((8, 16, 64), (1, 3), (33, 256)):
         yield Lora(rank=rank, slices=slices, tokens=tokens)
 
 
 def every() -> list[Case]:
-    """All cases, in order."""
+    """Return all cases, in order."""
     return [*attention(), *others()]

@@ -1,8 +1,8 @@
-"""Compiles every case for 7.0 and says what each kernel takes of a Volta: ``python -m volta.triton_kernels.measure``.
+"""Compile every case for 7.0 and measure what each kernel needs: registers, spills, shared memory, instructions.
 
-It prints a line of JSON for each kernel of each case, and ends with status 3 if a kernel does not compile or is over
-a limit; ``--markdown`` writes docs/kernels.md besides. Triton 3.5.0 compiles without a GPU; what is counted comes from
-its ptxas and nvdisasm.
+Usage: ``python -m volta.triton_kernels.measure``. It prints a line of JSON for each kernel of each case, and exits with
+status 3 if a kernel does not compile or exceeds a limit; ``--markdown`` also writes docs/kernels.md. Triton 3.5.0
+compiles without a GPU. The numbers come from its ptxas and nvdisasm.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from volta.triton_kernels import matrix, tables
 from volta.triton_kernels.attention import Attention
 from volta.triton_kernels.case import Case, Tensors
 
-import triton  # isort: skip - after pretended_gpu, which settles what imports find
+import triton  # isort: skip - after pretended_gpu, which sets the environment
 
 REGISTERS = 255
-"""The most that a thread of 7.0 has (CUDA C++ Programming Guide, table of compute capabilities)."""
+"""The registers of a thread of 7.0 (CUDA C++ Programming Guide, table of compute capabilities)."""
 SHARED = 96 << 10
-"""The most bytes of shared memory that a block of 7.0 can ask for (the same)."""
+"""The largest shared memory of a block of 7.0, in bytes (same table)."""
 SPILL = 64
-"""Bytes of registers that a thread may keep in memory: ptxas itself prefers some to losing a block of an SM."""
+"""Bytes that a thread may spill: ptxas accepts a few so that one more block fits on an SM."""
 SPILLS = {
     "fused_moe_kernel": 768,  # 64 rows, for more tokens than experts
     "fused_moe_kernel_gptq_awq": 5120,  # 64 rows, for more than 40 tokens
@@ -43,16 +43,16 @@ SPILLS = {
     "_lora_shrink_kernel": 9216,  # 32 rows and 256 columns, for less than 128 tokens
     "_lora_expand_kernel": 12288,  # 64 rows and 128 columns
 }
-"""Where upstream's own tiles spill more, by kernel: known, and left as it is."""
+"""Larger limits, by kernel, where upstream's own tiles spill more."""
 BROKEN = 3
-"""The status if a kernel does not compile or is over a limit; 1 is what Python ends with by itself."""
+"""The exit status if a kernel does not compile or exceeds a limit. Python itself exits with 1."""
 COUNTED = ("FFMA", "HMMA", "LDG", "STG", "LDS", "STS", "LDL", "STL")
-"""Instructions that are counted besides all of them; LDL and STL are the spilled."""
+"""Instructions that are also counted separately; LDL and STL are spills."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one kernel of one case takes."""
+    """The resources of one kernel of one case."""
 
     case: str
     kernel: str = ""
@@ -60,49 +60,49 @@ class Row:
     warps: int = 0
     registers: int = 0
     spill: int = 0
-    """Bytes per thread that are stored."""
+    """Bytes of spill stores per thread."""
     shared: int = 0
-    """Bytes per block."""
+    """Bytes of shared memory per block."""
     instructions: dict[str, int] = field(default_factory=dict)
     key: str = ""
-    """Triton's, of its cache."""
+    """The key of Triton's cache."""
     seconds: float = 0.0
-    """To compile it; 0 if another case had the very same."""
+    """The time to compile it; 0 if an earlier case compiled the same kernel."""
     problem: str = ""
 
     def over(self) -> Iterator[str]:
-        """Each limit that it breaks."""
+        """Yield each limit that the kernel exceeds."""
         bound = SPILLS.get(self.kernel, SPILL)
-        for what, has, most in (
+        for resource, value, limit in (
             ("registers", self.registers, REGISTERS),
             ("bytes of shared memory", self.shared, SHARED),
             ("bytes spilled", self.spill, bound),
         ):
-            if has > most:
-                yield f"{has} {what}, and the limit is {most}"
+            if value > limit:
+                yield f"{value} {resource}, and the limit is {limit}"
 
 
 class Compiler:
-    """Compiles cases in a cache folder of its own, so that ptxas is heard each time."""
+    """Compiles cases, each kernel once."""
 
     def __init__(self) -> None:
         self.known: dict[str, Row] = {}
-        """By Triton's key."""
+        """The kernels that are already compiled, by Triton's key."""
 
     def rows(self, case: Case) -> Iterator[Row]:
-        """What each kernel of a case takes, or one row that says why it cannot be said."""
+        """Yield a row for each kernel of a case, or one row with the problem."""
         began = time.perf_counter()
-        refused, errors = None, []
-        with _errors() as lines:
+        failure, errors = None, []
+        with _captured_stderr() as lines:
             try:
                 with pretended_gpu.launches() as seen:
                     case.call(**case.tensors(Tensors()))
-            except pretended_gpu.DoesNotCompile as error:
-                refused, errors = error, [line for line in lines() if "error:" in line]
-        if refused:
-            why = errors[0] if errors and "error" not in refused.why else refused.why
-            problem = f"{case.name}: {refused.function} does not compile for 7.0: {why}"
-            yield Row(case.name, refused.function, problem=problem)
+            except pretended_gpu.KernelCompileError as error:
+                failure, errors = error, [line for line in lines() if "error:" in line]
+        if failure:
+            why = errors[0] if errors and "error" not in failure.why else failure.why
+            problem = f"{case.name}: {failure.function} does not compile for 7.0: {why}"
+            yield Row(case.name, failure.function, problem=problem)
             return
         if not seen or not {launch.function for launch in seen} <= set(case.kernels):
             names = ", ".join(sorted({launch.function for launch in seen})) or "nothing"
@@ -115,14 +115,17 @@ class Compiler:
         for launch in _once(seen):
             known = self.known[launch.kernel.hash]
             seconds = round(took / len(fresh), 2) if launch in fresh else 0.0
-            made = replace(known, case=case.name, seconds=seconds)
-            over = "; ".join(f"{case.name}: {made.kernel} takes {one}" for one in made.over())
-            yield replace(made, problem=over)
+            row = replace(known, case=case.name, seconds=seconds)
+            problem = "; ".join(f"{case.name}: {row.kernel} takes {excess}" for excess in row.over())
+            yield replace(row, problem=problem)
 
 
 @contextlib.contextmanager
 def compiler() -> Iterator[Compiler]:
-    """A compiler; Triton compiles a kernel once in a process, so that there can be one of these in each."""
+    """Yield the compiler of this process, with an empty Triton cache, so that ptxas runs and its output is captured.
+
+    There is one for each process, because Triton compiles a kernel once in a process.
+    """
     with tempfile.TemporaryDirectory(prefix="volta-") as folder:
         triton.knobs.cache.dir = folder
         triton.knobs.compilation.always_compile = True
@@ -134,7 +137,7 @@ _COMPILER = Compiler()
 
 
 def _rows(case: Case) -> list[Row]:
-    """What a worker says of a case: each has a compiler of its own, which knows what its process has compiled."""
+    """Return the rows of a case, in a worker process with its own compiler."""
     return list(_COMPILER.rows(case))
 
 
@@ -146,11 +149,11 @@ TILES = tuple(
     )
     for query in (16, 1)
 )  # fmt: skip
-"""What the table of tiles shows: all head sizes, and the kv heads that many query heads share."""
+"""The cases of the table of tiles: all head sizes, and kv heads that many query heads share."""
 
 
 def tiles(by: Compiler, wanted: Sequence[Attention] = TILES) -> Iterator[tuple[Attention, Row, Row]]:
-    """Each case with the tiles that tensor cores get, and with Volta's; both compiled for 7.0."""
+    """Yield each case with its row for tensor core tiles and its row for Volta's tiles, both compiled for 7.0."""
     for case in wanted:
         pretended_gpu.capability((8, 0), target=pretended_gpu.VOLTA)
         before = next(by.rows(case))
@@ -159,7 +162,7 @@ def tiles(by: Compiler, wanted: Sequence[Attention] = TILES) -> Iterator[tuple[A
 
 
 def _measured(launch: pretended_gpu.Launch) -> Row:
-    kernel, log = launch.kernel, launch.said
+    kernel, log = launch.kernel, launch.log
     cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
     code = subprocess.run([triton.knobs.nvidia.nvdisasm.path, "-c", cubin], capture_output=True, text=True, check=True)
     names = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", code.stdout))
@@ -175,7 +178,7 @@ def _measured(launch: pretended_gpu.Launch) -> Row:
 def _found(pattern: str, log: str) -> str:
     found = re.search(pattern, log)
     if not found:
-        raise ValueError(f"ptxas says nothing like {pattern!r}: {log[:300]}")
+        raise ValueError(f"the output of ptxas does not match {pattern!r}: {log[:300]}")
     return found[1]
 
 
@@ -187,8 +190,8 @@ def _once(seen: Iterable[pretended_gpu.Launch]) -> list[pretended_gpu.Launch]:
 
 
 @contextlib.contextmanager
-def _errors() -> Iterator[Any]:
-    """What the compiler, which is not Python, says on standard error; yields a function that gives the lines."""
+def _captured_stderr() -> Iterator[Any]:
+    """Capture what the compiler writes to file descriptor 2; yields a function that returns the lines."""
     with tempfile.TemporaryFile("w+") as sink:
         sys.stderr.flush()
         kept = os.dup(2)
@@ -206,34 +209,34 @@ def _errors() -> Iterator[Any]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m volta.triton_kernels.measure", description=__doc__)
-    parser.add_argument("--only", default="", help="cases whose name has this word")
-    parser.add_argument("--whole", action="store_true", help="every combination of attention's matrix, instead")
-    parser.add_argument("--list", action="store_true", help="name the cases and compile nothing")
-    parser.add_argument("--jobs", type=int, help="processes at once; otherwise one for each core")
-    parser.add_argument("--tiles", action="store_true", help="attention with the tiles before and after")
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file, too")
-    asked = parser.parse_args(words)
-    wanted = [case for case in (matrix.whole() if asked.whole else matrix.every()) if asked.only in case.name]
-    if asked.list:
+    parser.add_argument("--only", default="", help="only cases whose name contains this text")
+    parser.add_argument("--whole", action="store_true", help="compile every combination for attention")
+    parser.add_argument("--list", action="store_true", help="list the cases and compile nothing")
+    parser.add_argument("--jobs", type=int, help="number of processes (default: one for each core)")
+    parser.add_argument("--tiles", action="store_true", help="compare tensor core tiles with Volta's")
+    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    options = parser.parse_args(words)
+    wanted = [case for case in (matrix.whole() if options.whole else matrix.every()) if options.only in case.name]
+    if options.list:
         print("\n".join(case.name for case in wanted))
         return 0
     pretended_gpu.capability()
     rows: list[Row] = []
     with compiler() as by:
-        if asked.tiles:
+        if options.tiles:
             for case, before, after in tiles(by):
-                told = {"case": case.name, "attention": asdict(case)}
-                print(json.dumps({**told, "before": asdict(before), "after": asdict(after)}), flush=True)
+                row = {"case": case.name, "attention": asdict(case)}
+                print(json.dumps({**row, "before": asdict(before), "after": asdict(after)}), flush=True)
             return 0
-        for row in itertools.chain.from_iterable(parallel.each(_rows, wanted, asked.jobs)):
+        for row in itertools.chain.from_iterable(parallel.each(_rows, wanted, options.jobs)):
             rows.append(row)
             print(json.dumps(asdict(row)), flush=True)
-        if asked.markdown:
+        if options.markdown:
             compared = [(asdict(case), asdict(before), asdict(after)) for case, before, after in tiles(by)]
             text = tables.document([asdict(row) for row in rows], compared, matrix.NOT_COVERED)
-            asked.markdown.write_text(text, encoding="utf-8")
+            options.markdown.write_text(text, encoding="utf-8")
     return BROKEN if any(row.problem for row in rows) else 0
 
 

@@ -1,4 +1,4 @@
-"""The shapes of common models, as their own config.json has them: whose kernels are compiled ahead of time."""
+"""List the shapes of common models, as in their config.json; their kernels are compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 TENSOR_PARALLEL = (1, 2, 4)
 IN_FLOAT32 = ("gemma2", "gemma3", "gemma3_text", "plamo2", "glm4")
-"""Types of models that vLLM refuses in float16 (_FLOAT16_NOT_SUPPORTED_MODELS in vllm/config/model.py)."""
+"""Model types that vLLM refuses in float16 (_FLOAT16_NOT_SUPPORTED_MODELS in vllm/config/model.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What of a model decides which kernels it needs."""
+    """The properties of a model that determine its kernels."""
 
     models: str
     heads: int
@@ -22,30 +22,30 @@ class Shape:
     dtype: str = "fp16"
     """fp32 for models that vLLM refuses to compute in float16."""
     windows: tuple[int | None, ...] = (None,)
-    """Sliding windows of its layers; ``None`` for layers without."""
+    """Sliding windows of the layers; ``None`` for a layer without one."""
     softcap: float = 0
     alibi: bool = False
     mrope: tuple[int, int, int] | None = None
     awq: int = 0
-    """The group size of AWQ, for all but experts; all models share these kernels."""
+    """The group size of AWQ, for all layers but experts; 0 for none. All models share these kernels."""
     experts: int = 0
     top_k: int = 0
     hidden: int = 0
     width: int = 0
     """The intermediate size of an expert."""
     bits: tuple[int, ...] = (16, 4)
-    """Of the experts' weights."""
+    """Bits of the experts' weights."""
     group: int = 128
     zeros: bool = True
-    """Whether 4-bit experts have zero points."""
+    """True if 4-bit experts have zero points."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], name: str) -> Shape:
-        """Read it from a config.json (Hugging Face's).
+        """Return the shape of a Hugging Face config.json.
 
         Raises:
-            KeyError: something is not there.
-            TypeError, AttributeError, ValueError: something is of another kind.
+            KeyError: a key is missing.
+            TypeError, AttributeError, ValueError: a value has the wrong type.
         """
         text = {**config, **(config.get("text_config") or {})}
         heads = int(text["num_attention_heads"])
@@ -55,17 +55,17 @@ class Shape:
             windows = {int(text["sliding_window"]), *([None] if alternate else [])}
         quantized = config.get("quantization_config") or text.get("quantization_config") or {}
         method = quantized.get("quant_method")
-        groups = quantized.get("config_groups") or {}  # as compressed-tensors writes it
+        groups = quantized.get("config_groups") or {}  # compressed-tensors
         weights = next(iter(groups.values()))["weights"] if groups else quantized
         bits, group = int(weights.get("bits") or weights.get("num_bits") or 0), int(weights.get("group_size") or -1)
         rope = text.get("rope_scaling") or {}
         experts = int(text.get("num_local_experts") or text.get("num_experts") or 0)
-        nope, turned = text.get("qk_nope_head_dim"), text.get("qk_rope_head_dim")  # of MLA, made ordinary attention
-        size = nope + turned if nope and turned else text.get("head_dim") or text["hidden_size"] // heads
+        nope, rope_size = text.get("qk_nope_head_dim"), text.get("qk_rope_head_dim")  # MLA run as ordinary attention
+        size = nope + rope_size if nope and rope_size else text.get("head_dim") or text["hidden_size"] // heads
         return cls(
             models=name, heads=heads, kv_heads=int(text.get("num_key_value_heads") or heads), head_size=int(size),
             dtype="fp32" if {config.get("model_type"), text.get("model_type")} & set(IN_FLOAT32) else "fp16",
-            windows=tuple(sorted(windows, key=lambda one: one or 0)),
+            windows=tuple(sorted(windows, key=lambda window: window or 0)),
             softcap=text.get("attn_logit_softcapping") or 0, alibi=bool(text.get("alibi")),
             mrope=tuple(rope["mrope_section"]) if "mrope_section" in rope else None,
             awq=group if method == "awq" and group > 0 else 0,

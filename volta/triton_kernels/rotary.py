@@ -10,7 +10,7 @@ from volta.triton_kernels.case import DTYPES, Case, Tensors
 
 @dataclass(frozen=True, kw_only=True)
 class Mrope(Case):
-    """triton_mrope: rotary embedding of models with images (without Inductor, which takes vLLM's PyTorch)."""
+    """triton_mrope: rotary embedding of models with images. With Inductor, vLLM uses its PyTorch function instead."""
 
     kernels = ("_triton_mrope_forward",)
     label = "mrope"
@@ -22,13 +22,13 @@ class Mrope(Case):
     interleaved: bool = False
     tokens: int = 33
 
-    def tensors(self, made: Tensors) -> dict[str, Any]:
+    def tensors(self, make: Tensors) -> dict[str, Any]:
         dtype = DTYPES[self.dtype]
         return {
-            "q": made.normal(self.tokens, self.heads * self.head_size, dtype=dtype),
-            "k": made.normal(self.tokens, self.kv_heads * self.head_size, dtype=dtype),
-            "cos": made.normal(3, self.tokens, self.head_size // 2, dtype=dtype),
-            "sin": made.normal(3, self.tokens, self.head_size // 2, dtype=dtype),
+            "q": make.normal(self.tokens, self.heads * self.head_size, dtype=dtype),
+            "k": make.normal(self.tokens, self.kv_heads * self.head_size, dtype=dtype),
+            "cos": make.normal(3, self.tokens, self.head_size // 2, dtype=dtype),
+            "sin": make.normal(3, self.tokens, self.head_size // 2, dtype=dtype),
             "mrope_section": list(self.sections), "head_size": self.head_size, "rotary_dim": self.head_size,
             "mrope_interleaved": self.interleaved,
         }  # fmt: skip

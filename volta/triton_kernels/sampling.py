@@ -12,7 +12,7 @@ from volta.triton_kernels.case import Case, Tensors
 
 @dataclass(frozen=True, kw_only=True)
 class Rejection(Case):
-    """The sampler of speculative decoding: rejection_sample, with n-gram drafts or those of a model."""
+    """rejection_sample, the sampler of speculative decoding, with drafts from n-grams or from a model."""
 
     kernels = (
         "rejection_greedy_sample_kernel", "rejection_random_sample_kernel", "expand_kernel",
@@ -21,20 +21,20 @@ class Rejection(Case):
     label = "rejection"
     vocabulary: int
     drafts: int = 4
-    """Tokens that are proposed for each sequence."""
+    """Proposed tokens of each sequence."""
     sequences: int = 2
     draft_probabilities: bool = False
 
-    def tensors(self, made: Tensors) -> dict[str, Any]:
+    def tensors(self, make: Tensors) -> dict[str, Any]:
         tokens = self.sequences * self.drafts
         return {
-            "tokens": made.integers(0, self.vocabulary, tokens),
-            "probabilities": made.normal(tokens, self.vocabulary, dtype=torch.float32).abs(),
-            "draft": made.normal(tokens, self.vocabulary, dtype=torch.float32).abs()
+            "tokens": make.integers(0, self.vocabulary, tokens),
+            "probabilities": make.normal(tokens, self.vocabulary, dtype=torch.float32).abs(),
+            "draft": make.normal(tokens, self.vocabulary, dtype=torch.float32).abs()
             if self.draft_probabilities else None,
-            "ends": made.exactly([self.drafts * (number + 1) for number in range(self.sequences)]),
-            "bonus": made.integers(0, self.vocabulary, self.sequences, 1),
-            "temperature": made.exactly([1.0] + [0.0] * (self.sequences - 1), torch.float32),
+            "ends": make.exactly([self.drafts * (number + 1) for number in range(self.sequences)]),
+            "bonus": make.integers(0, self.vocabulary, self.sequences, 1),
+            "temperature": make.exactly([1.0] + [0.0] * (self.sequences - 1), torch.float32),
         }  # fmt: skip
 
     def call(self, **arguments: Any) -> Any:
@@ -42,7 +42,7 @@ class Rejection(Case):
 
         from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens, rejection_sample
 
-        some = SimpleNamespace(
+        metadata = SimpleNamespace(
             all_greedy=False, all_random=False, temperature=arguments["temperature"], generators={}, top_k=None,
             top_p=None,
         )  # fmt: skip
@@ -52,6 +52,6 @@ class Rejection(Case):
         )
         sampled = rejection_sample(
             arguments["tokens"], counts, self.drafts, arguments["ends"], arguments["draft"],
-            arguments["probabilities"], arguments["bonus"], some,
+            arguments["probabilities"], arguments["bonus"], metadata,
         )  # fmt: skip
         return expanded, sampled
