@@ -1,6 +1,7 @@
-"""What the kernels should give, in float64: written to be read, from the definitions and not from the kernels.
+"""Compute the exact results of vLLM's operations in float64.
 
-A cache is ``[pages, tokens of a page, heads, head size]``; a sequence's pages are named by its row of the block table.
+The code follows the definitions, not the kernels. The shape of a cache is ``[pages, tokens of a page, heads, head
+size]``. A row of the block table lists a sequence's pages.
 """
 
 from __future__ import annotations
@@ -10,37 +11,37 @@ from dataclasses import dataclass
 import torch
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Which four bits of a packed word hold column 0, 1, 2, …: AutoAWQ puts columns 0 2 4 6 1 3 5 7 there, lowest first."""
+"""The position of column 0, 1, 2, … in a packed word: AutoAWQ packs columns 0 2 4 6 1 3 5 7, lowest bits first."""
 
 LARGEST_E5M2 = 57344.0
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What attention does besides a plain causal softmax."""
+    """The options of attention beyond a causal softmax."""
 
     window: int = 0
-    """How many keys a query sees, its own among them; 0 for all."""
+    """The number of keys that a query sees, including its own; 0 for all."""
     softcap: float = 0.0
     slopes: torch.Tensor | None = None
-    """ALiBi's, one for each query head."""
+    """The slopes of ALiBi, one for each query head."""
     sinks: torch.Tensor | None = None
-    """A logit for each query head that takes part in the softmax and brings no value."""
+    """A logit for each query head that is part of the softmax and has no value."""
 
 
 def gathered(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
-    """The first tokens of a sequence, ``[length, heads, head size]`` in float64, from the pages that hold them."""
+    """Return a sequence's first tokens from its pages, ``[length, heads, head size]`` in float64."""
     needed = -(-length // cache.shape[1])
     return cache.double()[pages[:needed].long()].flatten(0, 1)[:length]
 
 
 def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, mask: Mask) -> torch.Tensor:
-    """The attention of one sequence, ``[queries, heads, head size]`` in float64: the queries are its last tokens.
+    """Return the attention of one sequence, ``[queries, heads, head size]`` in float64.
 
-    Query heads come in equal groups, one group after the other for each head of keys and values.
+    The queries are the sequence's last tokens. Query heads are in equal groups, one for each head of keys and values.
     """
     query, group = query.double(), query.shape[1] // keys.shape[1]
-    keys, values = (one.double().repeat_interleave(group, dim=1) for one in (keys, values))
+    keys, values = (tensor.double().repeat_interleave(group, dim=1) for tensor in (keys, values))
     at_query = torch.arange(len(keys) - len(query), len(keys))[:, None]
     at_key = torch.arange(len(keys))[None, :]
     logits = scale * torch.einsum("qhd,khd->hqk", query, keys)
@@ -59,23 +60,23 @@ def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sca
 
 
 def unpacked(words: torch.Tensor) -> torch.Tensor:
-    """The eight numbers from 0 to 15 in each 32-bit word of an AWQ matrix, side by side in the order of the columns."""
+    """Return the eight 4-bit numbers in each 32-bit word of an AWQ matrix, in the order of the columns."""
     places = 4 * torch.tensor(AWQ_ORDER)
     return ((words.long()[..., None] >> places) & 15).flatten(-2)
 
 
 def awq_weights(words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    """The weights of an AWQ matrix, ``[inputs, outputs]`` in float64: scale times (number less zero point)."""
+    """Return the weights of an AWQ matrix, ``[inputs, outputs]`` in float64: scale * (number - zero point)."""
     group = len(words) // len(scales)
-    less = unpacked(zeros).repeat_interleave(group, dim=0)
-    return scales.double().repeat_interleave(group, dim=0) * (unpacked(words) - less)
+    offsets = unpacked(zeros).repeat_interleave(group, dim=0)
+    return scales.double().repeat_interleave(group, dim=0) * (unpacked(words) - offsets)
 
 
 def expert_weights(words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
-    """The weights of WNA16 experts, ``[experts, outputs, inputs]`` in float64: scale times (number less zero point).
+    """Return the weights of WNA16 experts, ``[experts, outputs, inputs]`` in float64: scale * (number - zero point).
 
-    Numbers of four bits lie two in a byte, the lower ones first: those of weights along the inputs, zero points along
-    the outputs. Scales and zero points have a last axis of groups.
+    A byte holds two 4-bit numbers, the first in the lower bits: weights along the inputs, zero points along the
+    outputs. The last axis of scales and zero points is the group.
     """
 
     def spread(packed: torch.Tensor, axis: int) -> torch.Tensor:
@@ -85,14 +86,14 @@ def expert_weights(words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tenso
 
     numbers = spread(words, 2)
     group = numbers.shape[2] // scales.shape[2]
-    less = spread(zeros, 1) if zeros is not None else torch.full_like(scales, 1 << (bits - 1), dtype=torch.float64)
-    return (numbers - less.repeat_interleave(group, 2)) * scales.double().repeat_interleave(group, 2)
+    offsets = spread(zeros, 1) if zeros is not None else torch.full_like(scales, 1 << (bits - 1), dtype=torch.float64)
+    return (numbers - offsets.repeat_interleave(group, 2)) * scales.double().repeat_interleave(group, 2)
 
 
 def chained_in_float16(left: torch.Tensor, right: torch.Tensor, parts: int) -> torch.Tensor:
-    """A product as sm_70 computes it with float16 accumulators: one fused multiply-add after the other, each rounded.
+    """Return a product as sm_70 computes it with float16 accumulators: each fused multiply-add is rounded.
 
-    The inputs are dealt in tiles of 32 to that many parts, whose sums are added in float32 and rounded at the end.
+    Tiles of 32 inputs are distributed over ``parts``. The sums of the parts are added in float32 and rounded once.
     """
     left, right = left.double(), right.double()
     sums = torch.zeros(parts, len(left), right.shape[1], dtype=torch.float64)
@@ -103,8 +104,11 @@ def chained_in_float16(left: torch.Tensor, right: torch.Tensor, parts: int) -> t
 
 
 def e5m2(values: torch.Tensor) -> torch.Tensor:
-    """The nearest numbers that a sign, five bits of exponent and two of fraction can hold, in float64; halves go away
-    from zero, as in Triton's code for GPUs without conversions of their own. What is too large is infinite."""
+    """Round to e5m2 (5 bits of exponent, 2 of fraction); return float64.
+
+    Ties round away from zero, as in Triton's code for GPUs without an instruction for the conversion. Numbers beyond
+    the largest become infinite.
+    """
     values = values.double()
     fraction, exponent = torch.frexp(values.abs())
     step = torch.ldexp(torch.ones_like(values), exponent.clamp(min=-13) - 3)

@@ -130,7 +130,7 @@ def test_the_awq_product_in_float16_is_over_its_bound_and_its_code_shows_it(benc
     """As the kernel was: the interpreter rounds once in 32 multiply-adds, sm_70 after each."""
     case = "Multiply(rows=2, inputs=4096, group=128, outputs=32, parts=1)"
     assert "False" in bench.does(f"{IN_FLOAT16}print(attempt({case}).fine)")
-    assert "awq_gemm_kernel adds up in float16" in compiling.does(f"{IN_FLOAT16}print(attempt(Multiply()).said)")
+    assert "awq_gemm_kernel sums in float16" in compiling.does(f"{IN_FLOAT16}print(attempt(Multiply()).problem)")
     said = bench.does(
         "case = Multiply(rows=2, inputs=4096, group=128, outputs=64)\n"
         "print(attempt(case).error < case.bound < 3 * case.bound < case.chained())"
@@ -148,7 +148,7 @@ def test_without_its_patch_a_window_hides_low_logits(bench: Bench) -> None:
         "for name, new, old in (('2d', (40,), (50,)), ('3d', (1,), (620,))):\n"
         "    case, name = Attention(new=new, old=old, window=24, level=-40.0), 'kernel_unified_attention_' + name\n"
         "    with unittest.mock.patch.object(module, name, Stock(getattr(module, name))):\n"
-        "        print(attempt(case).error > 0.1, attempt(case).said)\n"
+        "        print(attempt(case).error > 0.1, attempt(case).problem)\n"
     )
     assert said.split() == ["True", "True"]
 
@@ -172,7 +172,7 @@ def test_only_below_7_5_does_the_awq_product_add_up_in_float32(
 @pytest.mark.parametrize("case", ["Store(cache={!r})", "Attention(cache={!r})", "Attention(cache={!r}, new=(3,))"])
 def test_e4m3_does_not_compile_for_sm_70_and_e5m2_does(case: str, compiling: Bench) -> None:
     refused = compiling.row(case.format("fp8_e4m3"))
-    assert "fp8e4nv not supported in this architecture" in refused["said"]
+    assert "fp8e4nv not supported in this architecture" in refused["problem"]
     assert compiling.row(case.format("fp8_e5m2"))["fine"]
 
 
@@ -190,7 +190,7 @@ def test_a_layer_with_e5m2_leaves_its_queries_as_they_are(bench: Bench) -> None:
 
 def test_a_layer_with_e5m2_goes_on_where_the_scale_of_its_queries_was_calculated(bench: Bench) -> None:
     said = bench.does("print(attempt(Layer(Attention(new=(5,), old=(0,), cache='fp8_e5m2'), query_scale=0.7)))")
-    assert "said=''" in said
+    assert "problem=''" in said
 
 
 def test_other_caches_are_seen_as_they_were(bench: Bench) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # volta.numerics asks
+os.environ["TRITON_INTERPRET"] = "0"  # compile mode: volta.numerics reads the variable
 
 import numpy as np
 import torch
@@ -41,33 +41,33 @@ LARGER: tuple[Case, ...] = (
     Dequantize(inputs=512, outputs=1024, group=128),
     Experts(rows=64, experts=8, inputs=512, outputs=512, bits=4, group=128),
 )
-"""What the interpreter would take too long for."""
+"""Cases that would take too long with the interpreter."""
 SCALARS = {"i1": "bool", "fp16": "f16", "fp32": "f32", "fp64": "f64"}
-"""Triton's names of types that are others in :data:`volta.gpu.rows.KINDS`."""
+"""Triton's names of types that differ from those in :data:`volta.gpu.rows.KINDS`."""
 TYPES = {torch.float16: "<f2", torch.float32: "<f4", torch.uint8: "|u1", torch.float8_e5m2: "e5m2"}
 
 
 @dataclass
 class Recorder:
-    """The launches of one case, and the memory that they work on."""
+    """The launches of one case and the memory that they use."""
 
     storages: dict[int, int] = field(default_factory=dict)
-    """The number of a buffer, by the address of its storage."""
+    """Buffer numbers, by the address of the storage."""
     held: list[torch.UntypedStorage] = field(default_factory=list)
-    """So that no other gets their addresses."""
+    """The storages, kept so that their addresses are not reused."""
     buffers: list[rows.Array] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
     def take(self, launch: pretended_gpu.Launch) -> None:
-        """Keep a launch with all that it would have found in memory."""
-        kernel, given = launch.kernel, launch.arguments
+        """Store a launch and the content of the memory that it uses."""
+        kernel, values = launch.kernel, launch.arguments
         kinds = {name: kind for name, kind in kernel.src.signature.items() if kind != "constexpr"}
-        arguments = [self.argument(given[name], kind) for name, kind in kinds.items()]
+        arguments = [self.argument(values[name], kind) for name, kind in kinds.items()]
         scratch = kernel.metadata.global_scratch_size, kernel.metadata.profile_scratch_size
         if any(scratch):
-            raise ValueError(f"{launch.function} wants {scratch} bytes of scratch memory")
-        grid = launch.grid(given) if callable(launch.grid) else launch.grid
+            raise ValueError(f"{launch.function} requires {scratch} bytes of scratch memory, which rows do not support")
+        grid = launch.grid(values) if callable(launch.grid) else launch.grid
         x, y, z = (*grid, 1, 1)[:3]
         image = Image(kernel.asm["ptx"], kernel.asm["cubin"])
         threads = 32 * kernel.metadata.num_warps
@@ -80,16 +80,16 @@ class Recorder:
         )  # fmt: skip
 
     def argument(self, value: Any, kind: str) -> Pointer | Number:
-        """A value as the kernel takes it."""
+        """Return a value as the kernel's argument."""
         if isinstance(value, torch.Tensor):
             storage = value.untyped_storage()
             return Pointer(self.buffer(storage), value.data_ptr() - storage.data_ptr())
         if kind.startswith("*"):
-            raise ValueError(f"a pointer is no tensor but {value!r}")
+            raise ValueError(f"a pointer argument is {value!r} and not a tensor")
         return Number(SCALARS.get(kind, kind), float(value) if kind.startswith("fp") else int(value))
 
     def buffer(self, storage: torch.UntypedStorage) -> int:
-        """The number of a storage; its content is kept as it is now, the first time."""
+        """Return the buffer number of a storage; the first call stores its content."""
         if storage.data_ptr() not in self.storages:
             self.storages[storage.data_ptr()] = len(self.buffers)
             self.held.append(storage)
@@ -98,43 +98,43 @@ class Recorder:
         return self.storages[storage.data_ptr()]
 
     def result(self, expected: Expected) -> Result:
-        """What must be in memory, as a row has it."""
-        made, storage = expected.made, expected.made.untyped_storage()
+        """Return an expected result in the form of a row."""
+        output, storage = expected.output, expected.output.untyped_storage()
         if storage.data_ptr() not in self.storages:
-            raise ValueError("the result is in memory that no kernel was given")
-        size = made.element_size()
+            raise ValueError("no kernel has the memory of the result as an argument")
+        size = output.element_size()
         return Result(
-            self.storages[storage.data_ptr()], expected.right.float().numpy(), TYPES[made.dtype],
-            made.data_ptr() - storage.data_ptr(), tuple(size * step for step in made.stride()),
-            len(made) if expected.summed else 0, expected.measure,
+            self.storages[storage.data_ptr()], expected.exact.float().numpy(), TYPES[output.dtype],
+            output.data_ptr() - storage.data_ptr(), tuple(size * step for step in output.stride()),
+            len(output) if expected.summed else 0, expected.measure,
         )  # fmt: skip
 
 
 def recorded(case: Case) -> Row:
-    """A case as launches that a GPU can repeat."""
+    """Return the row of a case."""
     recorder = Recorder()
     EXPECTED.clear()
     with pretended_gpu.launches(recorder.take), np.errstate(all="ignore"):
         case.error()
-    results = [recorder.result(one) for one in EXPECTED]
+    results = [recorder.result(expected) for expected in EXPECTED]
     names = " + ".join(dict.fromkeys(recorder.names))
     return Row(worded(case), names, recorder.buffers, recorder.launches, results, case.bound)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m volta.gpu_rows.record_triton", description=__doc__)
     parser.add_argument("file", type=Path, help="the archive to write")
-    parser.add_argument("--jobs", type=int, help="processes at once; otherwise one for each core")
-    parser.add_argument("--only", default="", help="cases that have this word in them")
-    asked = parser.parse_args(words)
-    cases = [case for case in (*CASES, *LARGER) if asked.only in worded(case)]
-    made = []
-    for row in parallel.each(recorded, cases, asked.jobs):
-        made.append(row)
-        print(f"[{len(made)}/{len(cases)}] {row.name}", flush=True)
-    with zipfile.ZipFile(asked.file, "w") as archive:
-        rows.write(made, archive)
+    parser.add_argument("--jobs", type=int, help="number of processes (default: one for each core)")
+    parser.add_argument("--only", default="", help="only cases whose name contains this text")
+    options = parser.parse_args(words)
+    cases = [case for case in (*CASES, *LARGER) if options.only in worded(case)]
+    recorded_rows = []
+    for row in parallel.each(recorded, cases, options.jobs):
+        recorded_rows.append(row)
+        print(f"[{len(recorded_rows)}/{len(cases)}] {row.name}", flush=True)
+    with zipfile.ZipFile(options.file, "w") as archive:
+        rows.write(recorded_rows, archive)
     return 0
 
 

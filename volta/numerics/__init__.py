@@ -1,1 +1,1 @@
-"""Compare what Triton's kernels compute on the way of a Volta with float64, on the CPU."""
+"""Compare the results of vLLM's Triton kernels, as a Volta would run them, with float64 on the CPU."""

@@ -1,11 +1,11 @@
-"""Holds what Triton's kernels compute on the way of a Volta against float64, on the CPU, with Triton's interpreter.
+"""Compare the Triton kernels that vLLM runs on a Volta with float64, on the CPU, with Triton's interpreter.
 
-``python -m volta.numerics`` prints a table and exits with 1 if a row is over its bound. With the word ``compile`` it
-makes the same calls and compiles each kernel for sm_70 instead: what is computed here is what compiles there.
-``volta.gpu_rows.record_triton`` does that, too, and keeps launches and references for a GPU.
+``python -m volta.numerics`` prints a table and exits with 1 if a row exceeds its bound. ``python -m volta.numerics
+compile`` makes the same calls and compiles each kernel for sm_70 instead, so that every case that is computed is known
+to compile. ``volta.gpu_rows.record_triton`` also compiles the cases, and stores launches and references for a GPU.
 
-The calls go through vLLM's own Python functions. Whatever a kernel may not read is NaN, and so is whatever it must
-write: pages of nobody, the rest of a last page, rows beside an input, fresh memory.
+The cases call vLLM's own Python functions. Memory that a kernel must not read is NaN: unused pages, the rest of a last
+page, rows next to an input. So is memory that a kernel must write.
 """
 
 from __future__ import annotations

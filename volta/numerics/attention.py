@@ -17,7 +17,7 @@ from volta.numerics.mode import COMPILE
 
 @dataclass(frozen=True)
 class Attention:
-    """A batch of sequences, each with the tokens that are new in it and those that are in the cache before them."""
+    """Attention of a batch of sequences, each with new tokens and with earlier tokens in the cache."""
 
     new: Sequence[int] = (1,)
     old: Sequence[int] = (40,)
@@ -32,19 +32,19 @@ class Attention:
     alibi: bool = False
     sinks: bool = False
     scales: Sequence[float] = (1.0, 1.0)
-    """Of keys and of values, where the cache is of eight bits."""
+    """The scales of keys and of values, if the cache has 8 bits."""
     spread: float = 1.0
     """Standard deviation of the queries."""
     level: float = 0.0
-    """What is added to every logit: without a soft cap and sinks, no share of a softmax is another for it."""
+    """A number added to every logit. Without a soft cap and sinks the softmax does not depend on it."""
     seed: int = 0
 
-    # A float16 output is off by 2**-12 of itself and more where large values cancel; the shares of the softmax are
-    # rounded to float16 before they meet the values, scaled keys before they meet the queries.
+    # A float16 output has an error of 2**-12 of itself, and more where large values cancel. The softmax is rounded to
+    # float16 before its product with the values, scaled keys before theirs with the queries.
     bound = 2.0**-9
 
     def error(self) -> float:
-        """The largest relative error of a row, which is a query's head."""
+        """Return the largest relative error of a row, which is one head of one query."""
         from vllm.attention.ops.triton_unified_attention import unified_attention
 
         random = torch.Generator().manual_seed(self.seed)
@@ -54,7 +54,7 @@ class Attention:
         scale = self.head_size**-0.5
         if self.level:
             query[..., 0] = 8.0
-            first = keys[..., 0].float() * 0 + self.level / (8 * scale)  # what is NaN stays so
+            first = keys[..., 0].float() * 0 + self.level / (8 * scale)  # NaN stays NaN
             keys[..., 0] = first.to(keys.dtype)
         mask = reference.Mask(
             self.window,
@@ -85,24 +85,24 @@ class Attention:
                 sinks=mask.sinks,
             )
         if not COMPILE and not out[[0, -1]].isnan().all():
-            raise KernelError("wrote beside its output")
-        right = [
+            raise KernelError("the kernel wrote outside its output")
+        exact = [
             reference.attention(
-                one,
+                queries,
                 reference.gathered(keys, pages, length) * self.scales[0],
                 reference.gathered(values, pages, length) * self.scales[1],
                 scale,
                 mask,
             )
-            for one, pages, length in zip(query.split(list(self.new)), tables, lengths, strict=True)
+            for queries, pages, length in zip(query.split(list(self.new)), tables, lengths, strict=True)
         ]
-        if COMPILE:  # the rows beside must stay NaN
-            beside = torch.full_like(right[0][:1], torch.nan)
-            return expect(out, torch.cat([beside, *right, beside]), "row")
-        return relative(out[1:-1], torch.cat(right))
+        if COMPILE:  # the guards must stay NaN
+            guard = torch.full_like(exact[0][:1], torch.nan)
+            return expect(out, torch.cat([guard, *exact, guard]), "row")
+        return relative(out[1:-1], torch.cat(exact))
 
     def pages(self, lengths: Sequence[int], random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A block table in random order, and a cache that is NaN wherever no token of a sequence lies."""
+        """Return a block table in random order, keys and values; slots without a token are NaN."""
         counts = [-(-length // self.page) for length in lengths]
         order = torch.randperm(sum(counts) + 3, generator=random).int()
         tables = torch.full((len(lengths) + 1, max(counts) + 1), STRAY, dtype=torch.int32)
@@ -112,8 +112,8 @@ class Attention:
             tables[row, :count] = order[taken : taken + count]
             taken += count
             for token in range(length):
-                here = both[tables[row, token // self.page], :, token % self.page]
-                here.copy_(torch.randn(here.shape, generator=random))
+                slot = both[tables[row, token // self.page], :, token % self.page]
+                slot.copy_(torch.randn(slot.shape, generator=random))
         if self.cache in FLOAT8:
             both = both.to(FLOAT8[self.cache])
         keys, values = both.unbind(1)
@@ -122,41 +122,45 @@ class Attention:
 
 @dataclass(frozen=True)
 class Layer:
-    """Attention as a layer does it: new keys and values go into the cache, then the queries meet what is in it."""
+    """A layer of attention: it writes new keys and values to the cache, then reads the cache for the queries."""
 
     batch: Attention = Attention()
     query_scale: float = 1.0
-    """What the layer holds as its queries' scale."""
+    """The layer's scale of its queries."""
     bound = Attention.bound
 
     def error(self) -> float:
-        """The largest relative error of a row, where the reference rounds to the cache's type by itself."""
-        # Not at the top: the layer's modules are heavy, and a table without layers does well without them.
+        """Return the largest relative error of a row; the reference rounds to the cache's type itself."""
+        # Imported here because the import is slow and only this case needs it.
         from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadata
 
-        one, random = self.batch, torch.Generator().manual_seed(self.batch.seed)
-        heads, lengths = one.kv_heads * one.group, list(one.new)
-        assert not any(one.old), "all tokens are new in a layer's case"
+        batch, random = self.batch, torch.Generator().manual_seed(self.batch.seed)
+        heads, lengths = batch.kv_heads * batch.group, list(batch.new)
+        assert not any(batch.old), "all tokens are new in a layer's case"
         query, key, value = (
-            torch.randn(sum(lengths), count, one.head_size, generator=random).half()
-            for count in (heads, one.kv_heads, one.kv_heads)
+            torch.randn(sum(lengths), count, batch.head_size, generator=random).half()
+            for count in (heads, batch.kv_heads, batch.kv_heads)
         )
-        counts = [-(-length // one.page) for length in lengths]
+        counts = [-(-length // batch.page) for length in lengths]
         order = torch.randperm(sum(counts) + 2, generator=random).int()
         tables = torch.full((len(lengths) + 1, max(counts) + 1), STRAY, dtype=torch.int32)
         slots = []
         for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
             tables[row, :count], order = order[:count], order[count:]
-            slots += [int(tables[row, token // one.page]) * one.page + token % one.page for token in range(length)]
-        shape = (sum(counts) + 2, 2, one.page, one.kv_heads, one.head_size)
-        if one.cache in FLOAT8:
+            slots += [
+                int(tables[row, token // batch.page]) * batch.page + token % batch.page for token in range(length)
+            ]
+        shape = (sum(counts) + 2, 2, batch.page, batch.kv_heads, batch.head_size)
+        if batch.cache in FLOAT8:
             cache = torch.full(shape, 0x7F, dtype=torch.uint8)  # NaN in either type
         else:
             cache = torch.full(shape, torch.nan, dtype=torch.float16)
-        kind = TritonAttentionImpl(heads, one.head_size, one.head_size**-0.5, one.kv_heads, None, None, one.cache)
+        layer = TritonAttentionImpl(
+            heads, batch.head_size, batch.head_size**-0.5, batch.kv_heads, None, None, batch.cache
+        )
         scales = unittest.mock.Mock(
-            _k_scale=torch.tensor(one.scales[0]),
-            _v_scale=torch.tensor(one.scales[1]),
+            _k_scale=torch.tensor(batch.scales[0]),
+            _v_scale=torch.tensor(batch.scales[1]),
             _q_scale_float=self.query_scale,
         )
         metadata = TritonAttentionMetadata(
@@ -175,23 +179,23 @@ class Layer:
         )
         out = torch.full_like(query, torch.nan)
         with poisoned_memory():
-            kind.forward(scales, query, key, value, cache, metadata, output=out)
-        if one.cache == "fp8_e5m2":
+            layer.forward(scales, query, key, value, cache, metadata, output=out)
+        if batch.cache == "fp8_e5m2":
             key, value = (
-                reference.e5m2(new.double() / by) * by for new, by in zip((key, value), one.scales, strict=True)
+                reference.e5m2(new.double() / by) * by for new, by in zip((key, value), batch.scales, strict=True)
             )
         parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        right = [reference.attention(*part, one.head_size**-0.5, reference.Mask()) for part in parts]
-        return relative(out, torch.cat(right))
+        exact = [reference.attention(*part, batch.head_size**-0.5, reference.Mask()) for part in parts]
+        return relative(out, torch.cat(exact))
 
 
 @dataclass(frozen=True)
 class Store:
-    """Keys and values of some tokens go to their slots; those with slot -1 go nowhere."""
+    """The write of keys and values to their slots; tokens with slot -1 are not written."""
 
     tokens: int = 5
     padding: Sequence[int] = (1,)
-    """Which of the tokens have slot -1."""
+    """The numbers of the tokens with slot -1."""
     heads: int = 2
     head_size: int = 64
     page: int = 16
@@ -202,16 +206,16 @@ class Store:
 
     @property
     def bound(self) -> float:
-        """Half a step of e5m2's two bits of fraction; a float16 cache holds the very bits."""
+        """Half a step of e5m2's two-bit fraction; a float16 cache keeps all bits."""
         return 2.0**-3 if self.cache in FLOAT8 else 0.0
 
     def error(self) -> float:
-        """The largest relative error of a number in the cache; of the smallest normal one, for those below it."""
+        """Return the largest error of a number in the cache, relative to it or to the smallest normal float16."""
         from vllm.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
 
         random = torch.Generator().manual_seed(self.seed)
         fused = torch.randn(self.tokens, 3, self.heads, self.head_size, generator=random).mul(self.spread).half()
-        _, key, value = fused.unbind(1)  # as a fused projection gives them: rows far apart
+        _, key, value = fused.unbind(1)  # views of a fused projection, whose rows are far apart
         pages = self.tokens // self.page + 3
         slots = torch.randperm(pages * self.page, generator=random)[: self.tokens]
         slots[list(self.padding)] = -1
@@ -222,23 +226,25 @@ class Store:
             cache = torch.full(shape, torch.nan, dtype=torch.float16)
         before, scales = cache.clone(), torch.tensor(self.scales)
         triton_reshape_and_cache_flash(key, value, *cache.unbind(1), slots, self.cache, *scales)
-        kept, worst = slots[slots >= 0], 0.0
+        written, worst = slots[slots >= 0], 0.0
         if COMPILE:
-            right = torch.full(shape, torch.nan, dtype=torch.float64)  # where nothing may be written NaN must stay
+            exact = torch.full(shape, torch.nan, dtype=torch.float64)  # where nothing may be written, NaN must stay
             for number, (new, scale) in enumerate(zip((key, value), self.scales, strict=True)):
-                given = new[slots >= 0].double()
-                right[kept // self.page, number, kept % self.page] = given / (scale if self.cache in FLOAT8 else 1)
-            return expect(cache.view(FLOAT8.get(self.cache, torch.float16)), right, "each")
+                values = new[slots >= 0].double()
+                exact[written // self.page, number, written % self.page] = values / (
+                    scale if self.cache in FLOAT8 else 1
+                )
+            return expect(cache.view(FLOAT8.get(self.cache, torch.float16)), exact, "each")
         for number, new in enumerate((key, value)):
-            there, was = (one[:, number].flatten(0, 1) for one in (cache, before))
-            rest = torch.ones(len(there), dtype=torch.bool).index_fill(0, kept, False)
-            if not torch.equal(bits(there[rest]), bits(was[rest])):
-                raise KernelError("wrote to slots of no token")
-            held = there[kept].view(FLOAT8.get(self.cache, torch.float16)).double()
-            given = new[slots >= 0].double()
+            after, original = (tensor[:, number].flatten(0, 1) for tensor in (cache, before))
+            rest = torch.ones(len(after), dtype=torch.bool).index_fill(0, written, False)
+            if not torch.equal(bits(after[rest]), bits(original[rest])):
+                raise KernelError("the kernel wrote to slots without a token")
+            stored = after[written].view(FLOAT8.get(self.cache, torch.float16)).double()
+            values = new[slots >= 0].double()
             if self.cache in FLOAT8:
-                given = given / self.scales[number]
-            if held.isnan().any():
-                raise KernelError("left a slot unwritten")
-            worst = max(worst, float(((held - given).abs() / given.abs().clamp(min=2.0**-14)).max()))
+                values = values / self.scales[number]
+            if stored.isnan().any():
+                raise KernelError("the kernel did not write a token's slot")
+            worst = max(worst, float(((stored - values).abs() / values.abs().clamp(min=2.0**-14)).max()))
         return worst

@@ -1,4 +1,4 @@
-"""The cases of the table."""
+"""List the cases."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CASES: tuple[Case, ...] = (
 
 
 def worded(case: Case) -> str:
-    """The case in the words that make it: ``Store(heads=5)``."""
+    """Return the Python expression of a case: ``Store(heads=5)``."""
     changed = {
         name: value for name, value in vars(case).items() if value != getattr(type(case)(), name) and name != "seed"
     }
@@ -66,6 +66,6 @@ def worded(case: Case) -> str:
 
 
 def shown(value: object) -> str:
-    """A value, shortened."""
+    """Return a value as text, shortened."""
     text = str(value).replace(" ", "")
     return text if len(text) < 30 else f"{text[:12]}…{text[-8:]}"

@@ -1,4 +1,4 @@
-"""Note what a case expects in memory, where its launches are only recorded."""
+"""Measure the error of a result, or note the expected result where kernels are compiled and not run."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from volta.numerics.mode import COMPILE
 
 
 class KernelError(Exception):
-    """A kernel wrote what is not its own or left out what is, or its code for sm_70 is not what was expected."""
+    """A kernel wrote outside its output, or did not write all of it."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What must be in memory after the launches of a case, where they are only recorded."""
+    """The contents that memory must have after the launches of a case that is compiled and not run."""
 
-    made: torch.Tensor
-    """Where."""
-    right: torch.Tensor
+    output: torch.Tensor
+    """The tensor that the kernels write."""
+    exact: torch.Tensor
     measure: str
-    """As :class:`volta.gpu.rows.Result` has it."""
+    """See :class:`volta.gpu.rows.Result`."""
     summed: bool = False
-    """Whether the parts along the first axis are added up before."""
+    """True if the sum of the tensor along its first axis is compared."""
 
 
 EXPECTED: list[Expected] = []
-"""Those of the case at hand."""
+"""The expected results of the current case."""
 
 
-def expect(made: torch.Tensor, right: torch.Tensor, measure: str, *, summed: bool = False) -> float:
-    """Note what a case expects; no error, for nothing was computed."""
-    EXPECTED.append(Expected(made, right, measure, summed))
+def expect(output: torch.Tensor, exact: torch.Tensor, measure: str, *, summed: bool = False) -> float:
+    """Note an expected result; return the error 0, because nothing was computed."""
+    EXPECTED.append(Expected(output, exact, measure, summed))
     return 0.0
 
 
-def relative(made: torch.Tensor, right: torch.Tensor) -> float:
-    """The largest relative error of a row, in the 2-norm; infinite where a number is missing."""
+def relative(output: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return the largest relative error of a row in the 2-norm; infinite if a number is NaN."""
     if COMPILE:
-        return expect(made, right, "row")
-    off = (made.double() - right).norm(dim=-1) / right.norm(dim=-1)
+        return expect(output, exact, "row")
+    off = (output.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
     return torch.inf if off.isnan().any() else float(off.max())
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
-    """NaN is equal to itself by its bits only."""
+    """Return the bits of the numbers, in which NaN is equal to itself."""
     return values.view(torch.int16 if values.element_size() == 2 else torch.uint8)

@@ -1,4 +1,4 @@
-"""Fill with NaN what a kernel must not read, and what it must write."""
+"""Fill memory with NaN that a kernel must not read, or that it must write."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 FLOAT8 = {"fp8_e5m2": torch.float8_e5m2, "fp8_e4m3": torch.float8_e4m3fn}
 STRAY = 2**31 - 1
-"""A page number, a packed word, that no kernel should come across."""
+"""A page number or packed word that no kernel must read."""
 
 
 def guarded(values: torch.Tensor) -> torch.Tensor:
-    """The same values with a row of NaN before them and one after them in memory."""
+    """Return the values, with a row of NaN before them and after them in memory."""
     whole = torch.full((len(values) + 2, *values.shape[1:]), torch.nan, dtype=values.dtype)
     whole[1:-1] = values
     return whole[1:-1]
@@ -23,12 +23,12 @@ def guarded(values: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside, fresh memory is full of NaN: what a kernel leaves out shows."""
+    """Inside the block, fill new memory with NaN, so that a number that a kernel does not write is found."""
     fresh = torch.empty
 
     def poisoned(*size: Any, **options: Any) -> torch.Tensor:
-        made = fresh(*size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
+        output = fresh(*size, **options)
+        return output.fill_(torch.nan) if output.is_floating_point() else output
 
     with unittest.mock.patch.object(torch, "empty", poisoned):
         yield
@@ -36,12 +36,12 @@ def poisoned_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def summed() -> Iterator[list[torch.Tensor]]:
-    """Inside, each tensor whose parts are added up is added to the list: it is what the kernel has written to."""
-    plain, seen = torch.Tensor.sum, []
+    """Inside the block, add each tensor to the list that torch sums: it is the tensor that the kernel wrote."""
+    original, seen = torch.Tensor.sum, []
 
-    def noted(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    def recording(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         seen.append(self)
-        return plain(self, *args, **options)
+        return original(self, *args, **options)
 
-    with unittest.mock.patch.object(torch.Tensor, "sum", noted):
+    with unittest.mock.patch.object(torch.Tensor, "sum", recording):
         yield seen

@@ -14,7 +14,7 @@ from volta.numerics.mode import COMPILE
 
 @dataclass(frozen=True)
 class Dequantize:
-    """An AWQ matrix becomes float16."""
+    """The dequantization of an AWQ matrix to float16."""
 
     inputs: int = 128
     outputs: int = 64
@@ -22,53 +22,53 @@ class Dequantize:
     seed: int = 0
 
     bound = 2.0**-11
-    """One rounding to float16, of scale times a whole number."""
+    """One rounding to float16, of a scale times an integer."""
 
     def error(self) -> float:
-        """The largest relative error of a weight."""
+        """Return the largest relative error of a weight."""
         from vllm.model_executor.layers.quantization.awq_triton import awq_dequantize_triton
 
         words, scales, zeros = awq(self.inputs, self.outputs, self.group, torch.Generator().manual_seed(self.seed))
         with poisoned_memory():
-            made = awq_dequantize_triton(words, scales, zeros)
-        right = reference.awq_weights(words, scales, zeros)
+            output = awq_dequantize_triton(words, scales, zeros)
+        exact = reference.awq_weights(words, scales, zeros)
         if COMPILE:
-            return expect(made, right, "each")
-        if not torch.equal(made == 0, right == 0):
+            return expect(output, exact, "each")
+        if not torch.equal(output == 0, exact == 0):
             return torch.inf
-        return float(((made.double() - right).abs() / right.abs().where(right != 0, 1)).max())
+        return float(((output.double() - exact).abs() / exact.abs().where(exact != 0, 1)).max())
 
 
 @dataclass(frozen=True)
 class Multiply:
-    """Rows of float16 meet an AWQ matrix."""
+    """The product of float16 rows with an AWQ matrix."""
 
     rows: int = 3
     inputs: int = 256
     outputs: int = 64
     group: int = 64
     parts: int = 8
-    """In how many parts the inputs are dealt out; the parts' sums are added at the end."""
+    """The number of parts along the inputs; the sums of the parts are added at the end."""
     seed: int = 0
 
-    # A weight is rounded to float16 and so is the result, each by 2**-12 of itself or less than twice that. Neither
-    # error grows with the number of inputs.
+    # Weights and results are rounded to float16, with an error of less than 2**-11. Neither error grows with the number
+    # of inputs.
     bound = 2.0**-10
 
     def error(self) -> float:
-        """The largest relative error of a row."""
+        """Return the largest relative error of a row."""
         from vllm.model_executor.layers.quantization.awq_triton import awq_gemm_triton
 
         random = torch.Generator().manual_seed(self.seed)
         words, scales, zeros = awq(self.inputs, self.outputs, self.group, random)
         rows = guarded(torch.randn(self.rows, self.inputs, generator=random).half())
         with poisoned_memory(), summed() as parts:
-            made = awq_gemm_triton(rows, words, scales, zeros, self.parts)
-        right = rows.double() @ reference.awq_weights(words, scales, zeros)
-        return expect(parts[-1], right, "row", summed=True) if COMPILE else relative(made, right)
+            output = awq_gemm_triton(rows, words, scales, zeros, self.parts)
+        exact = rows.double() @ reference.awq_weights(words, scales, zeros)
+        return expect(parts[-1], exact, "row", summed=True) if COMPILE else relative(output, exact)
 
     def chained(self) -> float:
-        """The same where every multiply-add is rounded to float16, which the interpreter does not do and sm_70 does."""
+        """Return the error if every multiply-add is rounded to float16, as on sm_70 and not by the interpreter."""
         random = torch.Generator().manual_seed(self.seed)
         matrix = awq(self.inputs, self.outputs, self.group, random)
         rows = torch.randn(self.rows, self.inputs, generator=random).half()
@@ -78,7 +78,7 @@ class Multiply:
 
 @dataclass(frozen=True)
 class Experts:
-    """Rows meet the matrices of some experts, whose weights are of 4 or 8 bits (WNA16)."""
+    """The product of rows with the matrices of their experts, which have weights of 4 or 8 bits (WNA16)."""
 
     rows: int = 16
     experts: int = 4
@@ -88,16 +88,16 @@ class Experts:
     bits: int = 8
     group: int = 64
     zeros: bool = False
-    """Whether there are zero points; otherwise 8 or 128 is subtracted."""
+    """True if there are zero points; otherwise the kernel subtracts 8 or 128."""
     weighted: bool = True
-    """Whether a product is multiplied with the weight that the router gave the expert."""
+    """True if a product is multiplied by the router's weight of the expert."""
     seed: int = 0
 
     bound = Multiply.bound
-    """For the same reasons."""
+    """Weights and results are rounded as in :class:`Multiply`."""
 
     def error(self) -> float:
-        """The largest relative error of a row for one of its experts."""
+        """Return the largest relative error of a row for one of its experts."""
         import triton.language as tl
         from vllm.model_executor.layers.fused_moe.fused_moe import invoke_fused_moe_kernel
 
@@ -114,21 +114,23 @@ class Experts:
         router = torch.rand(self.rows, self.top_k, generator=random)
         chosen = torch.stack([torch.randperm(self.experts, generator=random)[: self.top_k] for _ in range(self.rows)])
         order, owners = aligned(chosen, self.experts, block)
-        made = torch.full((self.rows, self.top_k, self.outputs), torch.nan, dtype=torch.float16)
+        output = torch.full((self.rows, self.top_k, self.outputs), torch.nan, dtype=torch.float16)
         invoke_fused_moe_kernel(
-            rows, weights, made, None, scales, zeros, router, order, owners, torch.tensor([len(order)]).int(),
+            rows, weights, output, None, scales, zeros, router, order, owners, torch.tensor([len(order)]).int(),
             self.weighted, self.top_k, {"BLOCK_SIZE_M": block, "GROUP_SIZE_M": 1, "SPLIT_K": 1}, tl.float16,
             use_fp8_w8a8=False, use_int8_w8a8=False, use_int8_w8a16=self.bits == 8, use_int4_w4a16=self.bits == 4,
             per_channel_quant=False, block_shape=[0, self.group],
         )  # fmt: skip
         matrices = reference.expert_weights(weights, scales, zeros, self.bits)
-        right = torch.einsum("rk,reok->reo", rows.double(), matrices[chosen])
-        return relative(made, right * router.double()[..., None] if self.weighted else right)
+        exact = torch.einsum("rk,reok->reo", rows.double(), matrices[chosen])
+        return relative(output, exact * router.double()[..., None] if self.weighted else exact)
 
 
 def aligned(chosen: torch.Tensor, experts: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The numbers of all (row, choice) pairs by expert, those of each filled up to whole blocks with a number too high,
-    and the expert of each block: what moe_align_block_size gives."""
+    """Return the results of moe_align_block_size: the (row, choice) pairs by expert, and the expert of each block.
+
+    The pairs of an expert are padded to whole blocks with an invalid number.
+    """
     order, owners = [], []
     for expert in range(experts):
         mine = (chosen.flatten() == expert).nonzero().flatten()
@@ -142,7 +144,7 @@ def aligned(chosen: torch.Tensor, experts: int, block: int) -> tuple[torch.Tenso
 def awq(
     inputs: int, outputs: int, group: int, random: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A random AWQ matrix: its packed words, its scales, its packed zero points."""
+    """Return a random AWQ matrix: its packed words, its scales, its packed zero points."""
 
     def words(rows: int) -> torch.Tensor:
         return torch.randint(-(2**31), 2**31, (rows, outputs // 8), generator=random).int()
