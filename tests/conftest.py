@@ -17,9 +17,11 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.beside import Beside
 from tests.support.checkouts import ROOT, doit, small_checkout
+from tests.support.images import small_image
 from tests.support.tally import Tally
 from voltforge.compile.driver_stub import DriverStub
 from voltforge.compile.toolchain import Toolchain
+from voltforge.errors import VoltforgeError
 from voltforge.gpu import triton_kernels
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
@@ -50,7 +52,7 @@ TOGETHER = {
     "vllm": (
         "kernel_selection",
         "bundle",
-        "layers",
+        "image",
         "triton_kernels",
         "small_model",
         "gpu_rows",
@@ -166,3 +168,12 @@ def counted() -> Iterator[Tally]:
     tally = Tally()
     yield tally
     tally.keep(ROOT / "build")
+
+
+@pytest.fixture(scope="session")
+def engine_works(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Skip where no container engine can build: it must mount, which many containers forbid. CI's machine can."""
+    try:
+        small_image(tmp_path_factory.mktemp("works"), "localhost/voltforge-test:works", "b")
+    except VoltforgeError as error:
+        pytest.skip(f"no engine can build an image on this machine: {error.what}")

@@ -1,4 +1,4 @@
-"""The image of a checkout is made of the wheels that are kept there, and of nothing else."""
+"""The image is made of the wheels in the wheelhouse, and of nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.support.checkouts import ROOT
 from tests.support.samples import wheel
 from voltforge.image import container_engine, stages
-from voltforge.image.layers import ImageError
+from voltforge.image.leave_out import ImageError
 from voltforge.image.stages import Runtime
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
@@ -47,16 +47,12 @@ def test_missing_wheels_are_named_with_the_command_that_makes_them(tmp_path: Pat
     assert "./doit torch=thin wheels" in caught.value.hint
 
 
-def test_no_base_is_made_before_there_are_wheels(tmp_path: Path) -> None:
-    checkout = pipeline(tmp_path)
-    assert before(Runtime(checkout)) == []
-    for name in ("torch", "vllm"):
-        kept(checkout, name, "cp38-abi3-linux_x86_64")
-    assert before(Runtime(checkout)) == ["toolchain", "image:base"]
-    assert before(Runtime(pipeline(tmp_path, "python:3.11-slim"))) == ["toolchain"]
+def test_a_base_is_made_unless_one_is_chosen(tmp_path: Path) -> None:
+    assert before(Runtime(pipeline(tmp_path))) == ["image:base"]
+    assert before(Runtime(pipeline(tmp_path, "python:3.11-slim"))) == []
 
 
-def test_wheels_for_another_python_do_not_count(tmp_path: Path) -> None:
+def test_wheels_for_another_python_are_ignored(tmp_path: Path) -> None:
     checkout = pipeline(tmp_path)
     kept(checkout, "vllm", "cp38-abi3-linux_x86_64")
     kept(checkout, "torch", "cp27-cp27mu-linux_x86_64")
@@ -66,12 +62,12 @@ def test_wheels_for_another_python_do_not_count(tmp_path: Path) -> None:
     assert Runtime(checkout).wheels()["torch"].path.name == f"torch-1.0-{MINE}-{MINE}-linux_x86_64.whl"
 
 
-def test_an_image_that_was_not_made_cannot_be_asked_about(tmp_path: Path) -> None:
+def test_sizes_of_an_image_that_was_not_made_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NotRun, match="image has not run"):
         Runtime(pipeline(tmp_path)).why()
 
 
-def test_another_way_to_make_an_image_makes_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_the_image_code_makes_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkout = pipeline(tmp_path, "python:3.11-slim")
     for name in ("torch", "vllm"):
         kept(checkout, name, "cp38-abi3-linux_x86_64")

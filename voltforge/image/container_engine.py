@@ -1,8 +1,7 @@
-"""The program that builds images: buildah, podman or docker, whichever is there."""
+"""The program that builds images: buildah, podman or docker."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,155 +14,131 @@ from voltforge.system.process import ProgramFailed, run
 
 KINDS = ("buildah", "podman", "docker")
 """In the order of preference: the first two need no daemon and write the same bytes each time."""
-REF_NAME = "org.opencontainers.image.ref.name"
-"""The annotation by which an image in a layout is called (annotations.md of the OCI's image-spec)."""
+
+OCI = ("--layers", "--force-rm", "--timestamp", "0", "--format", "oci")
+"""Options of buildah and podman for an image in the OCI format with one layer per instruction."""
 
 
 class EngineError(VoltforgeError):
-    """An image that could not be built; ``output`` holds the end of what the engine said."""
+    """A container engine failed; ``output`` holds the end of its output."""
 
-    def __init__(self, engine: str, what: str, output: str) -> None:
-        # What it tried again stands in its log lines, and once more in the last one.
-        said = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("time=")]
+    def __init__(self, engine: str, action: str, output: str) -> None:
+        # Log lines (time=…) report retries; the last line repeats their reason.
+        lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("time=")]
         super().__init__(
-            f"{engine} could not {what}: {' '.join(_shortened(line) for line in said[-4:])}",
-            hint=remedy(output, "a base that cannot be had: ./doit image:base makes one"),
+            f"{engine} could not {action}: {' '.join(_shortened(line) for line in lines[-4:])}",
+            hint=remedy(output, "if the base cannot be pulled: ./doit image:base makes one"),
         )
         self.output = output
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One of the engines, as found on PATH."""
+    """A container engine on PATH."""
 
     kind: str
+    """One of :data:`KINDS`."""
     version: str
 
     def __str__(self) -> str:
         return f"{self.kind} {self.version}"
 
     def load(self, root: Path, tag: str) -> None:
-        """Make a root file system in a tar file an image of one layer.
+        """Make an image of one layer from a root file system in a tar file.
 
         Raises:
-            EngineError: the engine refuses.
+            EngineError: the engine fails.
         """
         if self.kind != "buildah":
             self._run(["import", root, tag], f"load {root.name}")
             return
-        container = self._run(["from", "scratch"], "begin an image").split()[-1]
+        container = self._run(["from", "scratch"], "create a container").split()[-1]
         try:
             self._run(["add", container, root, "/"], f"load {root.name}")
-            self._run(["commit", "--timestamp", "0", container, tag], f"keep {root.name}")
+            self._run(["commit", "--timestamp", "0", container, tag], f"store {root.name}")
         finally:
-            self._run(["rm", container], "clean up")
+            self._run(["rm", container], "remove a container")
 
     def build(
-        self, dockerfile: Path, context: Path, tag: str, words: Mapping[str, str], labels: Mapping[str, str]
+        self, dockerfile: Path, context: Path, tag: str, arguments: Mapping[str, str], labels: Mapping[str, str]
     ) -> None:
-        """Build an image of which each instruction is a layer; equal contexts give equal layers.
+        """Build an image with one layer per instruction; equal contexts give equal layers.
 
         Args:
             dockerfile: the instructions.
             context: the folder that they copy from.
-            tag: its name in the engine's store.
-            words: build arguments.
-            labels: what the image says about itself (the OCI's pre-defined annotation keys, and ours).
+            tag: the image's name in the engine's store.
+            arguments: build arguments.
+            labels: labels of the image (the OCI's pre-defined annotation keys, and ours).
 
         Raises:
-            EngineError: it failed.
+            EngineError: the build fails.
         """
-        own = {
-            "buildah": [
-                "bud",
-                "--isolation",
-                "chroot",
-                "--layers",
-                "--force-rm",
-                "--timestamp",
-                "0",
-                "--format",
-                "oci",
-            ],
-            "podman": ["build", "--layers", "--force-rm", "--timestamp", "0", "--format", "oci"],
-            "docker": ["buildx", "build", "--load", "--provenance=false"],
-        }
-        arguments = [word for name, value in words.items() for word in ("--build-arg", f"{name}={value}")]
-        if self.kind == "docker":
-            arguments += ["--build-arg", "SOURCE_DATE_EPOCH=0"]
-        arguments += [word for name, value in labels.items() for word in ("--label", f"{name}={value}")]
-        self._run([*own[self.kind], *arguments, "--tag", tag, "--file", dockerfile, context], f"build {tag}")
+        command = {
+            "buildah": ["bud", "--isolation", "chroot", *OCI],
+            "podman": ["build", *OCI],
+            "docker": ["buildx", "build", "--load", "--provenance=false", "--build-arg", "SOURCE_DATE_EPOCH=0"],
+        }[self.kind]
+        options = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
+        options += [word for name, value in labels.items() for word in ("--label", f"{name}={value}")]
+        self._run([*command, *options, "--tag", tag, "--file", dockerfile, context], f"build {tag}")
 
-    def export(self, tag: str, folder: Path, names: Sequence[str]) -> None:
-        """Write an image under some names to a new OCI image layout (image-layout.md of the OCI's image-spec).
+    def export(self, tag: str, folder: Path, name: str) -> None:
+        """Write an image to a new OCI image layout (image-layout.md of the OCI image-spec), under a short name.
 
-        Layers are compressed with zstd, which docker reads since 23.0: a fifth smaller than gzip here, and faster.
+        Layers are compressed with zstd, which docker reads since 23.0: measured here, they are a fifth smaller than
+        with gzip, and faster to write.
 
         Raises:
-            EngineError: the engine refuses, or docker is the engine and skopeo is not there to write the layout.
+            EngineError: the engine fails, or docker is the engine and skopeo, which writes the layout, is missing.
         """
-        if self.kind == "docker" and not shutil.which("skopeo"):
-            raise EngineError(
-                "docker", "export the image", f"skopeo is not installed; {distro.install_command(['skopeo'])}"
-            )
-        first, *others = names
-        what, place = f"export {tag}", f"oci:{folder}:{first}"
-        if self.kind == "docker":
-            words = ["skopeo", "copy", "--dest-compress-format", "zstd", f"docker-daemon:{tag}", place]
-            _call(words, "docker", what)
+        action, target = f"export {tag}", f"oci:{folder}:{name}"
+        if self.kind != "docker":
+            self._run(["push", "--format", "oci", "--compression-format", "zstd", tag, target], action)
+        elif shutil.which("skopeo"):
+            command = ["skopeo", "copy", "--dest-compress-format", "zstd", f"docker-daemon:{tag}", target]
+            _call(command, "docker", action)
         else:
-            self._run(["push", "--format", "oci", "--compression-format", "zstd", tag, place], what)
-        # To export it once more under another name would compress all of its layers again.
-        index = json.loads((folder / "index.json").read_text())
-        [entry] = index["manifests"]
-        index["manifests"] += [{**entry, "annotations": {**entry["annotations"], REF_NAME: name}} for name in others]
-        (folder / "index.json").write_text(json.dumps(index, separators=(",", ":")))
+            raise EngineError("docker", action, f"skopeo is not installed; {distro.install_command(['skopeo'])}")
 
-    def identity(self, tag: str) -> str:
-        """The id of an image in the engine's store, or nothing if it is not there."""
-        words = [
-            "inspect",
-            "--type",
-            "image",
-            "--format",
-            "{{.FromImageID}}" if self.kind == "buildah" else "{{.Id}}",
-            tag,
-        ]
+    def image_id(self, tag: str) -> str:
+        """Return the id of an image in the engine's store; empty if the store has none under that tag."""
+        field = "{{.FromImageID}}" if self.kind == "buildah" else "{{.Id}}"
         try:
-            return run([self.kind, *words]).output.strip()
+            return run([self.kind, "inspect", "--type", "image", "--format", field, tag]).output.strip()
         except ProgramFailed:
             return ""
 
-    def _run(self, words: Sequence[str | Path], what: str) -> str:
-        return _call([self.kind, *words], self.kind, what)
+    def _run(self, words: Sequence[str | Path], action: str) -> str:
+        return _call([self.kind, *words], self.kind, action)
 
 
 def choose() -> Engine:
-    """The first engine that is there and answers.
+    """Return the first engine that is installed and runs.
 
     Raises:
         VoltforgeError: there is none.
     """
     for kind in KINDS:
         try:
-            said = run([kind, "version" if kind == "docker" else "--version"], timeout=20).output
+            output = run([kind, "version" if kind == "docker" else "--version"], timeout=20).output
         except ProgramFailed:
             continue
-        return Engine(kind, next(word for word in said.split() if word[0].isdigit()))
-    hint = distro.install_command(["buildah"])
+        return Engine(kind, next(word for word in output.split() if word[0].isdigit()))
     raise VoltforgeError(
-        "no engine that builds images is here: neither buildah, podman nor a running docker", hint=hint
+        "no container engine was found: buildah and podman are not installed, docker is not running",
+        hint=distro.install_command(["buildah"]),
     )
 
 
-def _call(words: Sequence[str | Path], engine: str, what: str) -> str:
+def _call(words: Sequence[str | Path], engine: str, action: str) -> str:
     try:
         with console.progress(engine) as tell:
             return run(words, watch=lambda line, _: tell(line) if line else None).output
     except ProgramFailed as error:
-        raise EngineError(engine, what, error.output or error.what) from error
+        raise EngineError(engine, action, error.output or error.what) from error
 
 
 def _shortened(line: str) -> str:
-    """What went wrong stands at the end of a line that begins with all of its circumstances."""
+    """Cut the middle out of a long line: the reason is at its end."""
     return line if len(line) <= 300 else f"{line[:100]} … {line[-200:]}"
