@@ -1,6 +1,6 @@
-"""Put the image together from a warm wheelhouse, and say what it weighs and how long that took.
+"""Measure the size of the runtime image, and the time to build it.
 
-The engine's own cache of layers is emptied of the last image before; wheels, base and uv's cache are warm.
+The last image is removed from the container engine first. The wheels, the base image and uv's cache exist before.
 """
 
 import argparse
@@ -23,27 +23,27 @@ def main():
     runtime = Runtime(Pipeline.load(ROOT, Settings(torch="thin")))
     runtime.wheels()
     runtime.base.run()
-    chosen = container_engine.choose()
+    engine = container_engine.choose()
     if runtime.image.record():
         for tag in runtime.image.result().tags[:1]:
-            run([chosen.kind, "rmi", "--force", f"{NAME}:{tag}"], ok=(0, 1, 125))
+            run([engine.kind, "rmi", "--force", f"{NAME}:{tag}"], ok=(0, 1, 125))
     runtime.image.path.unlink(missing_ok=True)
     done = run([ROOT / "doit", "torch=thin", "image"], cwd=ROOT)
-    kept = runtime.image.result()
-    layers = [size for _, size in kept.compressed]
-    whole = kept.base_size + sum(kept.layers.values())
-    without = whole - kept.projects.get("nvidia-cudnn-cu12", 0)
+    image = runtime.image.result()
+    layers = [layer_size for _, layer_size in image.compressed]
+    size = image.base_size + sum(image.layers.values())
+    without_cudnn = size - image.projects.get("nvidia-cudnn-cu12", 0)
     rows = [
-        ("uncompressed", files.size(whole)),
-        ("uncompressed with torch=source cudnn=0, calculated", files.size(without)),
+        ("uncompressed", files.size(size)),
+        ("uncompressed with torch=source cudnn=0, calculated", files.size(without_cudnn)),
         ("compressed", files.size(sum(layers))),
         ("layers", str(len(layers))),
-        ("moved by an update of vLLM", files.size(sum(layers[-3:]))),
-        ("time to put it together", f"{done.usage.wall:.0f} s"),
+        ("to transfer for an update of vLLM", files.size(sum(layers[-3:]))),
+        ("time to build the image", f"{done.usage.wall:.0f} s"),
         ("CPU time", f"{done.usage.cpu:.0f} s"),
         ("peak memory, all processes", files.size(done.usage.peak)),
     ]
-    console.table(Path(kept["path"]).name, ("", ""), rows)
+    console.table(image.path.name, ("", ""), rows)
 
 
 if __name__ == "__main__":

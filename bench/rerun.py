@@ -1,7 +1,7 @@
-"""Run `./doit wheels:vllm` again when nothing changed, and after one patch was touched; the wheel must be there.
+"""Time `./doit wheels:vllm` when nothing has changed, and after a patch to one file. Build the wheel first.
 
-The patch is one that changes Python files only, so nothing is compiled again, and one that changes one CUDA source:
-both are put back afterwards, and the wheelhouse with them.
+One patch changes a Python file, so that nothing is compiled; the other changes one CUDA source. Both are removed
+afterwards, and the wheel is built again without them.
 """
 
 import argparse
@@ -18,14 +18,15 @@ sys.path.insert(0, str(ROOT))
 
 from voltforge.system import console
 
-PROBE = ROOT / "patches" / "vllm" / "9999-probe.patch"
-PATCHES = {
+PATCH = ROOT / "patches" / "vllm" / "9999-probe.patch"
+CHANGES = {
     "a Python file": ("vllm/version.py", "+# probe\n"),
     "one CUDA source": ("csrc/activation_kernels.cu", "+// probe\n"),
 }
 
 
-def run():
+def seconds_of_run():
+    """Run the task and return its seconds."""
     start = time.monotonic()
     done = subprocess.run(["./doit", "wheels:vllm"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -33,34 +34,35 @@ def run():
     return time.monotonic() - start
 
 
-def compiled():
+def count_compiled():
+    """Return the number of objects that the last build compiled."""
     log = (ROOT / "build" / "logs" / "vllm.log").read_text(errors="replace")
     return len(re.findall(r"^\[\d+/\d+\] Building", log, re.MULTILINE))
 
 
-def probe(file, line):
-    """A patch that puts one comment at the top of a file of the patched tree."""
+def write_patch(file, line):
+    """Write a patch that adds a comment at the top of a file."""
     first = (ROOT / "build" / "trees" / "vllm" / file).read_text().splitlines()[0]
     header = f"Subject: bench probe\n---\n--- a/{file}\n+++ b/{file}\n"
-    PROBE.write_text(f"{header}@@ -1 +1,2 @@\n{line} {first}\n")
+    PATCH.write_text(f"{header}@@ -1 +1,2 @@\n{line} {first}\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-n", type=int, default=5, help="runs with nothing changed (default: 5)")
+    parser.add_argument("-n", type=int, default=5, help="runs without a change (default: 5)")
     count = parser.parse_args().n
-    run()
-    times = [run() for _ in range(count)]
+    seconds_of_run()
+    times = [seconds_of_run() for _ in range(count)]
     rows = [("nothing changed", f"{statistics.median(times):.2f} s (median of {count})", "0")]
     try:
-        for name, (file, line) in PATCHES.items():
-            probe(file, line)
-            rows.append((f"a patch to {name} added", f"{run():.0f} s", str(compiled())))
-            PROBE.unlink()
-            rows.append(("and taken away", f"{run():.0f} s", str(compiled())))
+        for name, (file, line) in CHANGES.items():
+            write_patch(file, line)
+            rows.append((f"a patch to {name} added", f"{seconds_of_run():.0f} s", str(count_compiled())))
+            PATCH.unlink()
+            rows.append(("the patch removed", f"{seconds_of_run():.0f} s", str(count_compiled())))
     finally:
-        PROBE.unlink(missing_ok=True)
-    console.table("./doit wheels:vllm", ("", "wall", "objects compiled"), rows)
+        PATCH.unlink(missing_ok=True)
+    console.table("./doit wheels:vllm", ("", "wall time", "objects compiled"), rows)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     console.note(f"largest process: {peak:.0f} MB")
 

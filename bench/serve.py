@@ -1,7 +1,7 @@
-"""Measure a running OpenAI-compatible server: text for 40 and 60 at once, one request alone, decisions of one token.
+"""Measure a running OpenAI-compatible server: text for 40 and 60 parallel requests, one request, and short decisions.
 
-Beside each figure stands that of the earlier project on a CMP 100-210. A server that wants a key is shown the one in
-VOLTFORGE_API_KEY, or else OPENAI_API_KEY.
+The table has the figures of the earlier project on a CMP 100-210 for comparison. For a server that requires a key, set
+VOLTFORGE_API_KEY or OPENAI_API_KEY.
 """
 
 import argparse
@@ -17,38 +17,44 @@ from voltforge.errors import VoltforgeError
 from voltforge.system import console
 
 INTERRUPTED = 130
-"""The exit status of a program that Ctrl-C ended, as shells give it."""
+"""Exit status after Ctrl-C, as shells report it."""
 
 
 def count(text):
-    """A number of requests, for argparse."""
+    """Parse a number of requests for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("at least one")
     return number
 
 
+def with_requests(load, requests):
+    """Change the number of requests of a measurement. Of one request at a time it can only be lowered."""
+    return replace(load, requests=min(requests, load.requests) if load.concurrency == 1 else requests)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", required=True, help="the server's address: http://127.0.0.1:8000")
-    parser.add_argument("--model", default="", help="the model's name; otherwise the first that /v1/models lists")
+    parser.add_argument("--url", required=True, help="address of the server, like http://127.0.0.1:8000")
+    parser.add_argument("--model", default="", help="name of the model (default: the first in /v1/models)")
     parser.add_argument(
-        "--requests", type=count, help="of each measurement, at most 10 of the one alone; otherwise 400, 480, 10, 2000"
+        "--requests", type=count, help="requests of each measurement, at most 10 alone (default: 400, 480, 10, 2000)"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench" / "serve", help="folder for JSON and PNG")
-    parser.add_argument("--quick", action="store_true", help="one round of each: whether it works, not how fast")
-    words = parser.parse_args()
-    loads = [load.quick() if words.quick else load for load in serve.LOADS]
-    if words.requests:
-        loads = [replace(load, requests=min(words.requests, load.requests) if load.concurrency == 1 else words.requests)
-                 for load in loads]  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "build" / "bench" / "serve", help="folder for the JSON and the PNG file"
+    )
+    parser.add_argument("--quick", action="store_true", help="one round of each measurement: a test, no figures")
+    options = parser.parse_args()
+    loads = [load.quick() if options.quick else load for load in serve.LOADS]
+    if options.requests:
+        loads = [with_requests(load, options.requests) for load in loads]
     try:
-        serve.check(words.url, words.out, model=words.model, loads=loads)
+        serve.check(options.url, options.out, model=options.model, loads=loads)
     except VoltforgeError as error:
         console.error(error)
         return 1
     except KeyboardInterrupt:
-        console.warn("interrupted: what was measured before is told above")
+        console.warn("interrupted; finished measurements are above")
         return INTERRUPTED
     return 0
 

@@ -1,8 +1,8 @@
-"""Thin the stock torch wheel, and weigh what an installed environment holds: stock torch and vLLM against ours.
+"""Measure how PyTorch's stock wheel is thinned, and compare the installed sizes of the stock and the thin packages.
 
-The thinning runs in a process of its own, whose time and memory are measured. The weights are the uncompressed sizes
-that the wheels' own directories give (the end of a zip file, read from the package index by range): what an installer
-writes. Ours is the lock of vLLM's runtime with the thin torch, and the vLLM wheel of the wheelhouse.
+The wheel is thinned in a separate process, whose time and memory are measured. An installed size is the uncompressed
+size in the directory of the wheel's zip file, which is read from the package index by a range request. "Stock" is what
+uv resolves for stock PyTorch and vLLM. "Thin" is the runtime lock with the thin PyTorch and the wheelhouse's vLLM.
 """
 
 import argparse
@@ -32,18 +32,28 @@ STOCK = ("torch==2.9.0", "vllm==0.12.0")
 RECIPE = ROOT / "recipes" / "torch-thin.toml"
 RUNTIME = ROOT / "recipes" / "locks" / "vllm-runtime.txt"
 NOT_FROM_SOURCE = ("nvidia-cudnn-cu12", "nvidia-cufile-cu12", "nvidia-nvtx-cu12")
-"""What a torch from source does not require with cudnn=0, and the thin one does."""
+"""Packages that the thin PyTorch requires, and a PyTorch from source with cudnn=0 does not."""
 SHOWN = 24
-"""Packages with a line of their own; the others share one."""
+"""Packages with their own row; the rest is one row."""
 END = 200_000
-"""Bytes at the end of a wheel that are asked for at first: most directories are shorter."""
+"""Bytes of the first range request: the directories of most wheels are shorter."""
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from voltforge.sources.recipe import load
+from voltforge.wheel.thin import thin_wheel
+recipe, wheel, folder = map(Path, sys.argv[1:])
+thin_wheel(wheel, folder, load(recipe).arch, special=load(recipe).thin)
+"""
+"""Thins a wheel, in its own process."""
 
 
-class Remote(io.RawIOBase):
-    """A file on a server, read by range, so that zipfile can read its directory."""
+class RemoteFile(io.RawIOBase):
+    """A file on a server, readable by zipfile through range requests."""
 
     def __init__(self, url, session):
-        self.url, self.session, self.at = url, session, 0
+        self.url, self.session, self.position = url, session, 0
         head = session.get(url, headers={"Range": f"bytes=-{END}"})
         head.raise_for_status()
         self.tail = head.content
@@ -56,38 +66,38 @@ class Remote(io.RawIOBase):
         return True
 
     def tell(self):
-        return self.at
+        return self.position
 
     def seek(self, offset, whence=0):
-        self.at = offset + (0, self.at, self.size)[whence]
-        return self.at
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
 
     def readinto(self, buffer):
-        end = min(self.at + len(buffer), self.size)
-        if self.at >= end:
+        end = min(self.position + len(buffer), self.size)
+        if self.position >= end:
             return 0
-        known = self.size - len(self.tail)
-        if self.at < known:
-            answer = self.session.get(self.url, headers={"Range": f"bytes={self.at}-{self.size - 1}"})
-            answer.raise_for_status()
-            self.tail, known = answer.content, self.size - len(answer.content)
-        buffer[: end - self.at] = self.tail[self.at - known : end - known]
-        count, self.at = end - self.at, end
+        tail_start = self.size - len(self.tail)
+        if self.position < tail_start:
+            response = self.session.get(self.url, headers={"Range": f"bytes={self.position}-{self.size - 1}"})
+            response.raise_for_status()
+            self.tail, tail_start = response.content, self.size - len(response.content)
+        buffer[: end - self.position] = self.tail[self.position - tail_start : end - tail_start]
+        count, self.position = end - self.position, end
         return count
 
 
-class Weights:
-    """The installed sizes of projects' wheels."""
+class InstalledSizes:
+    """The installed sizes of projects, from their wheels on the package indexes."""
 
     def __init__(self):
         self.indexes = index.configured()
         self.session = self.indexes.session()
         self.order = {tag: number for number, tag in enumerate(sys_tags())}
 
-    @cache  # noqa: B019 - one object, for as long as the program runs
-    def of(self, project, version):
-        """The bytes that the wheel of a project unpacks to here, or None where it has none for this machine."""
-        found = []
+    @cache  # noqa: B019 - the program has one object of this class
+    def __call__(self, project, version):
+        """Return the installed bytes of a project, or None if it has no wheel for this machine."""
+        candidates = []
         for place in self.indexes.places:
             with contextlib.suppress(*index.UNREADABLE):
                 if "://" not in place or place.startswith("file:"):
@@ -97,68 +107,58 @@ class Weights:
                         name, release, _, tags = parse_wheel_filename(package.filename)
                         ranks = [self.order[tag] for tag in tags if tag in self.order]
                         if ranks and (name, str(release)) == (project, version):
-                            found.append((min(ranks), package.url))
-        return weight(Remote(min(found)[1], self.session)) if found else None
+                            candidates.append((min(ranks), package.url))
+        return unpacked_size(RemoteFile(min(candidates)[1], self.session)) if candidates else None
 
 
-def weight(file):
-    """The bytes that a wheel unpacks to."""
+def unpacked_size(file):
+    """Return the bytes of a wheel's files, uncompressed."""
     with zipfile.ZipFile(file) as archive:
         return sum(entry.file_size for entry in archive.infolist())
 
 
 def pins(text):
-    """Project and version of each pin that holds here."""
+    """Yield project and version of each pin whose marker is true here."""
     for line in text.splitlines():
         if "==" in line and not line.startswith((" ", "#")):
-            wanted = Requirement(line.removesuffix("\\"))
-            if wanted.marker is None or wanted.marker.evaluate():
-                yield canonicalize_name(wanted.name), next(iter(wanted.specifier)).version
+            requirement = Requirement(line.removesuffix("\\"))
+            if requirement.marker is None or requirement.marker.evaluate():
+                yield canonicalize_name(requirement.name), next(iter(requirement.specifier)).version
 
 
-def resolved(requirements, folder):
-    """What uv would install for these requirements, as pins."""
-    wanted = folder / "stock.in"
-    files.write(wanted, "\n".join(requirements) + "\n")
+def resolve(requirements, folder):
+    """Return the versions that uv resolves for requirements, by project."""
+    source, lock = folder / "stock.in", folder / "stock.txt"
+    files.write(source, "\n".join(requirements) + "\n")
     indexes = index.configured()
-    words = ["pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python", sys.executable]
-    words += [
-        "--no-emit-index-url",
-        "--no-emit-find-links",
-        *indexes.uv_arguments(),
-        wanted,
-        "-o",
-        folder / "stock.txt",
-    ]
-    environment.run_uv(wanted, words, indexes)
-    return dict(pins((folder / "stock.txt").read_text()))
+    options = ["--quiet", "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
+    command = ["pip", "compile", *options, "--python", sys.executable, *indexes.uv_arguments(), source, "-o", lock]
+    environment.run_uv(source, command, indexes)
+    return dict(pins(lock.read_text()))
 
 
-def thinned(wheel, out):
-    """The thin wheel, and what making it used."""
-    program = (
-        "import sys, pathlib; from voltforge.wheel.thin import thin_wheel; from voltforge.sources.recipe import load; "
-    )
-    program += "recipe = load(pathlib.Path(sys.argv[1])); "
-    program += "thin_wheel(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), recipe.arch, special=recipe.thin)"
-    done = run([sys.executable, "-c", program, RECIPE, wheel, out], cwd=ROOT)
-    return max(out.glob("*.whl"), key=lambda path: path.stat().st_mtime), done.usage
+def thin_wheel(wheel, folder):
+    """Thin a wheel in a new process. Return the thin wheel and the time and memory of the process."""
+    done = run([sys.executable, "-c", PROGRAM, RECIPE, wheel, folder], cwd=ROOT)
+    return max(folder.glob("*.whl"), key=lambda path: path.stat().st_mtime), done.usage
 
 
-def largest(wheel):
+def libraries(wheel):
+    """Return the uncompressed sizes of a wheel's shared libraries, by file name."""
     with zipfile.ZipFile(wheel) as archive:
         return {Path(entry.filename).name: entry.file_size for entry in archive.infolist() if ".so" in entry.filename}
 
 
 def show_thin(stock, thin, usage):
-    before, after = largest(stock), largest(thin)
+    """Print the sizes of both wheels, and the cost of the thinning."""
+    before, after = libraries(stock), libraries(thin)
     rows = [("wheel", files.size(stock.stat().st_size), files.size(thin.stat().st_size))]
     rows += [
         (name, files.size(size), files.size(after.get(name, 0)))
         for name, size in sorted(before.items(), key=lambda item: -item[1])[:5]
     ]
     rows += [
-        ("unpacked", files.size(weight(stock)), files.size(weight(thin))),
+        ("unpacked", files.size(unpacked_size(stock)), files.size(unpacked_size(thin))),
         ("wall time", "", f"{usage.wall:.0f} s"),
         ("CPU time", "", f"{usage.cpu:.0f} s"),
         ("peak memory, all processes", "", files.size(usage.peak)),
@@ -167,20 +167,21 @@ def show_thin(stock, thin, usage):
     console.table(thin.name, ("", "stock", "thin"), rows)
 
 
-def show_weights(thin, folder):
-    weights = Weights()
+def show_installed_sizes(thin, folder):
+    """Print the installed size of each package: stock, thin, and computed for a PyTorch from source."""
+    sizes_of = InstalledSizes()
     vllm = next(iter(sorted((ROOT / "wheelhouse").glob("vllm-*.whl"))), None)
     left_out = {stub.requirement for stub in load(RECIPE).thin.stubs.values()}
-    theirs = resolved(STOCK, folder)
-    ours = {name: pin for name, pin in pins(RUNTIME.read_text()) if name not in left_out}
-    ours["vllm"] = "none in the wheelhouse" if vllm is None else "ours"
-    before = {name: weights.of(name, version) for name, version in theirs.items()}
-    own = {"torch": weight(thin), "vllm": weight(vllm) if vllm else None}
-    after = {name: own[name] if name in own else weights.of(name, version) for name, version in ours.items()}
-    # Nobody has weighed a wheel from source here: it is taken to weigh what the thin one does.
+    stock_pins = resolve(STOCK, folder)
+    thin_pins = {name: pin for name, pin in pins(RUNTIME.read_text()) if name not in left_out}
+    thin_pins["vllm"] = "none in the wheelhouse" if vllm is None else "in the wheelhouse"
+    before = {name: sizes_of(name, version) for name, version in stock_pins.items()}
+    local = {"torch": unpacked_size(thin), "vllm": unpacked_size(vllm) if vllm else None}
+    after = {name: local[name] if name in local else sizes_of(name, version) for name, version in thin_pins.items()}
+    # No wheel from source is measured: its size is taken to be that of the thin wheel.
     source = {name: size for name, size in after.items() if name not in NOT_FROM_SOURCE}
     if unknown := sorted({name for sizes in (before, after) for name, size in sizes.items() if size is None}):
-        console.warn(f"not weighed, for want of a wheel: {', '.join(unknown)}")
+        console.warn(f"no wheel found, counted as 0 bytes: {', '.join(unknown)}")
 
     def total(sizes, names):
         return sum(sizes.get(name) or 0 for name in names)
@@ -189,24 +190,24 @@ def show_weights(thin, folder):
     columns = (before, after, source)
     rows = [(name, *(files.size(sizes[name] or 0) if name in sizes else "-" for sizes in columns))
             for name in names[:SHOWN]]  # fmt: skip
-    others = names[SHOWN:]
-    rows.append((f"{len(others)} others", *(files.size(total(sizes, others)) for sizes in columns)))
+    rest = names[SHOWN:]
+    rows.append((f"{len(rest)} others", *(files.size(total(sizes, rest)) for sizes in columns)))
     rows.append(("all", *(files.size(total(sizes, names)) for sizes in columns)))
-    console.table("installed", ("", "stock", "torch=thin", "torch=source cudnn=0, calculated"), rows)
+    console.table("installed size", ("", "stock", "torch=thin", "torch=source cudnn=0, computed"), rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-weights", action="store_true", help="leave out the table of installed packages")
-    words = parser.parse_args()
+    parser.add_argument("--no-sizes", action="store_true", help="omit the table of installed sizes")
+    options = parser.parse_args()
     folder = ROOT / "build" / "bench" / "thin"
     pipeline = Pipeline.load(ROOT, Settings(torch="thin"))
     stock = pipeline.store.get(pipeline.package(pipeline.recipes["torch"]).maker.source.artifact)
     try:
-        thin, usage = thinned(stock, folder)
+        thin, usage = thin_wheel(stock, folder)
         show_thin(stock, thin, usage)
-        if not words.no_weights:
-            show_weights(thin, folder)
+        if not options.no_sizes:
+            show_installed_sizes(thin, folder)
     finally:
         files.remove(folder)
 

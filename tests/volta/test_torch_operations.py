@@ -171,12 +171,12 @@ def row(**others: Any) -> Mapping[str, Any]:
 def test_other_bits_and_failures_of_a_thin_torch_are_told_apart(
     thin_gpu: ModuleType, after: Mapping[str, Any], where: str
 ) -> None:
-    found = dict(zip(("same", "loose", "off"), thin_gpu.compared({"sort": row()}, {"sort": after}), strict=True))
+    found = dict(zip(("same", "loose", "off"), thin_gpu.compare({"sort": row()}, {"sort": after}), strict=True))
     assert [name for name, some in found.items() if some] == [where]
 
 
 def test_an_operation_that_is_missing_with_the_thin_torch_does_not_pass(thin_gpu: ModuleType) -> None:
-    assert [name for name, _ in thin_gpu.compared({"sort": row()}, {})[2]] == ["sort"]
+    assert [name for name, _ in thin_gpu.compare({"sort": row()}, {})[2]] == ["sort"]
 
 
 @pytest.mark.slow
