@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.compile.test_object_cache import SOURCES, built, needs_ccache, redis
-from tests.compile.test_scheduler import SchedulerHarness, ends, until
+from tests.compile.test_scheduler import SchedulerHarness, end_command, until
 from tests.support.checkouts import ROOT, small_checkout
 from voltforge.commands import chores
 from voltforge.compile import farm, scheduler
@@ -73,8 +73,8 @@ def test_renewed_claim_does_not_expire(hosts, monkeypatch):
     monkeypatch.setattr(farm, "CLAIM_SECONDS", 1.0)
     monkeypatch.setattr(farm, "RENEW_SECONDS", 0.1)
     alpha.claim(KEY)
-    end = time.monotonic() + 2.5
-    while time.monotonic() < end:
+    deadline = time.monotonic() + 2.5
+    while time.monotonic() < deadline:
         alpha.renew_claims([KEY])
         assert beta.claim(KEY) == "alpha"
         time.sleep(0.05)
@@ -169,27 +169,27 @@ def test_host_with_another_compiler_causes_a_warning(hosts, capsys):
 def schedulers(tmp_path: Path, hosts: tuple[Farm, Farm]) -> Iterator[tuple[SchedulerHarness, SchedulerHarness]]:
     """The schedulers of two hosts, with one slot each."""
     stated = {"long": Estimate(80, MIB), "short": Estimate(1, MIB)}
-    made = []
+    harnesses = []
     for host in hosts:
         (tmp_path / host.name).mkdir()
-        made.append(SchedulerHarness(tmp_path / host.name, 1, build="build", **stated))
-        made[-1].scheduler.start(host)
-    yield made[0], made[1]
-    for child in [child for harness in made for child in harness.children]:
+        harnesses.append(SchedulerHarness(tmp_path / host.name, 1, build="build", **stated))
+        harnesses[-1].scheduler.start(host)
+    yield harnesses[0], harnesses[1]
+    for child in [child for harness in harnesses for child in harness.children]:
         child.kill()
         child.communicate()
 
 
 def test_one_host_compiles_the_longest_object_and_the_other_the_next(schedulers):
     alpha, beta = schedulers
-    first = alpha.ask("long.o", compiles=True)
+    first = alpha.launch("long.o", compiles=True)
     alpha.wait_for(running=1, waiting=0)
-    late = beta.ask("long.o", compiles=True)
-    beta.ask("short.o", compiles=True)
+    late = beta.launch("long.o", compiles=True)
+    beta.launch("short.o", compiles=True)
     until(lambda: beta.running() == ["short"])
     until(lambda: beta.scheduler.status.remote == 1)
     assert late.poll() is None
-    assert ends(first) == 0
+    assert end_command(first) == 0
     until(lambda: beta.scheduler.status.remote == 0)
 
 
@@ -198,8 +198,8 @@ def test_one_host_compiles_the_longest_object_and_the_other_the_next(schedulers)
 )
 def test_links_and_test_programs_of_cmake_run_on_every_host(schedulers, name, compiles):
     alpha, beta = schedulers
-    alpha.ask(name, compiles=compiles)
-    beta.ask(name, compiles=compiles)
+    alpha.launch(name, compiles=compiles)
+    beta.launch(name, compiles=compiles)
     alpha.wait_for(running=1, waiting=0)
     beta.wait_for(running=1, waiting=0)
 
@@ -221,7 +221,7 @@ def test_queue_with_other_hosts_is_limited_by_memory(schedulers, tmp_path):
 
 
 def checkouts(root: Path, address: str) -> list[Pipeline]:
-    return [small_checkout(root / name, Settings(ccache=address, jobs="1")) for name in ("one", "other")]
+    return [small_checkout(root / name, Settings(ccache=address, jobs="1")) for name in ("first", "second")]
 
 
 BUILD = """
@@ -241,9 +241,9 @@ def start_build(pipeline: Pipeline) -> subprocess.Popen:
 @needs_ccache
 @pytest.mark.slow
 def test_two_hosts_compile_each_object_once(tmp_path, toolchain, address):
-    made = checkouts(tmp_path, address)
-    assert [host.wait(600) for host in [start_build(one) for one in made]] == [0, 0]
-    first, second = (one.package(one.recipes["saxpy"]).stages["build"].result() for one in made)
+    pipelines = checkouts(tmp_path, address)
+    assert [build.wait(600) for build in [start_build(pipeline) for pipeline in pipelines]] == [0, 0]
+    first, second = (pipeline.package(pipeline.recipes["saxpy"]).stages["build"].result() for pipeline in pipelines)
     assert first.sha256 == second.sha256
     assert first.objects.misses + second.objects.misses == SOURCES
     assert first.objects.hits + second.objects.hits == SOURCES
@@ -253,15 +253,15 @@ def test_two_hosts_compile_each_object_once(tmp_path, toolchain, address):
 @needs_ccache
 @pytest.mark.slow
 def test_killed_host_does_not_change_the_wheel_of_another(tmp_path, toolchain, address):
-    one, other = checkouts(tmp_path, address)
-    killed, watch = start_build(one), Farm(address)
+    first, second = checkouts(tmp_path, address)
+    killed, watch = start_build(first), Farm(address)
     try:
         until(lambda: any(".cu.o" in key for key in watch._redis.scan_iter("voltforge:*")))
     finally:
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
     alone = small_checkout(tmp_path / "alone", Settings(ccache="off"))
-    assert built(other)["sha256"] == built(alone)["sha256"]
+    assert built(second)["sha256"] == built(alone)["sha256"]
 
 
 # --- commands ---
@@ -275,13 +275,13 @@ def test_farm_without_a_redis_server_is_an_error(saxpy, setting):
 
 def test_farm_lists_the_hosts(saxpy, address, hosts, capsys):
     alpha, beta = hosts
-    asked = Pipeline.load(saxpy.root, Settings(ccache=address))
-    chores.farm(asked)
+    pipeline = Pipeline.load(saxpy.root, Settings(ccache=address))
+    chores.farm(pipeline)
     assert "nobody builds anything at redis://***@127.0.0.1" in capsys.readouterr().out
     with alpha.register("vllm", MADE_WITH):
         alpha.mark_done((farm.build_id("vllm", MADE_WITH), "one.o"), 9.0)
         until(lambda: bool(beta.hosts()))
-        chores.farm(asked)
+        chores.farm(pipeline)
     assert re.search(r"alpha\W+vllm\W+1\W", capsys.readouterr().out)
 
 
@@ -300,7 +300,7 @@ def test_help_builds_the_package_of_another_host_once(saxpy, address, hosts, mon
         if len(slept) == 3:
             raise KeyboardInterrupt
 
-    with alpha.register("saxpy", MADE_WITH), alpha.register("stranger", MADE_WITH):
+    with alpha.register("saxpy", MADE_WITH), alpha.register("unknown", MADE_WITH):
         until(lambda: len(alpha.hosts()) == 2)
         monkeypatch.setattr(subprocess, "call", call)
         monkeypatch.setattr(time, "sleep", sleep)

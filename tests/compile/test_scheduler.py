@@ -24,7 +24,7 @@ from voltforge.compile.scheduler import LAUNCHER, Job, Scheduler, next_job
 from voltforge.errors import VoltforgeError
 
 MIB = 1 << 20
-PATIENT = 60
+TIMEOUT = 60
 """Seconds to wait for a state that an idle machine reaches at once."""
 
 
@@ -40,8 +40,8 @@ class SchedulerHarness:
         self.estimates = estimates
         self.children: list[subprocess.Popen[str]] = []
 
-    def ask(self, name: str, code: str = "input()", *, compiles: bool = False) -> subprocess.Popen:
-        """Start a command for an object. By default it runs until :func:`ends`; a compile gets ``-c``."""
+    def launch(self, name: str, code: str = "input()", *, compiles: bool = False) -> subprocess.Popen:
+        """Start a command for an object. By default it runs until :func:`end_command`; a compile gets ``-c``."""
         self.scheduler.start()
         python = [sys.executable, "-I", "-S"]
         runs = [*python, "-c"] if compiles else [sys.executable, "-ISc"]
@@ -53,6 +53,7 @@ class SchedulerHarness:
         return child
 
     def wait_for(self, running: int, waiting: int) -> None:
+        """Wait until so many commands run, and so many wait."""
         until(lambda: (self.scheduler.status.running, self.scheduler.status.waiting) == (running, waiting))
 
     def running(self) -> list[str]:
@@ -60,16 +61,17 @@ class SchedulerHarness:
         return sorted(job.name.removesuffix(".o") for job in self.scheduler._running)
 
 
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENT
-    while not true():
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition is true."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def ends(child: subprocess.Popen) -> int:
+def end_command(child: subprocess.Popen) -> int:
     """End a command and return its status."""
-    child.communicate("\n", timeout=PATIENT)
+    child.communicate("\n", timeout=TIMEOUT)
     return child.returncode
 
 
@@ -92,10 +94,10 @@ def new_harness(tmp_path: Path) -> Iterator[Callable[..., SchedulerHarness]]:
 
 def test_running_commands_never_exceed_the_slots(new_harness):
     harness = new_harness(jobs=2)
-    children = [harness.ask(f"{number}.o") for number in range(4)]
+    children = [harness.launch(f"{number}.o") for number in range(4)]
     harness.wait_for(running=2, waiting=2)
     first = harness.running()
-    assert ends(children[int(first[0])]) == 0
+    assert end_command(children[int(first[0])]) == 0
     harness.wait_for(running=2, waiting=1)
     assert first[1] in harness.running()
 
@@ -104,44 +106,44 @@ def test_longest_job_starts_first(new_harness):
     harness = new_harness(
         jobs=1, first=Estimate(5, MIB), short=Estimate(1, MIB), long=Estimate(80, MIB), middle=Estimate(30, MIB)
     )
-    children = {"first": harness.ask("first.o")}
+    children = {"first": harness.launch("first.o")}
     harness.wait_for(running=1, waiting=0)
-    children |= {name: harness.ask(f"{name}.o") for name in ("short", "long", "middle")}
+    children |= {name: harness.launch(f"{name}.o") for name in ("short", "long", "middle")}
     harness.wait_for(running=1, waiting=3)
     for name, then in (("first", ["long"]), ("long", ["middle"]), ("middle", ["short"]), ("short", [])):
-        ends(children[name])
+        end_command(children[name])
         until(lambda then=then: harness.running() == then)
 
 
 def test_large_jobs_wait_for_memory_while_a_small_job_starts(new_harness):
     harness = new_harness(
-        8, 1000 * MIB, one=Estimate(9, 600 * MIB), other=Estimate(8, 600 * MIB), light=Estimate(1, 100 * MIB)
+        8, 1000 * MIB, first=Estimate(9, 600 * MIB), second=Estimate(8, 600 * MIB), light=Estimate(1, 100 * MIB)
     )
-    one = harness.ask("one.o")
+    first = harness.launch("first.o")
     harness.wait_for(running=1, waiting=0)
-    harness.ask("other.o")
-    harness.ask("light.o")
+    harness.launch("second.o")
+    harness.launch("light.o")
     harness.wait_for(running=2, waiting=1)
-    assert harness.running() == ["light", "one"]
-    ends(one)
+    assert harness.running() == ["first", "light"]
+    end_command(first)
     harness.wait_for(running=2, waiting=0)
-    assert harness.running() == ["light", "other"]
+    assert harness.running() == ["light", "second"]
 
 
 def test_memory_that_a_job_already_holds_is_not_counted_twice(new_harness):
-    harness = new_harness(8, 1000 * MIB, grown=Estimate(9, 600 * MIB), other=Estimate(8, 500 * MIB))
-    harness.ask("grown.o", f"held = bytearray({700 * MIB}); input()")
+    harness = new_harness(8, 1000 * MIB, grown=Estimate(9, 600 * MIB), next=Estimate(8, 500 * MIB))
+    harness.launch("grown.o", f"held = bytearray({700 * MIB}); input()")
     until(lambda: harness.scheduler.status.memory > 700 * MIB)
-    harness.ask("other.o")
+    harness.launch("next.o")
     harness.wait_for(running=2, waiting=0)
 
 
 def test_job_waits_until_memory_is_free(new_harness):
     harness = new_harness(8, 1000 * MIB)
-    harness.ask("a.o")
+    harness.launch("a.o")
     harness.wait_for(running=1, waiting=0)
     harness.free = 50 * MIB
-    harness.ask("b.o")
+    harness.launch("b.o")
     harness.wait_for(running=1, waiting=1)
     harness.free = 1000 * MIB
     harness.wait_for(running=2, waiting=0)
@@ -149,8 +151,8 @@ def test_job_waits_until_memory_is_free(new_harness):
 
 def test_one_job_runs_with_too_little_memory_and_prints_one_note(new_harness, capsys):
     harness = new_harness(8, MIB, big=Estimate(9, 600 * MIB))
-    assert ends(harness.ask("big.o")) == 0
-    assert ends(harness.ask("big.o")) == 0
+    assert end_command(harness.launch("big.o")) == 0
+    assert end_command(harness.launch("big.o")) == 0
     assert capsys.readouterr().out == "  big.o runs alone: it is expected to take 629.1 MB, and 1.0 MB are free\n"
 
 
@@ -158,19 +160,19 @@ def test_unknown_memory_limits_nothing_but_the_slots(new_harness):
     harness = new_harness(jobs=2, big=Estimate(9, 10**13))
     harness.scheduler.memory = lambda: None
     for name in ("big.o", "a.o", "b.o"):
-        harness.ask(name)
+        harness.launch(name)
     harness.wait_for(running=2, waiting=1)
 
 
 def test_memory_limit_includes_this_process_and_its_children(new_harness):
     harness = new_harness(8)
     harness.scheduler.limit = 1000 * MIB
-    harness.ask("a.o", f"held = bytearray({600 * MIB}); input()")
+    harness.launch("a.o", f"held = bytearray({600 * MIB}); input()")
     harness.wait_for(running=1, waiting=0)
     until(lambda: harness.scheduler._run_memory > 600 * MIB)
-    harness.ask("b.o", "input()")
+    harness.launch("b.o", "input()")
     harness.scheduler.estimates["vllm"].stated = {"c.o": Estimate(9, 500 * MIB)}
-    harness.ask("c.o")
+    harness.launch("c.o")
     harness.wait_for(running=2, waiting=1)
     assert harness.running() == ["a", "b"]
 
@@ -182,23 +184,20 @@ JOBS = st.lists(
 
 
 @given(JOBS, JOBS, st.integers(1, 8), st.none() | st.integers(-50, 150))
-def test_next_job_is_the_longest_that_fits_or_the_smallest_if_nothing_runs(waiting, running, jobs, room):
-    job = next_job(waiting, running, jobs, room)
+def test_next_job_is_the_longest_that_fits_or_the_smallest_if_nothing_runs(queue, running, jobs, room):
+    job = next_job(queue, running, jobs, room)
+    fitting = [queued for queued in queue if room is None or queued.estimate.memory <= room]
     if job is None:
-        assert not waiting or running
-        full, fits = len(running) >= jobs, [one for one in waiting if room is None or one.estimate.memory <= room]
-        assert not waiting or full or not fits
+        assert not queue or running
+        assert not queue or len(running) >= jobs or not fitting
         return
     assert len(running) < jobs
-    if room is None or job.estimate.memory <= room:
-        assert all(
-            one.estimate.seconds <= job.estimate.seconds
-            for one in waiting
-            if room is None or one.estimate.memory <= room
-        )
+    if job in fitting:
+        assert all(other.estimate.seconds <= job.estimate.seconds for other in fitting)
     else:
         assert not running
-        assert all(one.estimate.memory >= job.estimate.memory for one in waiting)
+        assert not fitting
+        assert all(other.estimate.memory >= job.estimate.memory for other in queue)
 
 
 # --- measurements ---
@@ -208,10 +207,10 @@ def test_time_and_memory_with_children_are_measured_and_saved(new_harness):
     harness = new_harness()
     held = f"import time; held = bytearray({200 * MIB}); time.sleep(1.2)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {held!r}])"
-    assert ends(harness.ask("a.o", code)) == 0
+    assert end_command(harness.launch("a.o", code)) == 0
     harness.wait_for(running=0, waiting=0)
     estimate = harness.estimates.measured()["a.o"]
-    assert 1.2 <= estimate.seconds < PATIENT
+    assert 1.2 <= estimate.seconds < TIMEOUT
     assert 200 * MIB < estimate.memory < 400 * MIB
     harness.scheduler.save()
     assert Estimates(harness.estimates.path, 1).of("a.o").memory == int(estimate.memory * 1.25)
@@ -220,7 +219,7 @@ def test_time_and_memory_with_children_are_measured_and_saved(new_harness):
 def test_peak_between_two_samples_is_measured(new_harness, monkeypatch):
     monkeypatch.setattr(scheduler_module, "SAMPLE_INTERVAL", 1.0)
     harness = new_harness()
-    ends(harness.ask("a.o", f"held = bytearray({300 * MIB}); del held; import time; time.sleep(3)"))
+    end_command(harness.launch("a.o", f"held = bytearray({300 * MIB}); del held; import time; time.sleep(3)"))
     harness.wait_for(running=0, waiting=0)
     assert harness.estimates.measured()["a.o"].memory > 300 * MIB
 
@@ -231,15 +230,15 @@ def test_remaining_time_counts_running_queued_and_unqueued_jobs(new_harness, tmp
     harness = new_harness(jobs=2)
     assert harness.scheduler.remaining_seconds("vllm", unqueued=4) == 4 * 600 / 2
     for name in ("a", "b", "c"):
-        harness.ask(f"{name}.o")
+        harness.launch(f"{name}.o")
     harness.wait_for(running=2, waiting=1)
-    assert 1000 - PATIENT < harness.scheduler.remaining_seconds("vllm") <= 1000  # the longest alone
-    assert 2100 - PATIENT < harness.scheduler.remaining_seconds("vllm", unqueued=4) <= 2100
+    assert 1000 - TIMEOUT < harness.scheduler.remaining_seconds("vllm") <= 1000  # the longest alone
+    assert 2100 - TIMEOUT < harness.scheduler.remaining_seconds("vllm", unqueued=4) <= 2100
 
 
 def test_remaining_time_of_a_first_build_is_unknown(new_harness):
     harness = new_harness()
-    harness.ask("a.o")
+    harness.launch("a.o")
     harness.wait_for(running=1, waiting=0)
     assert harness.scheduler.remaining_seconds("vllm") is None
 
@@ -250,9 +249,9 @@ def test_remaining_time_of_a_first_build_is_unknown(new_harness):
 @pytest.mark.parametrize("running", [True, False], ids=["running", "queued"])
 def test_killed_job_frees_its_slot(new_harness, running):
     harness = new_harness(jobs=1)
-    first = harness.ask("a.o")
+    first = harness.launch("a.o")
     harness.wait_for(running=1, waiting=0)
-    second = harness.ask("b.o")
+    second = harness.launch("b.o")
     harness.wait_for(running=1, waiting=1)
     (first if running else second).kill()
     harness.wait_for(running=1, waiting=0)
@@ -272,13 +271,13 @@ def test_invalid_request_does_not_stop_other_jobs(new_harness, request_bytes):
             client.connect(address)
         with contextlib.suppress(OSError):
             client.sendall(request_bytes)
-        assert ends(harness.ask("a.o")) == 0
+        assert end_command(harness.launch("a.o")) == 0
     harness.wait_for(running=0, waiting=0)
 
 
 def test_socket_works_in_a_folder_with_a_long_path(tmp_path):
     harness = SchedulerHarness(tmp_path / ("x" * 100) / ("y" * 100))
-    assert ends(harness.ask("a.o")) == 0
+    assert end_command(harness.launch("a.o")) == 0
 
 
 def test_stale_socket_of_a_killed_run_is_replaced(new_harness):
@@ -289,7 +288,7 @@ def test_stale_socket_of_a_killed_run_is_replaced(new_harness):
         socket.socket(socket.AF_UNIX) as old,
     ):
         old.bind(address)
-    assert ends(harness.ask("a.o")) == 0
+    assert end_command(harness.launch("a.o")) == 0
 
 
 def test_folder_that_cannot_hold_a_socket_is_an_error_with_a_hint(tmp_path, monkeypatch):
@@ -303,13 +302,13 @@ def test_folder_that_cannot_hold_a_socket_is_an_error_with_a_hint(tmp_path, monk
 
 def test_two_processes_of_a_run_share_one_scheduler(new_harness, tmp_path):
     harness = new_harness(jobs=1)
-    harness.ask("a.o")
+    harness.launch("a.o")
     harness.wait_for(running=1, waiting=0)
     if not (child := os.fork()):
         status = 1
         with contextlib.suppress(BaseException):
             other = SchedulerHarness(tmp_path, jobs=8)
-            other.ask("b.o", "print()").wait(1)
+            other.launch("b.o", "print()").wait(1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = 0 if other.children and other.children[0].poll() is None else 1
         other.children[0].kill()
@@ -320,19 +319,19 @@ def test_two_processes_of_a_run_share_one_scheduler(new_harness, tmp_path):
 def test_background_process_of_a_command_does_not_keep_the_slot(new_harness):
     harness = new_harness(jobs=1)
     daemon = "import os, sys, time\nif not os.fork():\n    time.sleep(5)\n"
-    assert harness.ask("a.o", daemon).wait(PATIENT) == 0
-    assert ends(harness.ask("b.o")) == 0
+    assert harness.launch("a.o", daemon).wait(TIMEOUT) == 0
+    assert end_command(harness.launch("b.o")) == 0
 
 
 def test_scheduler_that_crashes_ends_the_waiting_launchers(new_harness, monkeypatch):
     monkeypatch.setattr("threading.excepthook", lambda _: None)
     harness = new_harness(jobs=1)
-    harness.ask("a.o")
+    harness.launch("a.o")
     harness.wait_for(running=1, waiting=0)
-    waiting = harness.ask("b.o")
+    waiting = harness.launch("b.o")
     harness.wait_for(running=1, waiting=1)
     monkeypatch.setattr(scheduler_module, "_processes", lambda: 1 / 0)
-    assert waiting.wait(PATIENT) == 1
+    assert waiting.wait(TIMEOUT) == 1
     assert "b.o is not built" in waiting.stdout.read()
 
 
@@ -342,7 +341,7 @@ def test_scheduler_that_crashes_ends_the_waiting_launchers(new_harness, monkeypa
 def launched(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "VOLTFORGE_GATE": str(folder), "VOLTFORGE_PACKAGE": "vllm"}
     command = [sys.executable, "-I", "-S", LAUNCHER, *words]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=PATIENT)
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def test_launcher_does_not_change_the_command(new_harness):
@@ -396,7 +395,7 @@ def test_launcher_connects_again_when_the_scheduler_closes_the_connection(new_ha
         connection, _ = listener.accept()
         connection.close()
     harness.scheduler.start()
-    assert child.wait(PATIENT) == 0
+    assert child.wait(TIMEOUT) == 0
 
 
 # --- under a real limit ---

@@ -37,7 +37,7 @@ And a bucket of S3, which it is given as a WebDAV server.
 """
 RELAY = Path(tunnel.__file__)
 SOCKET = f"objects-{os.getpid()}"
-"""The socket in the gate's folder that leads to the server, one for each process of a run."""
+"""The socket in the scheduler's folder that leads to the server, one for each process of a run."""
 PORT = 4226
 """Where a sandbox without a network has the server."""
 PATIENCE = 5.0
