@@ -5,7 +5,23 @@ from pathlib import Path
 
 from doit import get_var
 
-from voltforge.commands import chores, doctor, reproduce, tasks
+from voltforge.commands import (
+    bench,
+    doctor,
+    farm,
+    gc,
+    help,
+    keys,
+    lock,
+    push,
+    reproduce,
+    serve,
+    tasks,
+    test,
+    thin,
+    verify,
+    why,
+)  # fmt: skip
 from voltforge.gpu import bundle, triton_kernels
 from voltforge.image.stages import Runtime
 
@@ -28,27 +44,30 @@ def task_wheels():
 
 def task_image():
     """put the wheels together to a slim runtime image: an OCI archive in build/image/ (base=IMAGE)"""
-    base, why = "make a base of the distribution's packages, where no registry can be reached", "print what weighs what"
+    base, sizes = (
+        "make a base of the distribution's packages, where no registry can be reached",
+        "print what weighs what",
+    )
     yield {**tasks.of(RUNTIME.image, PIPELINE), "basename": "image"}
     yield {**tasks.of(RUNTIME.base, PIPELINE), "basename": "image:base", "doc": base}
-    yield {**tasks.action(RUNTIME.why), "basename": "image:why", "doc": f"{why} in the image, and what was left out"}
+    yield {**tasks.action(RUNTIME.why), "basename": "image:why", "doc": f"{sizes} in the image, and what was left out"}
 
 
 def task_serve():
     """measure a running server: serve:check url=http://127.0.0.1:8000"""
-    yield {"name": "check", **tasks.action(chores.check_server, PIPELINE)}
+    yield {"name": "check", **tasks.action(serve.check_server, PIPELINE)}
 
 
 def task_why():
     """say which inputs of a stage changed since its result was kept: why wheels:vllm"""
-    return tasks.action(chores.why, PIPELINE, RUNTIME, takes_names=True)
+    return tasks.action(why.explain, PIPELINE, RUNTIME, takes_names=True)
 
 
 def task_verify():
     """hold the wheels that were kept to their recipes again, or any wheel with file=PATH.whl"""
     triton = "compile vLLM's Triton kernels for 7.0 and hold them to a Volta's limits"
     card = "run the kernels of 7.0 on this machine's NVIDIA card, whichever it is, and compare with float64"
-    yield {**tasks.action(chores.verify_wheels, PIPELINE, turn=PIPELINE.turn), "basename": "verify"}
+    yield {**tasks.action(verify.verify_wheels, PIPELINE, turn=PIPELINE.turn), "basename": "verify"}
     yield {
         **tasks.action(triton_kernels.verify, PIPELINE, turn=PIPELINE.turn),
         "basename": "verify:triton",
@@ -74,29 +93,29 @@ def task_reproduce():
 
 def task_key():
     """show the key that wheels are signed with; the first time it makes one"""
-    return tasks.action(chores.key, PIPELINE, turn=PIPELINE.turn)
+    return tasks.action(keys.show_key, PIPELINE, turn=PIPELINE.turn)
 
 
 def task_push():
     """give the wheels to the shared cache that VOLTFORGE_CACHE names: a folder or an address"""
-    return tasks.action(chores.push, PIPELINE, turn=PIPELINE.turn)
+    return tasks.action(push.push_wheels, PIPELINE, turn=PIPELINE.turn)
 
 
 def task_farm():
     """show the hosts that build together at a redis server: ccache=redis://HOST"""
     helping = "help whoever builds at that server, until Ctrl-C: each object is compiled by one host, for all"
-    yield {**tasks.action(chores.farm, PIPELINE), "basename": "farm"}
-    yield {**tasks.action(chores.help_farm, PIPELINE), "basename": "farm:help", "doc": helping}
+    yield {**tasks.action(farm.show_hosts, PIPELINE), "basename": "farm"}
+    yield {**tasks.action(farm.help_hosts, PIPELINE), "basename": "farm:help", "doc": helping}
 
 
 def task_gc():
     """list what no recipe needs any more, and its size; gc=delete removes it"""
-    return tasks.action(chores.collect_garbage, PIPELINE, RUNTIME, turn=PIPELINE.turn)
+    return tasks.action(gc.collect, PIPELINE, RUNTIME, turn=PIPELINE.turn)
 
 
 def task_thin():
     """take the device code of other GPUs out of any wheel: file=PATH.whl arch=7.0"""
-    return tasks.action(chores.thin_wheel, PIPELINE)
+    return tasks.action(thin.thin_wheel, PIPELINE)
 
 
 def task_doctor():
@@ -106,24 +125,24 @@ def task_doctor():
 
 def task_test():
     """run the tests, slow ones included"""
-    return tasks.action(chores.test, ROOT)
+    return tasks.action(test.run_tests, ROOT)
 
 
 def task_lock():
     """pin every requirement anew, with hashes, for Python 3.10 to 3.13"""
-    return tasks.action(chores.lock, PIPELINE)
+    return tasks.action(lock.write_locks, PIPELINE)
 
 
 def task_bench():
     """make the README's numbers (hours)"""
     chart = "chart the last build from ninja's log: critical path, what more cores would give; build/profile/"
-    yield {**tasks.action(chores.bench, ROOT), "basename": "bench"}
-    yield {**tasks.action(chores.profile, PIPELINE), "basename": "bench:profile", "doc": chart}
+    yield {**tasks.action(bench.run_benchmarks, ROOT), "basename": "bench"}
+    yield {**tasks.action(bench.chart_builds, PIPELINE), "basename": "bench:profile", "doc": chart}
 
 
 def task_about():
     """say what voltforge can do (also: ./doit list, ./doit help)"""
-    return tasks.action(chores.about, sys.modules[__name__])
+    return tasks.action(help.print_tasks, sys.modules[__name__])
 
 
 # The stages, in the order that the data takes; `wheels` runs what it needs of them.

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voltforge.commands import serve
+from voltforge.commands import server_benchmark
 from voltforge.errors import VoltforgeError
 from voltforge.system import console
 
@@ -45,11 +45,11 @@ def main():
     )
     parser.add_argument("--quick", action="store_true", help="one round of each measurement: a test, no figures")
     options = parser.parse_args()
-    loads = [load.quick() if options.quick else load for load in serve.LOADS]
+    loads = [load.quick() if options.quick else load for load in server_benchmark.LOADS]
     if options.requests:
         loads = [with_requests(load, options.requests) for load in loads]
     try:
-        serve.check(options.url, options.out, model=options.model, loads=loads)
+        server_benchmark.check(options.url, options.out, model=options.model, loads=loads)
     except VoltforgeError as error:
         console.error(error)
         return 1

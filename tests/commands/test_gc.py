@@ -710,3 +710,23 @@ def test_what_is_left_of_a_real_build_is_enough_for_the_next_and_the_last_ones_o
     assert len(folders() - first) == len(folders()) == 2
     assert run(changed) == []
     assert gc.foreign(changed, Runtime(changed)) == []
+
+
+@pytest.mark.parametrize(("choice", "removed"), [("", False), ("delete", True)])
+def test_unneeded_files_are_removed_only_with_gc_delete(saxpy: Pipeline, capsys, choice: str, removed: bool) -> None:
+    stale = saxpy.scratch / "trees" / "gone" / "old.c"
+    files.write(stale, b"0" * 5000)
+    pipeline = Pipeline.load(saxpy.root, Settings(gc=choice))
+    gc.collect(pipeline, Runtime(pipeline))
+    assert "trees/gone" in capsys.readouterr().out
+    assert stale.exists() != removed
+    assert os.listdir(saxpy.scratch / "toolchains")
+
+
+def test_unknown_value_of_gc_is_refused_and_removes_nothing(saxpy: Pipeline) -> None:
+    stale = saxpy.scratch / "trees" / "gone" / "old.c"
+    files.write(stale, b"0" * 5000)
+    pipeline = Pipeline.load(saxpy.root, Settings(gc="yes"))
+    with pytest.raises(VoltforgeError, match="gc=yes: unknown value"):
+        gc.collect(pipeline, Runtime(pipeline))
+    assert stale.exists()

@@ -17,7 +17,7 @@ import pytest
 from tests.compile.test_object_cache import SOURCES, built, needs_ccache, redis
 from tests.compile.test_scheduler import SchedulerHarness, end_command, until
 from tests.support.checkouts import ROOT, small_checkout
-from voltforge.commands import chores
+from voltforge.commands import farm as farm_command
 from voltforge.compile import farm, scheduler
 from voltforge.compile.costs import Estimate
 from voltforge.compile.farm import Farm
@@ -269,19 +269,19 @@ def test_killed_host_does_not_change_the_wheel_of_another(tmp_path, toolchain, a
 
 @pytest.mark.parametrize("setting", ["", "off", "http://127.0.0.1/objects"])
 def test_farm_without_a_redis_server_is_an_error(saxpy, setting):
-    with pytest.raises(VoltforgeError, match="ccache= names no redis server"):
-        chores.farm(Pipeline.load(saxpy.root, Settings(ccache=setting)))
+    with pytest.raises(VoltforgeError, match="ccache= names no Redis server"):
+        farm_command.show_hosts(Pipeline.load(saxpy.root, Settings(ccache=setting)))
 
 
 def test_farm_lists_the_hosts(saxpy, address, hosts, capsys):
     alpha, beta = hosts
     pipeline = Pipeline.load(saxpy.root, Settings(ccache=address))
-    chores.farm(pipeline)
-    assert "nobody builds anything at redis://***@127.0.0.1" in capsys.readouterr().out
+    farm_command.show_hosts(pipeline)
+    assert "no host builds at redis://***@127.0.0.1" in capsys.readouterr().out
     with alpha.register("vllm", MADE_WITH):
         alpha.mark_done((farm.build_id("vllm", MADE_WITH), "one.o"), 9.0)
         until(lambda: bool(beta.hosts()))
-        chores.farm(pipeline)
+        farm_command.show_hosts(pipeline)
     assert re.search(r"alpha\W+vllm\W+1\W", capsys.readouterr().out)
 
 
@@ -305,6 +305,6 @@ def test_help_builds_the_package_of_another_host_once(saxpy, address, hosts, mon
         monkeypatch.setattr(subprocess, "call", call)
         monkeypatch.setattr(time, "sleep", sleep)
         with pytest.raises(KeyboardInterrupt):
-            chores.help_farm(Pipeline.load(saxpy.root, Settings(ccache=address)))
+            farm_command.help_hosts(Pipeline.load(saxpy.root, Settings(ccache=address)))
         monkeypatch.undo()
     assert [words[3:] for words in called] == [[f"ccache={address}", "build:saxpy"]]

@@ -10,7 +10,7 @@ import pytest
 from tests.support import samples
 from tests.support.checkouts import small_checkout
 from tests.support.tally import Tally
-from voltforge.commands import chores
+from voltforge.commands import push
 from voltforge.compile.toolchain import Toolchain
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.package import Package
@@ -47,7 +47,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, toolchain: Toolchain) -> Pat
         theirs = small_checkout(folder / "theirs")
         made = receipt(theirs)
         assert was_compiled(theirs)
-        chores.push(theirs)
+        push.push_wheels(theirs)
     (folder / "trusted.pem").write_text(f"a colleague's\n{signer.public}")
     files.write(folder / "sha256", made["results"]["sha256"])
     return folder

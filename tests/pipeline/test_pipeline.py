@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkouts import ROOT, edited
-from voltforge.commands import chores
+from voltforge.commands import verify
 from voltforge.compile.toolchain import COMPILERS
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Settings
@@ -176,7 +176,7 @@ def test_any_wheel_can_be_held_to_the_recipe_of_its_project(saxpy: Pipeline) -> 
 def refused(pipeline: Pipeline) -> str:
     """What ./doit verify ends with."""
     with pytest.raises(VoltforgeError) as caught:
-        chores.verify_wheels(pipeline)
+        verify.verify_wheels(pipeline)
     return caught.value.what
 
 
@@ -185,7 +185,7 @@ def test_verify_refuses_a_wheelhouse_whose_wheel_index_and_provenance_do_not_agr
     run(saxpy)
     house = saxpy.wheelhouse
     (kept,) = house.wheels()
-    chores.verify_wheels(saxpy)
+    verify.verify_wheels(saxpy)
     assert "wheel, index, receipt and provenance agree" in " ".join(capsys.readouterr().out.split())
     of_it, of_all = f"{kept.path.name} fails 1 checks", "the wheelhouse fails 1 checks"
 
@@ -203,7 +203,7 @@ def test_verify_refuses_a_wheelhouse_whose_wheel_index_and_provenance_do_not_agr
     assert changed(page, sha256, other) == f"{of_it}; {of_all}"
     foreign = '<a href="http://evil.example/saxpy-9.0-py3-none-any.whl">saxpy-9.0-py3-none-any.whl</a><br>\n  </body>'
     assert changed(page, "</body>", foreign) == of_all
-    chores.verify_wheels(saxpy)
+    verify.verify_wheels(saxpy)
 
 
 @pytest.mark.slow

@@ -208,6 +208,18 @@ def remove(items: Iterable[Item]) -> Removed:
     return Removed(freed, tuple(problems))
 
 
+def collect(pipeline: Pipeline, runtime: Runtime) -> None:
+    """List what no recipe needs, or remove it with ``gc=delete``.
+
+    Raises:
+        VoltforgeError: ``gc=`` has another value, or :func:`report` fails.
+    """
+    choice = pipeline.settings.gc
+    if choice not in ("", "delete"):
+        raise VoltforgeError(f"gc={choice}: unknown value", hint="./doit gc lists, ./doit gc gc=delete removes")
+    report(pipeline, runtime, delete=choice == "delete")
+
+
 def report(pipeline: Pipeline, runtime: Runtime, delete: bool = False) -> None:
     """Print what no recipe needs any more, and with ``delete`` remove it, once no other run is at work.
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from tests.support.checkouts import ROOT
 from tests.support.openai_server import Server, serving
 from tests.support.servers import serving as serving_files
-from voltforge.commands import serve
-from voltforge.commands.serve import Load, Outcome, Percentiles, ServeError
+from voltforge.commands import server_benchmark
+from voltforge.commands.server_benchmark import Load, Outcome, Percentiles, ServeError
 from voltforge.system import console
 
 TEXT = Load("text", concurrency=8, requests=40, earlier=100, new_tokens=12)
@@ -39,13 +39,13 @@ def paper(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch):
-    for name in serve.KEYS:
+    for name in server_benchmark.KEYS:
         monkeypatch.delenv(name, raising=False)
 
 
-def measured(server: Server, load: Load = TEXT) -> serve.Measurement:
+def measured(server: Server, load: Load = TEXT) -> server_benchmark.Measurement:
     """One load without the round that warms up, so that every request is one of it."""
-    return serve.measure(serve.find(server.url), load, warm=False)
+    return server_benchmark.measure(server_benchmark.find(server.url), load, warm=False)
 
 
 def unused() -> str:
@@ -87,33 +87,33 @@ def test_no_prompt_begins_like_another_so_that_the_prefix_cache_cannot_help():
 
 def test_the_round_that_warms_up_is_short_and_not_counted():
     with serving() as server:
-        one = serve.measure(serve.find(server.url), TEXT)
-    assert len(server.measured(serve.WARM_TOKENS)) == TEXT.concurrency
+        one = server_benchmark.measure(server_benchmark.find(server.url), TEXT)
+    assert len(server.measured(server_benchmark.WARM_TOKENS)) == TEXT.concurrency
     assert len(server.measured(12)) == len(one.outcomes) == TEXT.requests
 
 
 def test_the_model_is_the_first_that_the_server_has_or_the_one_that_was_named():
     with serving(models=("first", "second")) as server:
-        assert serve.find(server.url).model == "first"
-        assert serve.find(server.url, "second").model == "second"
-        assert serve.find(server.url).version == "vllm 0.0.test"
+        assert server_benchmark.find(server.url).model == "first"
+        assert server_benchmark.find(server.url, "second").model == "second"
+        assert server_benchmark.find(server.url).version == "vllm 0.0.test"
 
 
 @pytest.mark.parametrize("form", ["{}", "{}/", "{}/v1", "{}/v1/"])
 def test_the_address_may_be_written_with_v1_and_without_http(form):
     with serving() as server:
-        assert serve.find(form.format(server.url)).url == server.url
-        assert serve.find(form.format(server.url.removeprefix("http://"))).url == server.url
+        assert server_benchmark.find(form.format(server.url)).url == server.url
+        assert server_benchmark.find(form.format(server.url.removeprefix("http://"))).url == server.url
 
 
 def test_the_key_is_shown_to_the_server_and_written_nowhere(tmp_path, monkeypatch, paper):
     monkeypatch.setenv("OPENAI_API_KEY", "another")
     monkeypatch.setenv("VOLTFORGE_API_KEY", "sesame-7")
     with serving(key="sesame-7") as server:
-        serve.check(server.url, tmp_path, loads=[replace(ALONE, requests=1)])
+        server_benchmark.check(server.url, tmp_path, loads=[replace(ALONE, requests=1)])
     assert server.keys == {"Bearer sesame-7"}
     assert "sesame" not in paper.getvalue() + (tmp_path / "serve.json").read_text()
-    assert "sesame" not in repr(serve.Server("http://x", "m", "sesame-7"))
+    assert "sesame" not in repr(server_benchmark.Server("http://x", "m", "sesame-7"))
 
 
 # --- what is counted ---
@@ -133,7 +133,7 @@ def test_where_the_server_counts_nothing_chunks_are_counted_and_it_is_said(paper
         decisions = measured(server, DECISIONS)
     assert (one.tokens, one.counted) == (40 * 12, "chunks")
     assert (decisions.tokens, decisions.counted) == (60, "chunks")
-    serve.report([one])
+    server_benchmark.report([one])
     assert "counted by us, as chunks" in paper.getvalue()
     assert "prompts of an unknown number of tokens" in paper.getvalue()
 
@@ -218,14 +218,16 @@ def test_a_server_that_has_died_is_not_asked_two_hundred_times_more(paper):
     with serving(die_after=10) as server:
         one = measured(server, replace(TEXT, requests=300))
     assert len(one.good) == 10
-    assert serve.GIVE_UP <= len(one.outcomes) - 10 < 3 * serve.GIVE_UP  # a late good one begins the count anew
+    assert (
+        server_benchmark.GIVE_UP <= len(one.outcomes) - 10 < 3 * server_benchmark.GIVE_UP
+    )  # a late good one begins the count anew
     assert one.unasked == 300 - len(one.outcomes)
-    serve.report([one])
+    server_benchmark.report([one])
     assert f"{one.unasked} not asked any more" in paper.getvalue()
 
 
 def test_what_is_not_json_is_an_error_and_no_traceback():
-    reader = serve._Reader(0)
+    reader = server_benchmark._Reader(0)
     for line in (b"data: {", b"data: []", b"data: 7"):
         with pytest.raises(ValueError, match=r"."):
             reader.line(line)
@@ -239,36 +241,36 @@ def test_what_is_not_json_is_an_error_and_no_traceback():
 def test_a_server_that_is_not_there_is_a_sentence():
     address = unused()
     with pytest.raises(ServeError, match=rf"^{address} cannot be reached: Connection refused") as caught:
-        serve.find(address)
+        server_benchmark.find(address)
     assert "is it running" in caught.value.hint
 
 
 @pytest.mark.parametrize(("key", "said"), [("", "wants a key"), ("wrong", "does not accept the key")])
 def test_a_key_that_is_missing_or_wrong_is_a_sentence_that_says_which(key, said):
     with serving(key="right") as server, pytest.raises(ServeError, match=rf"{said} \(status 401\)") as caught:
-        serve.find(server.url, key=key)
+        server_benchmark.find(server.url, key=key)
     assert "VOLTFORGE_API_KEY" in caught.value.hint
 
 
 def test_a_model_that_is_not_there_is_a_sentence_with_those_that_are():
     with serving(models=("first", "second")) as server, pytest.raises(ServeError, match="has no model third") as caught:
-        serve.find(server.url, "third")
+        server_benchmark.find(server.url, "third")
     assert "first, second" in caught.value.hint
 
 
 def test_a_web_server_of_another_kind_is_a_sentence():
     with serving_files() as server:
         with pytest.raises(ServeError, match="not an OpenAI-compatible server: /v1/models gave status 404"):
-            serve.find(server.url)
+            server_benchmark.find(server.url)
         server.files["/v1/models"] = b"<html>welcome</html>"
         with pytest.raises(ServeError, match="and no list of models"):
-            serve.find(server.url)
+            server_benchmark.find(server.url)
 
 
 @pytest.mark.parametrize("url", ["", "ftp://x", "http://", "http://x:port", "http://x:99999", "http://[::1"])
 def test_what_is_no_address_is_a_sentence(url):
     with pytest.raises(ServeError, match="is no address of a server"):
-        serve.find(url)
+        server_benchmark.find(url)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +279,7 @@ def test_what_is_no_address_is_a_sentence(url):
 )
 def test_a_server_that_answers_nothing_is_a_sentence_before_anything_is_measured(tmp_path, status, said):
     with serving(fail_every=1, status=status) as server, pytest.raises(ServeError, match=said):
-        serve.check(server.url, tmp_path, loads=[TEXT])
+        server_benchmark.check(server.url, tmp_path, loads=[TEXT])
     assert server.measured(12) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -287,9 +289,9 @@ def test_a_server_that_answers_nothing_is_a_sentence_before_anything_is_measured
 
 def test_the_table_has_each_figure_beside_the_earlier_projects_and_the_files_hold_them(tmp_path, paper):
     with serving() as server:
-        done = serve.check(server.url, tmp_path, loads=[TEXT, ALONE, DECISIONS])
+        done = server_benchmark.check(server.url, tmp_path, loads=[TEXT, ALONE, DECISIONS])
     said = paper.getvalue()
-    assert serve.EARLIER in said
+    assert server_benchmark.EARLIER in said
     assert "100 tok/s" in said
     assert "100 decisions/s" in said
     kept = json.loads((tmp_path / "serve.json").read_text())
@@ -303,7 +305,7 @@ def test_the_table_has_each_figure_beside_the_earlier_projects_and_the_files_hol
 def test_what_was_measured_before_a_failure_is_told_and_kept_all_the_same(tmp_path, paper):
     with serving(die_after=8 + 40) as server:  # the first load with its warming round
         with pytest.raises(ServeError, match=r"answers no request \(decisions\)"):
-            serve.check(server.url, tmp_path, loads=[TEXT, DECISIONS])
+            server_benchmark.check(server.url, tmp_path, loads=[TEXT, DECISIONS])
     assert "40 answers in" in paper.getvalue()
     assert [one["ended_well"] for one in json.loads((tmp_path / "serve.json").read_text())["measurements"]] == [40]
     assert (tmp_path / "serve.png").exists()
@@ -315,27 +317,27 @@ def test_what_was_measured_before_ctrl_c_is_told_and_kept_all_the_same(tmp_path,
         raise KeyboardInterrupt
 
     with serving() as server, pytest.raises(KeyboardInterrupt):
-        serve.check(server.url, tmp_path, loads=interrupted())
+        server_benchmark.check(server.url, tmp_path, loads=interrupted())
     assert "4 answers in" in paper.getvalue()
     assert (tmp_path / "serve.json").exists()
 
 
 def test_requests_that_failed_are_told_and_are_a_failure_in_the_end(tmp_path, paper):
     with serving(fail_every=6) as server, pytest.raises(ServeError, match=r"text: 7 status 500, of 40"):
-        serve.check(server.url, tmp_path, loads=[TEXT])
+        server_benchmark.check(server.url, tmp_path, loads=[TEXT])
     assert "told to fail" in paper.getvalue()
     assert json.loads((tmp_path / "serve.json").read_text())["measurements"][0]["errors"] == {"status 500": 7}
 
 
 def test_a_client_that_is_busy_all_the_time_says_so(paper):
-    serve.report([serve.Measurement(TEXT, (Outcome(1.0, 0.1, 12),), seconds=1.0, busy=0.95)])
+    server_benchmark.report([server_benchmark.Measurement(TEXT, (Outcome(1.0, 0.1, 12),), seconds=1.0, busy=0.95)])
     assert "the server may be faster than this" in paper.getvalue()
 
 
 def test_a_load_that_nothing_came_of_is_told_and_drawn(tmp_path):
-    nothing = serve.Measurement(TEXT, (Outcome(1.0, error="timeout"),), seconds=1.0, busy=0)
-    serve.report([nothing])
-    serve.keep(serve.Server("http://x", "m"), [nothing], tmp_path)
+    nothing = server_benchmark.Measurement(TEXT, (Outcome(1.0, error="timeout"),), seconds=1.0, busy=0)
+    server_benchmark.report([nothing])
+    server_benchmark.keep(server_benchmark.Server("http://x", "m"), [nothing], tmp_path)
     assert json.loads((tmp_path / "serve.json").read_text())["measurements"][0]["whole"] is None
 
 
@@ -343,7 +345,7 @@ def test_a_load_that_nothing_came_of_is_told_and_drawn(tmp_path):
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if key not in serve.KEYS}
+    clean = {key: value for key, value in os.environ.items() if key not in server_benchmark.KEYS}
     return subprocess.run(
         [sys.executable, "bench/serve.py", *words], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60
     )

@@ -1,0 +1,588 @@
+"""How fast a running server answers: text for many at once, one request alone, decisions of one token."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from voltforge.errors import VoltforgeError
+from voltforge.system import console, files
+
+EARLIER = "earlier project, CMP 100-210"
+"""Whose figures stand beside ours. Its model, prompts and number of cards are not known here: a landmark, no more."""
+KEYS = ("VOLTFORGE_API_KEY", "OPENAI_API_KEY")
+"""Variables that may hold the server's key: the first that is set."""
+CONNECT, SILENCE = 10.0, 300.0
+"""Seconds to wait for a connection, and for the next byte of an answer."""
+GIVE_UP = 20
+"""Failures in a row, or as many as there are requests at once if those are more, after which nothing more is asked."""
+BUSY = 0.8
+"""The share of a core from which on our own client may be what is measured."""
+WARM_TOKENS = 8
+"""New tokens of a request that only warms the server: its kernels are compiled at their first use."""
+TICK = 0.5
+"""Seconds between two looks at how far a measurement is."""
+WORDS = (
+    "the a of and to in is that for it was on are as with his they at be this from have or by one had not but what "
+    "all were when we there can an your which their said if do will each about how up out them then she many some so "
+    "these would other into has more her two like him see time could no make than first been its who now people my "
+    "made over did down only way find use may water long little very after words called just where most know"
+)
+"""What prompts are made of: common words, one token each in most vocabularies."""
+
+
+class ServeError(VoltforgeError):
+    """A server cannot be measured, or failed while it was."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a server in one measurement."""
+
+    name: str
+    """What the table calls it."""
+    concurrency: int
+    """Requests at once, never more."""
+    requests: int
+    """Requests in all."""
+    earlier: float
+    """The earlier project's figure, in ``unit``."""
+    unit: str = "tok/s"
+    """``tok/s``, or ``decisions/s``: requests that ended well."""
+    new_tokens: int = 128
+    """Tokens that each answer is to have."""
+    words: int = 140
+    """Words of each prompt, 150 tokens or so; what the server counted is told beside the result."""
+    streamed: bool = True
+    """Whether the tokens are asked for one by one, as they come."""
+
+    def quick(self) -> Load:
+        """The same in a minute or less: one round, which says whether it works and little about how fast."""
+        return replace(self, requests=max(self.concurrency, 2))
+
+
+LOADS = (
+    Load("text, 40 at once", concurrency=40, requests=400, earlier=580),
+    Load("text, 60 at once", concurrency=60, requests=480, earlier=1170),
+    Load("one alone", concurrency=1, requests=10, earlier=105),
+    Load("decisions, 200 at once", concurrency=200, requests=2000, earlier=200, unit="decisions/s", new_tokens=1,
+         streamed=False),
+)  # fmt: skip
+"""The three kinds of work that the earlier project gave figures for."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """An OpenAI-compatible server and the model that it is asked for."""
+
+    url: str
+    """Its address, without ``/v1``."""
+    model: str
+    key: str = field(default="", repr=False)
+    """What it is shown (RFC 6750); nothing, if empty. It is never written anywhere."""
+    version: str = ""
+    """What it says that it is, where it says so: vLLM does, at ``/version``."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one request. Times are seconds from when it was sent."""
+
+    whole: float
+    """Until the answer was complete, or had failed."""
+    first: float | None = None
+    """Until the first token; ``None`` where the answer was not streamed, or none came."""
+    tokens: int = 0
+    counted: str = "usage"
+    """How the tokens were counted: ``usage``, by the server, or ``chunks``, by us."""
+    prompt: int | None = None
+    """Tokens of the prompt, where the server says."""
+    error: str = ""
+    """The kind of failure; empty where there was none."""
+    detail: str = ""
+    """What was said of it."""
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """The time that so many of a hundred requests did not exceed, in seconds (nearest rank: each was measured)."""
+
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Percentiles | None:
+        """Those of ``times``, in any order; ``None`` if there are none."""
+        ranked = sorted(times)
+        return cls(*(ranked[math.ceil(len(ranked) * of / 100) - 1] for of in (50, 90, 99))) if ranked else None
+
+    def __str__(self) -> str:
+        return "/".join(f"{1000 * value:.0f}" for value in (self.p50, self.p90, self.p99))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one load gave. Tokens and times are those of requests that ended well."""
+
+    load: Load
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+    """From the first request to the last answer."""
+    busy: float
+    """The share of one core that our client used meanwhile."""
+
+    @property
+    def good(self) -> list[Outcome]:
+        """The requests that ended well."""
+        return [one for one in self.outcomes if not one.error]
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """How many failed, by kind, the commonest first."""
+        return dict(Counter(one.error for one in self.outcomes if one.error).most_common())
+
+    @property
+    def unasked(self) -> int:
+        """Requests that were not made, because so many before them had failed."""
+        return self.load.requests - len(self.outcomes)
+
+    @property
+    def tokens(self) -> int:
+        """New tokens in all."""
+        return sum(one.tokens for one in self.good)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all requests together, over the whole time."""
+        return self.tokens / self.seconds
+
+    @property
+    def requests_per_second(self) -> float:
+        """Requests that ended well, over the whole time."""
+        return len(self.good) / self.seconds
+
+    @property
+    def figure(self) -> float:
+        """The one that the earlier project's is held against."""
+        return self.tokens_per_second if self.load.unit == "tok/s" else self.requests_per_second
+
+    @property
+    def first(self) -> Percentiles | None:
+        """Time to the first token."""
+        return Percentiles.of([one.first for one in self.good if one.first is not None])
+
+    @property
+    def whole(self) -> Percentiles | None:
+        """Time to the whole answer."""
+        return Percentiles.of([one.whole for one in self.good])
+
+    @property
+    def counted(self) -> str:
+        """How the tokens were counted: ``usage`` only if the server counted every answer."""
+        return "chunks" if any(one.counted == "chunks" for one in self.good) else "usage"
+
+    @property
+    def prompt(self) -> float | None:
+        """Tokens of a prompt, on average, where the server says."""
+        known = [one.prompt for one in self.good if one.prompt is not None]
+        return sum(known) / len(known) if known else None
+
+    def facts(self) -> dict[str, Any]:
+        """All of it as JSON has it; times are seconds."""
+        return {
+            **asdict(self.load), "asked": len(self.outcomes), "ended_well": len(self.good), "errors": self.errors,
+            "seconds": self.seconds, "tokens": self.tokens, "tokens_counted_by": self.counted,
+            "tokens_of_a_prompt": self.prompt, "tokens_per_second": self.tokens_per_second,
+            "requests_per_second": self.requests_per_second, "client_share_of_a_core": self.busy,
+            "first_token": asdict(self.first) if self.first else None,
+            "whole": asdict(self.whole) if self.whole else None,
+        }  # fmt: skip
+
+
+# --- the whole of it ---
+
+
+def check(url: str, out: Path, *, model: str = "", loads: Sequence[Load] = LOADS) -> list[Measurement]:
+    """Measure the server at ``url`` and tell: a table, and ``serve.json`` and ``serve.png`` in the folder ``out``.
+
+    What was measured before a failure, or before Ctrl-C, is told all the same.
+
+    Raises:
+        ServeError: it cannot be measured, or requests failed.
+    """
+    server = find(url, model, key_of(os.environ))
+    console.step(f"measure {server.url}: {server.model}" + (f", {server.version}" if server.version else ""))
+    done: list[Measurement] = []
+    try:
+        for load in loads:
+            done.append(measure(server, load))
+    finally:
+        if done:
+            report(done)
+            keep(server, done, out)
+    if failed := [one for one in done if one.errors]:
+        said = "; ".join(f"{one.load.name}: {_failures(one)}" for one in failed)
+        raise ServeError(f"requests to {server.url} failed: {said}", hint="the server's own log says why")
+    return done
+
+
+def key_of(variables: Mapping[str, str]) -> str:
+    """The server's key from the environment; empty if none is set."""
+    return next((variables[name] for name in KEYS if variables.get(name)), "")
+
+
+# --- asking the server ---
+
+
+def find(url: str, model: str = "", key: str = "") -> Server:
+    """The server at ``url`` (``/v1`` and ``http://`` may be left out), with ``model`` or the first one that it has.
+
+    Raises:
+        ServeError: it cannot be reached, wants another key, is no such server, or has no such model.
+    """
+    address = _address(url)
+    status, text = asyncio.run(_get(f"{address}/v1/models", key))
+    if problem := _refusal(address, status, key):
+        raise problem
+    try:
+        names = [str(one["id"]) for one in json.loads(text)["data"]]
+    except (ValueError, TypeError, KeyError):
+        names = []
+    if status != 200 or not names:
+        what = f"{address} is not an OpenAI-compatible server: /v1/models gave status {status} and no list of models"
+        raise ServeError(what, hint="url=http://HOST:PORT of vLLM, or of the nginx before it")
+    if model and model not in names:
+        raise ServeError(f"{address} has no model {model}", hint=f"one of those that it has: {', '.join(names)}")
+    version = ""
+    with contextlib.suppress(ServeError, ValueError, TypeError, KeyError):
+        version = f"vllm {json.loads(asyncio.run(_get(f'{address}/version', key))[1])['version']}"
+    return Server(address, model or names[0], key, version)
+
+
+def _address(url: str) -> str:
+    full = url if "://" in url else f"http://{url}"
+    try:
+        parts = urlsplit(full)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        sound = False
+    if not sound:
+        raise ServeError(f"{url!r} is no address of a server", hint="url=http://127.0.0.1:8000")
+    return full.rstrip("/").removesuffix("/v1")
+
+
+async def _get(url: str, key: str) -> tuple[int, str]:
+    try:
+        async with _session(key) as session, session.get(url, timeout=aiohttp.ClientTimeout(total=CONNECT)) as answer:
+            return answer.status, await answer.text(errors="replace")
+    except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, OSError, ValueError) as error:
+        kind, detail = _kind(error)
+        what = f"{url.rpartition('/v1/')[0] or url} cannot be reached: {detail or kind}"
+        raise ServeError(what, hint="is it running, at this address? A large model takes minutes to load") from error
+
+
+def _session(key: str) -> aiohttp.ClientSession:
+    """Connections without a limit of their own, and without a proxy: the server is what is measured."""
+    patience = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT, sock_read=SILENCE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=patience, headers=headers)
+
+
+def _refusal(address: str, status: int, key: str) -> ServeError | None:
+    """The sentence for a status that stands for the server as a whole."""
+    if status in (401, 403):
+        what = f"{address} does not accept the key" if key else f"{address} wants a key"
+        return ServeError(
+            f"{what} (status {status})", hint=f"{KEYS[0]}=… with the key that the server was started with"
+        )
+    if status in (502, 503, 504):
+        return ServeError(f"{address} is not ready (status {status})", hint="again when the model is loaded")
+    return None
+
+
+# --- one measurement ---
+
+
+def measure(server: Server, load: Load, *, warm: bool = True) -> Measurement:
+    """Put one load on a server, after a short round of the same that is not counted, and tell how far it is.
+
+    Raises:
+        ServeError: not one request of the first round was answered.
+    """
+    texts = prompts(load)
+    with console.progress(load.name) as tell:
+        if warm:
+            tell("warming up")
+            short = replace(
+                load, requests=min(load.concurrency, load.requests), new_tokens=min(load.new_tokens, WARM_TOKENS)
+            )
+            _answered(server, asyncio.run(_Run(server, short, prompts(short)).go()))
+        return asyncio.run(_Run(server, load, texts).go(tell))
+
+
+def prompts(load: Load) -> Iterator[str]:
+    """Texts that no server has seen: what a prompt shares with an earlier one would come from the prefix cache."""
+    source, words = random.Random(), WORDS.split()
+    return (" ".join(source.choices(words, k=load.words)) for _ in range(load.requests))
+
+
+def _answered(server: Server, measured: Measurement) -> None:
+    if measured.good:
+        return
+    failed = measured.outcomes[0]
+    with contextlib.suppress(ValueError):
+        if problem := _refusal(server.url, int(failed.error.removeprefix("status ")), server.key):
+            raise problem
+    detail = f": {failed.detail}" if failed.detail else ""
+    raise ServeError(
+        f"{server.url} answers no request ({measured.load.name}): {failed.error}{detail}",
+        hint="the server's own log says why",
+    )
+
+
+class _Run:
+    """One load under way: as many workers as requests at once."""
+
+    def __init__(self, server: Server, load: Load, texts: Iterator[str]) -> None:
+        self.server, self.load, self.texts = server, load, texts
+        self.outcomes: list[Outcome] = []
+        self.tokens = self.failures = self.failures_in_a_row = 0
+
+    async def go(self, tell: Callable[[str], None] | None = None) -> Measurement:
+        """Make every request, unless the server fails them all."""
+        start, used = time.perf_counter(), time.process_time()
+        async with _session(self.server.key) as session:
+            teller = asyncio.create_task(self._tell(tell, start)) if tell else None
+            try:
+                await asyncio.gather(*(self._work(session) for _ in range(self.load.concurrency)))
+            finally:
+                if teller:
+                    teller.cancel()
+        seconds = time.perf_counter() - start
+        return Measurement(self.load, tuple(self.outcomes), seconds, (time.process_time() - used) / seconds)
+
+    async def _work(self, session: aiohttp.ClientSession) -> None:
+        while self.failures_in_a_row < max(GIVE_UP, self.load.concurrency):
+            text = next(self.texts, None)
+            if text is None:
+                return
+            outcome = await _request(session, self.server, self.load, text)
+            self.outcomes.append(outcome)
+            self.tokens += outcome.tokens
+            self.failures += bool(outcome.error)
+            self.failures_in_a_row = self.failures_in_a_row + 1 if outcome.error else 0
+
+    async def _tell(self, tell: Callable[[str], None], start: float) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            rate = self.tokens / (time.perf_counter() - start)
+            failed = f", {self.failures} failed" if self.failures else ""
+            tell(f"{len(self.outcomes)} of {self.load.requests}, {rate:.0f} tok/s{failed}")
+
+
+# --- one request ---
+
+
+async def _request(session: aiohttp.ClientSession, server: Server, load: Load, text: str) -> Outcome:
+    """Ask for one completion (OpenAI's ``POST /v1/completions``); never raises for what the server does."""
+    body: dict[str, Any] = {"model": server.model, "prompt": text, "max_tokens": load.new_tokens, "temperature": 0}
+    body["ignore_eos"] = True  # vLLM's own: all answers are equally long
+    if load.streamed:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    reader = _Reader(time.perf_counter())
+    try:
+        async with session.post(f"{server.url}/v1/completions", json=body) as answer:
+            if answer.status != 200:
+                return reader.failed(f"status {answer.status}", _message(await answer.text(errors="replace")))
+            if not load.streamed:
+                return reader.plain(await answer.json(content_type=None))
+            async for line in answer.content:
+                reader.line(line)
+            return reader.ended()
+    except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, OSError, ValueError, _StreamError) as error:
+        return reader.failed(*_kind(error))
+
+
+class _StreamError(Exception):
+    """What a server says in a stream that it cannot go on with."""
+
+
+class _Reader:
+    """Takes in one answer: a JSON body, or server-sent events whose data are JSON and, at last, ``[DONE]``."""
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+        self.first: float | None = None
+        self.chunks = 0
+        self.usage: Mapping[str, Any] = {}
+        self.done = False
+
+    def line(self, line: bytes) -> None:
+        """Take in one line of the stream. Raises _StreamError or ValueError for one that should not be there."""
+        if not line.startswith(b"data:"):
+            return
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            self.done = True
+            return
+        event = _object(json.loads(data))
+        if "error" in event:
+            raise _StreamError(_message(data.decode(errors="replace")))
+        self.usage = event.get("usage") or self.usage
+        if event.get("choices"):
+            self.chunks += 1
+            if self.first is None:
+                self.first = self._now()
+
+    def ended(self) -> Outcome:
+        """What a stream came to that the server closed in good order."""
+        if not self.done:
+            return self.failed("ended early", f"the stream ended after {self.chunks} chunks, without [DONE]")
+        return self._good()
+
+    def plain(self, body: Any) -> Outcome:
+        """What an answer in one piece came to."""
+        answer = _object(body)
+        self.usage, self.chunks = answer.get("usage") or {}, len(answer.get("choices") or ())
+        return self._good()
+
+    def failed(self, kind: str, detail: str = "") -> Outcome:
+        """What an answer came to that is none."""
+        return Outcome(self._now(), self.first, error=kind, detail=detail)
+
+    def _good(self) -> Outcome:
+        tokens, prompt = self.usage.get("completion_tokens"), self.usage.get("prompt_tokens")
+        counted = "chunks" if tokens is None else "usage"
+        tokens = self.chunks if tokens is None else int(tokens)
+        if not tokens:
+            return self.failed("empty", "the answer has no token")
+        return Outcome(self._now(), self.first, tokens, counted, None if prompt is None else int(prompt))
+
+    def _now(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r:.80} where an object should be")
+    return value
+
+
+def _kind(error: Exception) -> tuple[str, str]:
+    """What kind of failure an exception is, and what is to be said of it."""
+    if isinstance(error, _StreamError):
+        return "error in the stream", str(error)
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # one and the same from Python 3.11 on
+        return "timeout", f"silent for {CONNECT:.0f} s at the start, or {SILENCE:.0f} s later"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        number, said = error.os_error.errno or 0, error.os_error.strerror
+        return "no connection", os.strerror(number) if number > 0 else said or str(error.os_error)
+    if isinstance(error, ValueError):
+        return "not understood", str(error)
+    return "ended early", "the connection broke"
+
+
+def _message(text: str) -> str:
+    """What an error's body says: OpenAI's form, or its first line."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        body = json.loads(text)
+        return str((body.get("error") or body).get("message") or body)[:300]
+    return text.strip().partition("\n")[0][:300]
+
+
+# --- telling ---
+
+
+def report(done: Sequence[Measurement]) -> None:
+    """Print the results as a table, and below it what has to be known to read them."""
+    columns = ("", "measured", EARLIER, "requests/s", "first token, ms: p50/p90/p99", "whole answer, ms", "failed")
+    console.table("", columns, [_row(one) for one in done])
+    for one in done:
+        prompt = "an unknown number of" if one.prompt is None else f"{one.prompt:.0f}"
+        how = "the server" if one.counted == "usage" else "us, as chunks: there may be several tokens in one"
+        console.note(
+            f"{one.load.name}: {len(one.good)} answers in {one.seconds:.1f} s to prompts of {prompt} tokens; "
+            f"{one.tokens} new tokens, counted by {how}; our client used {one.busy:.0%} of a core"
+        )
+        if one.busy > BUSY:
+            console.warn(f"{one.load.name}: our client was busy all the time, the server may be faster than this")
+        for kind in one.errors:
+            detail = next(each.detail for each in one.outcomes if each.error == kind)
+            console.warn(f"{one.load.name}: {kind}" + (f": {detail}" if detail else ""))
+
+
+def _row(one: Measurement) -> tuple[str, ...]:
+    return (
+        one.load.name, f"{one.figure:.0f} {one.load.unit}", f"{one.load.earlier:.0f} {one.load.unit}",
+        f"{one.requests_per_second:.1f}", str(one.first or "-"), str(one.whole or "-"),
+        _failures(one) if one.errors else "0",
+    )  # fmt: skip
+
+
+def _failures(one: Measurement) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in one.errors.items())
+    return f"{kinds}, of {len(one.outcomes)}" + (f"; {one.unasked} not asked any more" if one.unasked else "")
+
+
+def keep(server: Server, done: Sequence[Measurement], out: Path) -> None:
+    """Write ``serve.json`` and ``serve.png`` into the folder ``out``."""
+    facts = {
+        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "url": server.url, "model": server.model,
+        "server": server.version, "client": "voltforge.commands.server_benchmark", "earlier": EARLIER,
+        "measurements": [one.facts() for one in done],
+    }  # fmt: skip
+    files.write_json(out / "serve.json", facts)
+    plot(server, done, out / "serve.png")
+    console.note(f"kept {out / 'serve.json'} and serve.png")
+
+
+def plot(server: Server, done: Sequence[Measurement], path: Path) -> None:
+    """Draw throughput beside the earlier project's, and the latency percentiles, as a PNG at ``path``."""
+    from matplotlib.figure import Figure  # a second to import, and only here
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(f"{server.model}   {server.version}".strip())
+    places = range(len(done))
+    for shift, label, values in (
+        (-0.2, "measured", [one.figure for one in done]),
+        (0.2, EARLIER, [one.load.earlier for one in done]),
+    ):
+        bars = left.bar([place + shift for place in places], values, 0.4, label=label)
+        left.bar_label(bars, fmt="%.0f")
+    left.set_xticks(places, [f"{one.load.name}\n{one.load.unit}" for one in done], fontsize=8)
+    left.set_title("throughput")
+    left.legend(fontsize=8)
+    bars_of = [(kind, name) for kind in ("first", "whole") for name in ("p50", "p90", "p99")]
+    for number, (kind, name) in enumerate(bars_of):
+        known = [(place, getattr(one, kind)) for place, one in enumerate(done) if getattr(one, kind)]
+        if known:
+            bars = right.bar(
+                [place + (number - 2.5) * 0.15 for place, _ in known], [1000 * getattr(of, name) for _, of in known],
+                0.15, color=f"C{number // 3}", alpha=1 - number % 3 * 0.3,
+                label=f"{'first token' if kind == 'first' else 'whole answer'}, {name}",
+            )  # fmt: skip
+            right.bar_label(bars, fmt="%.0f", fontsize=7)
+            right.set_yscale("log")
+    right.set_xticks(places, [one.load.name for one in done], fontsize=8)
+    right.set_xlim(-0.5, len(done) - 0.5)
+    right.set_title("latency percentiles, ms")
+    if any(one.good for one in done):
+        right.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    with files.replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
