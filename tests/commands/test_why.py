@@ -55,7 +55,7 @@ def test_missing_or_damaged_result_is_a_reason(saxpy: Pipeline, capsys) -> None:
     file = next((saxpy.scratch / "trees" / "saxpy").rglob("*.cu"))
     file.write_bytes(file.read_bytes()[:-1])
     why(saxpy, "tree:saxpy")
-    assert "what it made is gone, or not as it was" in printed(capsys)
+    assert "a file that it made is missing or was changed" in printed(capsys)
 
 
 def test_why_without_names_explains_all_wheels(saxpy: Pipeline, capsys) -> None:
