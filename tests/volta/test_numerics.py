@@ -20,8 +20,8 @@ Row = Mapping[str, Any]
 searching = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 PRELUDE = """
 import json, unittest.mock
+from volta.numerics.verify import attempt, table  # first: it sets Triton's mode
 from volta import pretended_gpu, reference
-from volta.numerics.verify import attempt, table
 from volta.numerics.attention import Attention, Layer, Store
 from volta.numerics.interpreter import e5m2_of_volta, read_by_volta
 from volta.numerics.quantized import Dequantize, Multiply

@@ -14,6 +14,9 @@ from volta.numerics.expected import KernelError, bits, expect, relative
 from volta.numerics.memory import FLOAT8, STRAY, guarded, poisoned_memory
 from volta.numerics.mode import COMPILE
 
+# Imported after the mode, which pretends the GPU.
+from vllm.attention.ops import triton_reshape_and_cache_flash, triton_unified_attention  # isort: skip
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -45,8 +48,6 @@ class Attention:
 
     def error(self) -> float:
         """Return the largest relative error of a row, which is one head of one query."""
-        from vllm.attention.ops.triton_unified_attention import unified_attention
-
         random = torch.Generator().manual_seed(self.seed)
         heads, lengths = self.kv_heads * self.group, [a + b for a, b in zip(self.new, self.old, strict=True)]
         query = guarded(torch.randn(sum(self.new), heads, self.head_size, generator=random).mul(self.spread).half())
@@ -64,7 +65,7 @@ class Attention:
         )
         out = torch.full((len(query) + 2, heads, self.head_size), torch.nan, dtype=torch.float16)
         with poisoned_memory():
-            unified_attention(
+            triton_unified_attention.unified_attention(
                 q=query,
                 k=keys,
                 v=values,
@@ -211,8 +212,6 @@ class Store:
 
     def error(self) -> float:
         """Return the largest error of a number in the cache, relative to it or to the smallest normal float16."""
-        from vllm.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
-
         random = torch.Generator().manual_seed(self.seed)
         fused = torch.randn(self.tokens, 3, self.heads, self.head_size, generator=random).mul(self.spread).half()
         _, key, value = fused.unbind(1)  # views of a fused projection, whose rows are far apart
@@ -225,7 +224,9 @@ class Store:
         else:
             cache = torch.full(shape, torch.nan, dtype=torch.float16)
         before, scales = cache.clone(), torch.tensor(self.scales)
-        triton_reshape_and_cache_flash(key, value, *cache.unbind(1), slots, self.cache, *scales)
+        triton_reshape_and_cache_flash.triton_reshape_and_cache_flash(
+            key, value, *cache.unbind(1), slots, self.cache, *scales
+        )
         written, worst = slots[slots >= 0], 0.0
         if COMPILE:
             exact = torch.full(shape, torch.nan, dtype=torch.float64)  # where nothing may be written, NaN must stay
