@@ -50,7 +50,7 @@ TINY = Image(
 
 
 def test_a_launch_is_given_what_its_kernel_takes() -> None:
-    right = builder.launch(TINY, "pair", (2,), (32,), [Pointer(0), builder.i32(1), builder.truth(True)])
+    right = builder.launch(TINY, "pair", (2,), (32,), [Pointer(0), builder.i32(1), builder.boolean(True)])
     assert (right.symbol, right.grid, right.block) == ("_Z4pairPfib", (2, 1, 1), (32, 1, 1))
 
 
@@ -58,8 +58,8 @@ def test_a_launch_is_given_what_its_kernel_takes() -> None:
     "arguments",
     [
         [Pointer(0), builder.i32(1)],
-        [Pointer(0), builder.i64(1), builder.truth(True)],
-        [builder.i32(1), Pointer(0), builder.truth(True)],
+        [Pointer(0), builder.i64(1), builder.boolean(True)],
+        [builder.i32(1), Pointer(0), builder.boolean(True)],
     ],
 )
 def test_a_launch_with_other_arguments_is_refused(arguments: list[Pointer | Number]) -> None:

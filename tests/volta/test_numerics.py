@@ -93,7 +93,11 @@ FAULTS = {
         "lambda plain, **call: plain(**call | {'block_table': call['block_table'].flip(0)})",
         "Attention(new=(1, 1), old=(20, 20))",
     ),
-    "nothing stored": ("triton_reshape_and_cache_flash", "lambda plain, *call: None", "Store()"),
+    "nothing stored": (
+        "triton_reshape_and_cache_flash.triton_reshape_and_cache_flash",
+        "lambda plain, *call: None",
+        "Store()",
+    ),
     "padding stored": (
         "triton_reshape_and_cache_flash.triton_reshape_and_cache_flash",
         "lambda plain, *call: plain(*call[:4], call[4].abs(), *call[5:])",

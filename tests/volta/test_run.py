@@ -86,7 +86,7 @@ def test_a_driver_older_than_the_ptx_is_told_with_both_versions(tmp_path: Path) 
     path = bundle(tmp_path / "new.zip", [faults.row("new", version="8.7"), faults.row("old", version="7.0")])
     told = verdicts(path, tmp_path / "told.json", CAPABILITY="8.6", CUDA="12.4")
     assert told["new"]["said"] == (
-        "its PTX is of CUDA 12.8, and the driver knows CUDA up to 12.4: a newer driver is needed"
+        "its PTX needs a driver for CUDA 12.8, and this one supports CUDA 12.4: install a newer driver"
     )
     assert told["old"]["error"] == 0
 
@@ -108,7 +108,7 @@ def test_a_row_too_large_for_the_card_says_both_sizes_and_the_next_one_runs(tmp_
     large = faults.row("large", size=64 << 20)
     path = bundle(tmp_path / "large.zip", [large, faults.row("small")])
     told = verdicts(path, tmp_path / "told.json", FREE=str(16 << 20))
-    assert told["large"]["said"] == "it needs 64 MiB of the card's memory, of which 16 MiB are free"
+    assert told["large"]["said"] == "the row needs 64 MiB of the card's memory, and 16 MiB are free"
     assert told["small"]["error"] == 0
 
 
@@ -140,7 +140,7 @@ def test_what_is_no_bundle_is_a_sentence_and_status_2(tmp_path: Path) -> None:
         status, _, complained = ran(path)
         assert status == 2
         assert "is no bundle" in complained
-        assert "./doit gpu-bundle makes one" in complained
+        assert "make one with ./doit gpu-bundle" in complained
 
 
 def test_rows_are_picked_by_a_word_and_an_unknown_word_is_told(bad: Path) -> None:
@@ -148,7 +148,7 @@ def test_rows_are_picked_by_a_word_and_an_unknown_word_is_told(bad: Path) -> Non
     assert ran(bad, "--only", "fill: wrong", "--list")[1] == "fill: wrong number\n"
     status, _, complained = ran(bad, "--only", "nonsense")
     assert status == 2
-    assert "--list names all" in complained
+    assert "--list prints all names" in complained
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_what_cannot_be_done_as_asked_is_told_before_anything_runs(bad: Path, wo
 def test_a_card_that_is_not_there_is_told_with_how_many_there_are(bad: Path, number: str) -> None:
     status, _, complained = ran(bad, "--device", number)
     assert status == 5
-    assert complained == f"x this machine has 1 NVIDIA cards, none with the number {number}\n"
+    assert complained == f"x this machine has no NVIDIA card number {number}: it has 1, numbered from 0\n"
 
 
 def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii_are_no_trouble(tmp_path: Path) -> None:
@@ -239,8 +239,8 @@ def test_a_row_in_order_has_no_flaws() -> None:
     ("row", "flaw"),
     [
         (whole(symbol="missing"), "missing is not in its PTX"),
-        (whole(before=np.arange(faults.COUNT, dtype=np.int32)), "it is right before anything was launched"),
-        (whole(right=np.full(faults.COUNT, np.inf)), "its reference has no number"),
+        (whole(before=np.arange(faults.COUNT, dtype=np.int32)), "it passes before a kernel is launched"),
+        (whole(right=np.full(faults.COUNT, np.inf)), "its expected result contains only NaN or infinity"),
         (faults.row("row"), "fill has no cubin for 7.0"),
     ],
 )
@@ -257,9 +257,9 @@ def arguments(*given: rows.Pointer | rows.Number) -> Row:
 
 def test_arguments_of_other_sizes_than_the_kernel_takes_are_a_flaw() -> None:
     wrong = arguments(rows.Pointer(0), rows.Number("i64", 1))
-    assert "fill takes parameters of [8, 4] bytes, and is given [8, 8]" in list(check.flaws(wrong))
+    assert "fill has parameters of [8, 4] bytes, but the launch has arguments of [8, 8]" in list(check.flaws(wrong))
     beyond = arguments(rows.Pointer(0, 10_000), rows.Number("u32", 1))
-    assert "fill is given an address outside of its buffer" in list(check.flaws(beyond))
+    assert "fill has an argument with an address outside its buffer" in list(check.flaws(beyond))
 
 
 def test_parameters_are_read_in_every_form_that_ptx_has() -> None:
@@ -298,5 +298,5 @@ def sleeping(tmp_path: Path) -> Path:
 
 def test_a_card_that_never_answers_is_no_card(bad: Path, sleeping: Path) -> None:
     made = run.Run(rows.Bundle.open(bad), [sys.executable, str(sleeping)], start=0.5)
-    with pytest.raises(run.NoCardError, match="the card gave no answer in 0 s"):
+    with pytest.raises(run.NoCardError, match="the card did not answer within 0 s"):
         list(made.verdicts([0]))

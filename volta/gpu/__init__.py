@@ -1,1 +1,1 @@
-"""What a Volta would run, run and checked on whatever newer card is at hand; this much travels in a bundle."""
+"""Run the rows of a bundle on an NVIDIA card; this package is all of volta that a bundle contains."""

@@ -1,4 +1,4 @@
-"""What can be seen of a bundle without a GPU: whether it is whole, and launches go with the code that they start."""
+"""Check a bundle without a GPU: the archive is undamaged, and each launch fits the kernel's PTX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from volta.gpu.rows import Bundle, Pointer, Row
 
 
 def check(bundle: Bundle) -> int:
-    """What can be seen of a bundle without a GPU; gives the exit status."""
+    """Print the flaws of a bundle; return the exit status."""
     try:
         broken = bundle.archive.testzip()
     except zlib.error as error:
@@ -26,44 +26,47 @@ def check(bundle: Bundle) -> int:
     for number in range(len(bundle.listed)):
         row = bundle.row(number)
         launches += len(row.launches)
-        problems += [f"{row.kernels}: {row.name}: {one}" for one in flaws(row)]
+        problems += [f"{row.kernels}: {row.name}: {flaw}" for flaw in flaws(row)]
     print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
     count = len(bundle.listed)
-    print(f"{count} rows with {launches} launches; {len(problems)} flaws. Nothing was run: that takes a GPU.")
+    print(f"{count} rows with {launches} launches; {len(problems)} flaws. No kernel was run, since that needs a GPU.")
     return 1 if problems or not count else 0
 
 
 def flaws(row: Row) -> Iterator[str]:
-    """What is wrong with a row as far as can be seen without a GPU."""
+    """Yield the flaws of a row that are visible without a GPU."""
     for launch in row.launches:
-        kinds = parameters(launch.image.ptx, launch.symbol)
-        if kinds is None:
+        sizes = parameters(launch.image.ptx, launch.symbol)
+        if sizes is None:
             yield f"{launch.symbol} is not in its PTX"
             continue
-        given = [8 if isinstance(one, Pointer) else np.dtype(rows.KINDS[one.kind]).itemsize for one in launch.arguments]
-        if given != kinds:
-            yield f"{launch.symbol} takes parameters of {kinds} bytes, and is given {given}"
-        for one in launch.arguments:
-            if isinstance(one, Pointer) and not 0 <= one.offset <= row.buffers[one.buffer].nbytes:
-                yield f"{launch.symbol} is given an address outside of its buffer"
+        given = [
+            8 if isinstance(argument, Pointer) else np.dtype(rows.KINDS[argument.kind]).itemsize
+            for argument in launch.arguments
+        ]
+        if given != sizes:
+            yield f"{launch.symbol} has parameters of {sizes} bytes, but the launch has arguments of {given}"
+        for argument in launch.arguments:
+            if isinstance(argument, Pointer) and not 0 <= argument.offset <= row.buffers[argument.buffer].nbytes:
+                yield f"{launch.symbol} has an argument with an address outside its buffer"
         if ".target sm_70" not in launch.image.ptx:
             yield f"the PTX of {launch.symbol} is not for 7.0"
         if not launch.image.cubin.startswith(b"\x7fELF"):
             yield f"{launch.symbol} has no cubin for 7.0"
         needed(launch.image.ptx)
     if not row.results:
-        yield "nothing is compared"
+        yield "no result is compared"
     for result in row.results:
         right = result.right
         if right.dtype.kind == "f" and not np.isfinite(right[~np.isnan(right)]).any():
-            yield "its reference has no number"
+            yield "its expected result contains only NaN or infinity"
         before = row.buffers[result.buffer].tobytes()
         if rows.error(result, before) <= row.bound:
-            yield "it is right before anything was launched"
+            yield "it passes before a kernel is launched"
 
 
 def parameters(ptx: str, symbol: str) -> list[int] | None:
-    """The sizes of a kernel's parameters in bytes, as its PTX declares them; ``None`` if it is not there.
+    """Return the sizes of a kernel's parameters in bytes, from its PTX; ``None`` if the kernel is not in the PTX.
 
     A parameter is ``.param .u64 name``, ``.param .align 4 .b8 name[12]``, ``.param .u64 .ptr .global .align 1 name``
     (PTX ISA, kernel function parameters).

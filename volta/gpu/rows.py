@@ -1,7 +1,7 @@
-"""A row: launches of kernels, the memory that they work on, and what must be in it afterwards; numpy is all it needs.
+"""Define a row: kernel launches, the memory that they use, and its expected contents; needs only numpy.
 
-A row is made on the machine that builds, without a GPU, and carried to one that has one. Rows are kept in a folder of
-a zip archive: ``rows.json``, one ``.npy`` for each array, and each kernel's code, for 7.0, as PTX and as cubin.
+A row is made on a machine without a GPU and run on a machine with one. Rows are stored in a zip archive:
+``rows.json``, an ``.npy`` file for each array, and each kernel's code for 7.0 as PTX and as cubin.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 KINDS = {"i32": np.int32, "i64": np.int64, "u32": np.uint32, "u64": np.uint64, "f32": np.float32, "f64": np.float64,
          "f16": np.float16, "bool": np.bool_}  # fmt: skip
-"""How a number is handed to a kernel."""
+"""The kinds of number arguments, with their numpy types."""
 FRESH = 0xFF
-"""Every byte of memory that nothing was put into: NaN in float16, float32 and both types of 8 bits."""
+"""Each byte of uninitialized memory: NaN in float16, float32 and both 8-bit float types."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """One kernel module for 7.0."""
+    """A kernel module for 7.0."""
 
     ptx: str
-    """What every later card's driver can compile."""
+    """The PTX, which the driver of every newer card can compile."""
     cubin: bytes = b""
-    """What a card of 7.0 runs as it is."""
+    """The binary that a card of 7.0 runs."""
 
     @property
     def name(self) -> str:
-        """A digest of both."""
+        """A digest of PTX and cubin."""
         return hashlib.sha256(self.ptx.encode() + self.cubin).hexdigest()[:16]
 
 
@@ -51,23 +51,23 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Number:
-    """A number, and which of :data:`KINDS` it is."""
+    """A number argument of a kind in :data:`KINDS`."""
 
     kind: str
     value: float | int
 
 
 NULL = Number("u64", 0)
-"""The pointer to nothing."""
+"""The null pointer."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of one kernel."""
+    """A launch of a kernel."""
 
     image: Image
     symbol: str
-    """Its name in the code, mangled."""
+    """The kernel's mangled name."""
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     arguments: Sequence[Pointer | Number]
@@ -77,128 +77,135 @@ class Launch:
 
 @dataclass(frozen=True)
 class Result:
-    """Part of a buffer, after all launches of a row, and what it should be."""
+    """The expected contents of a part of a buffer after all launches of a row."""
 
     buffer: int
     right: Array
-    """What it should be: computed in float64 and kept as such or as float32, or of the very type of the memory for
+    """The expected numbers: computed in float64, stored as float64 or float32; of the memory's own type for
     ``measure="equal"``."""
     dtype: str = "<f2"
-    """The type in memory, as numpy names it, or ``e5m2``."""
+    """The type in memory: numpy's name, or ``e5m2``."""
     offset: int = 0
     """Bytes."""
     strides: tuple[int, ...] | None = None
-    """Bytes; ``None`` where it lies without gaps."""
+    """Bytes; ``None`` if contiguous."""
     parts: int = 0
-    """If not 0: memory has an axis of so many parts before those of ``right``, to be added up."""
+    """If not 0, memory has a first axis of this length, over which it is summed before the comparison."""
     measure: str = "row"
-    """``row``: the largest relative error of a row (the last axis) in the 2-norm. ``each``: of a number, that of the
-    smallest normal float16 for those below it. ``equal``: 0 if all are equal, else infinite. Where ``right`` is NaN,
-    nobody may write: NaN must be there still."""
+    """``row``: the largest relative error of a row (the last axis) in the 2-norm. ``each``: the largest error of a
+    number, relative to it or to the smallest normal float16. ``equal``: 0 if all are equal, else infinite. Where
+    ``right`` is NaN, memory must be NaN: no kernel may write there."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One check: buffers are filled, kernels launched in their order, results compared."""
+    """One check: fill the buffers, launch the kernels in order, compare the results."""
 
     name: str
     kernels: str
-    """The kernels' names as the source has them."""
+    """The kernels' names in the source."""
     buffers: Sequence[Array]
-    """What is in memory before the first launch. An array of :data:`FRESH` bytes takes no room in the bundle."""
+    """The contents of memory before the first launch. An array of :data:`FRESH` bytes needs no space in the bundle."""
     launches: Sequence[Launch]
     results: Sequence[Result]
     bound: float
-    """The largest relative error that is right."""
+    """The largest relative error that passes."""
 
 
 def fresh(size: int) -> Array:
-    """Memory that a kernel must write to: ``size`` bytes of :data:`FRESH`."""
+    """Return ``size`` bytes of :data:`FRESH`: memory that a kernel must write."""
     return np.full(size, FRESH, np.uint8)
 
 
 def error(result: Result, memory: bytes) -> float:
-    """What ``result.measure`` gives for a buffer's bytes; infinite where a number is missing."""
-    made = _found(result, memory)
+    """Return the error of a buffer's bytes, by ``result.measure``; infinite if a number is NaN."""
+    actual = _numbers(result, memory)
     if result.measure == "equal":
-        return 0.0 if made.tobytes() == np.ascontiguousarray(result.right).tobytes() else np.inf
-    made, right = made.astype(np.float64), result.right.astype(np.float64)
-    made = made.sum(0) if result.parts else made
+        return 0.0 if actual.tobytes() == np.ascontiguousarray(result.right).tobytes() else np.inf
+    actual, right = actual.astype(np.float64), result.right.astype(np.float64)
+    actual = actual.sum(0) if result.parts else actual
     untouched = np.isnan(right)
-    if not np.isnan(made[untouched]).all():
+    if not np.isnan(actual[untouched]).all():
         return np.inf
     with np.errstate(all="ignore"):
-        made, right = (np.where(untouched, 0, one) for one in (made, right))
+        actual, right = (np.where(untouched, 0, numbers) for numbers in (actual, right))
         if result.measure == "row":
             norm = np.linalg.norm(right, axis=-1)
-            off = np.linalg.norm(made - right, axis=-1) / np.where(norm == 0, 1, norm)
+            off = np.linalg.norm(actual - right, axis=-1) / np.where(norm == 0, 1, norm)
         else:
-            off = np.where(made == right, 0, np.abs(made - right)) / np.maximum(np.abs(right), 2.0**-14)
+            off = np.where(actual == right, 0, np.abs(actual - right)) / np.maximum(np.abs(right), 2.0**-14)
     return float(np.inf) if np.isnan(off).any() else float(off.max(initial=0))
 
 
-def _found(result: Result, memory: bytes) -> Array:
+def _numbers(result: Result, memory: bytes) -> Array:
     kind = np.uint8 if result.dtype == "e5m2" else np.dtype(result.dtype)
     flat = np.frombuffer(memory, np.uint8)[result.offset :]
     shape = (result.parts, *result.right.shape) if result.parts else result.right.shape
-    made: Array = np.ndarray(shape, kind, flat, strides=result.strides)
+    actual: Array = np.ndarray(shape, kind, flat, strides=result.strides)
     if result.dtype == "e5m2" and result.measure != "equal":
-        return (made.astype(np.uint16) << 8).view(np.float16)
-    return made
+        return (actual.astype(np.uint16) << 8).view(np.float16)
+    return actual
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Rows as they are kept in an archive, without the rows themselves."""
+    """The rows of an archive; each is read when it is needed."""
 
     archive: zipfile.ZipFile
     listed: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
     @classmethod
     def open(cls, path: Any) -> Bundle:
-        """Open an archive that :func:`write` has written to.
+        """Open an archive that :func:`write` wrote.
 
         Raises:
-            OSError, zipfile.BadZipFile, KeyError: there is none, or it is no bundle.
+            OSError, zipfile.BadZipFile, KeyError: the file cannot be read or is no bundle.
         """
         archive = zipfile.ZipFile(path)
         return cls(archive, json.loads(archive.read("rows.json")))
 
     def row(self, number: int) -> Row:
-        """One row, with all that it holds."""
-        said = self.listed[number]
+        """Read a row by its number."""
+        record = self.listed[number]
         launches = [
             Launch(
-                self.image(one["image"]), one["symbol"], tuple(one["grid"]), tuple(one["block"]),
-                [Pointer(*arg[1:]) if arg[0] == "pointer" else Number(*arg) for arg in one["arguments"]], one["shared"],
+                self.image(launch["image"]), launch["symbol"], tuple(launch["grid"]), tuple(launch["block"]),
+                [Pointer(*arg[1:]) if arg[0] == "pointer" else Number(*arg) for arg in launch["arguments"]],
+                launch["shared"],
             )
-            for one in said["launches"]
+            for launch in record["launches"]
         ]  # fmt: skip
         results = [
-            Result(**{**one, "right": self.array(one["right"]), "strides": one["strides"] and tuple(one["strides"])})
-            for one in said["results"]
+            Result(
+                **{
+                    **result,
+                    "right": self.array(result["right"]),
+                    "strides": result["strides"] and tuple(result["strides"]),
+                }
+            )
+            for result in record["results"]
         ]
-        buffers = [fresh(one) if isinstance(one, int) else self.array(one) for one in said["buffers"]]
-        return Row(said["name"], said["kernels"], buffers, launches, results, said["bound"])
+        buffers = [fresh(entry) if isinstance(entry, int) else self.array(entry) for entry in record["buffers"]]
+        return Row(record["name"], record["kernels"], buffers, launches, results, record["bound"])
 
     def image(self, name: str) -> Image:
-        """A kernel module by its name."""
+        """Read a kernel module by its name."""
         return Image(self.archive.read(f"images/{name}.ptx").decode(), self.archive.read(f"images/{name}.cubin"))
 
     def array(self, name: str) -> Array:
-        """An array by its name."""
-        made: Array = np.load(io.BytesIO(self.archive.read(f"arrays/{name}.npy")), allow_pickle=False)
-        return made
+        """Read an array by its name."""
+        values: Array = np.load(io.BytesIO(self.archive.read(f"arrays/{name}.npy")), allow_pickle=False)
+        return values
 
 
 def write(rows: Iterable[Row], archive: zipfile.ZipFile) -> None:
-    """Put rows into an archive, each array and each kernel once."""
-    kept: set[str] = set()
+    """Write rows to an archive, each array and each kernel once."""
+    written: set[str] = set()
     listed = []
 
-    def keep(name: str, data: bytes) -> None:
-        if name not in kept:
-            kept.add(name)
+    def add(name: str, data: bytes) -> None:
+        if name not in written:
+            written.add(name)
             member = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             archive.writestr(member, data, zipfile.ZIP_DEFLATED)
 
@@ -206,30 +213,31 @@ def write(rows: Iterable[Row], archive: zipfile.ZipFile) -> None:
         sink = io.BytesIO()
         np.save(sink, np.ascontiguousarray(values), allow_pickle=False)
         name = hashlib.sha256(sink.getvalue()).hexdigest()[:16]
-        keep(f"arrays/{name}.npy", sink.getvalue())
+        add(f"arrays/{name}.npy", sink.getvalue())
         return name
 
-    def argument(one: Pointer | Number) -> list[Any]:
-        if isinstance(one, Pointer):
-            return ["pointer", one.buffer, one.offset]
-        return [one.kind, one.value]
+    def argument(value: Pointer | Number) -> list[Any]:
+        if isinstance(value, Pointer):
+            return ["pointer", value.buffer, value.offset]
+        return [value.kind, value.value]
 
     for row in rows:
-        for one in row.launches:
-            keep(f"images/{one.image.name}.ptx", one.image.ptx.encode())
-            keep(f"images/{one.image.name}.cubin", one.image.cubin)
+        for launch in row.launches:
+            add(f"images/{launch.image.name}.ptx", launch.image.ptx.encode())
+            add(f"images/{launch.image.name}.cubin", launch.image.cubin)
         listed.append({
             "name": row.name, "kernels": row.kernels, "bound": row.bound,
             "buffers": [
-                one.nbytes if one.dtype == np.uint8 and (one == FRESH).all() else array(one) for one in row.buffers
+                buffer.nbytes if buffer.dtype == np.uint8 and (buffer == FRESH).all() else array(buffer)
+                for buffer in row.buffers
             ],
             "launches": [
                 {
-                    "image": one.image.name, "symbol": one.symbol, "grid": one.grid, "block": one.block,
-                    "shared": one.shared, "arguments": [argument(each) for each in one.arguments],
+                    "image": launch.image.name, "symbol": launch.symbol, "grid": launch.grid, "block": launch.block,
+                    "shared": launch.shared, "arguments": [argument(value) for value in launch.arguments],
                 }
-                for one in row.launches
+                for launch in row.launches
             ],
-            "results": [{**vars(one), "right": array(one.right)} for one in row.results],
+            "results": [{**vars(result), "right": array(result.right)} for result in row.results],
         })  # fmt: skip
-    keep("rows.json", json.dumps(listed, indent=1).encode())
+    add("rows.json", json.dumps(listed, indent=1).encode())

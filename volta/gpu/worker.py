@@ -1,4 +1,4 @@
-"""The process that has the card: it works through rows and says what became of each, in lines of JSON."""
+"""Run rows on the card in a process of its own, and print each verdict as a line of JSON."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from volta.gpu.card import Card, CardError, NoCardError, dotted, driver_release
 from volta.gpu.rows import Bundle, Row
 
 NO_GPU = 5
-"""The status if no GPU can be used."""
+"""The exit status if there is no usable GPU."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one row."""
+    """The result of one row."""
 
     kernels: str
     name: str
@@ -34,105 +34,105 @@ class Verdict:
     error: float | None = None
     microseconds: float | None = None
     said: str = ""
-    """Why there is no error, where there is none."""
+    """The reason why there is no error to compare; empty if there is one."""
 
     @property
     def right(self) -> bool:
-        """Whether the row stands."""
+        """True if the error is within the bound."""
         return self.error is not None and self.error <= self.bound
 
     @property
     def verdict(self) -> str:
-        """``ok``, ``WRONG``, or why it was not run to its end."""
+        """``ok``, ``WRONG``, or ``FAILED`` with the reason."""
         return "ok" if self.right else f"FAILED: {self.said}" if self.said else "WRONG"
 
     def cells(self) -> tuple[str, str, str, str, str, str]:
-        """Kernel, configuration, error, bound, microseconds, verdict."""
+        """Return the cells of the table: kernel, configuration, error, bound, microseconds, verdict."""
         error = "-" if self.error is None else f"{self.error:.1e}"
         took = "-" if self.microseconds is None else f"{self.microseconds:.1f}"
         return self.kernels, self.name, error, f"{self.bound:.1e}", took, self.verdict
 
 
-def tried(card: Any, row: Row) -> Verdict:
+def run_row(card: Any, row: Row) -> Verdict:
     """Run one row on a card.
 
     Raises:
-        CardError: the card is lost for this process.
+        CardError: this process cannot use the card any more.
     """
     try:
         with card.buffers(row.buffers) as memories:
             for launch in row.launches:
                 card.launch(launch, memories)
-            held = {one.buffer: card.read(memories[one.buffer]) for one in row.results}
-            error = max(rows.error(one, held[one.buffer]) for one in row.results)
+            contents = {result.buffer: card.read(memories[result.buffer]) for result in row.results}
+            error = max(rows.error(result, contents[result.buffer]) for result in row.results)
             took = 1e6 * card.seconds(row.launches, memories)
     except CardError as error:
         if error.lost:
             raise
         return Verdict(row.kernels, row.name, row.bound, said=str(error))
     if not math.isfinite(error):
-        why = "not to the bit what it should be, or not finite, or where nothing may be written"
+        why = "the result differs from exact bits, is not finite, or lies where nothing may be written"
         return Verdict(row.kernels, row.name, row.bound, None, took, why)
     return Verdict(row.kernels, row.name, row.bound, error, took)
 
 
 def work(bundle: Bundle, numbers: Sequence[int], device: int, folder: Path) -> int:
-    """Run rows, and print a line of JSON about the card, before each row, and after it.
+    """Run rows; print a line of JSON about the card, before each row and after it. Return the exit status.
 
-    It ends with whoever has the other end of its standard input: nobody else would end a kernel that hangs.
-    ``folder`` is for files that are removed by the one who waits.
+    The process exits when its standard input is closed, so that it does not outlive its parent if a kernel hangs. The
+    parent removes ``folder``, which is for unpacked files.
     """
-    threading.Thread(target=_end_with_the_other, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         card = Card(driver(bundle.archive, folder), device)
     except NoCardError as error:
-        _tell({"none": str(error)})
+        _print({"none": str(error)})
         return NO_GPU
     version = dotted(card.version)
-    _tell({"card": card.name, "capability": list(card.capability), "cuda": version, "driver": driver_release()})
+    _print({"card": card.name, "capability": list(card.capability), "cuda": version, "driver": driver_release()})
     for number in numbers:
-        _tell({"begin": number})
+        _print({"begin": number})
         try:
-            made = tried(card, bundle.row(number))
+            verdict = run_row(card, bundle.row(number))
         except CardError as error:
-            _tell({"lost": str(error)})
+            _print({"lost": str(error)})
             return 1
-        _tell({"end": vars(made)})
+        _print({"end": vars(verdict)})
     return 0
 
 
-def _end_with_the_other() -> None:
+def _exit_with_parent() -> None:
     sys.stdin.buffer.read()
     os._exit(1)
 
 
 def driver(archive: zipfile.ZipFile, folder: Path) -> Any:
-    """``cuda.bindings.driver``: the machine's own, or the bundle's for the Python that runs, unpacked in ``folder``.
+    """Import ``cuda.bindings.driver``: the machine's, or the bundle's for this Python, unpacked in ``folder``.
 
     Raises:
-        NoCardError: there is neither.
+        NoCardError: neither can be imported.
     """
     try:
         return importlib.import_module("cuda.bindings.driver")
     except ImportError:
-        place = f"site/cp{sys.version_info[0]}{sys.version_info[1]}/"
-    bindings = [name for name in archive.namelist() if name.startswith(place)]
+        prefix = f"site/cp{sys.version_info[0]}{sys.version_info[1]}/"
+    bindings = [name for name in archive.namelist() if name.startswith(prefix)]
     if not bindings:
         version = sys.version.split()[0]
         raise NoCardError(f"the bundle has no cuda-python for Python {version}: pip install cuda-bindings")
-    there = tempfile.mkdtemp(dir=folder)
-    archive.extractall(there, bindings)
-    for name in [one for one in sys.modules if one == "cuda" or one.startswith("cuda.")]:
+    unpacked = tempfile.mkdtemp(dir=folder)
+    archive.extractall(unpacked, bindings)
+    for name in [module for module in sys.modules if module == "cuda" or module.startswith("cuda.")]:
         del sys.modules[name]
-    # A namespace package, which an older release of cuda-python, a plain package elsewhere on the path, would hide.
-    ours = types.ModuleType("cuda")
-    ours.__path__ = [f"{there}/{place}cuda"]
-    sys.modules["cuda"] = ours
+    # cuda is a namespace package. An older cuda-python elsewhere on the path is a regular package and would hide it.
+    namespace = types.ModuleType("cuda")
+    namespace.__path__ = [f"{unpacked}/{prefix}cuda"]
+    sys.modules["cuda"] = namespace
     try:
         return importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
         raise NoCardError(f"the bundle's cuda-python cannot be imported ({error})") from error
 
 
-def _tell(what: Any) -> None:
-    print(json.dumps(what), flush=True)
+def _print(message: Any) -> None:
+    print(json.dumps(message), flush=True)

@@ -1,1 +1,1 @@
-"""Make the rows of the GPU bundle, on a machine without a GPU."""
+"""Make the rows of the GPU bundle on a machine without a GPU."""

@@ -38,23 +38,23 @@ def _gated(
     image: Image, kernel: str, operation: str, first: bool, kind: type[np.floating], tokens: int, width: int
 ) -> Row:
     memory, item = Memory(), np.dtype(kind).itemsize
-    # From -3 on, so that 1 + erf(x / sqrt(2)) does not cancel in float32.
+    # At least -3, so that 1 + erf(x / sqrt(2)) does not cancel in float32.
     x = np.maximum(generator(30, tokens).normal(0, 2, (tokens, 2 * width)), -3).astype(kind)
-    one, two = np.split(x.astype(np.float64), 2, axis=1)
-    turned, other = (one, two) if first else (two, one)
+    left, right = np.split(x.astype(np.float64), 2, axis=1)
+    gate, other = (left, right) if first else (right, left)
     result = memory.fresh(tokens * width * item)
     letter = "N3c104HalfE" if kind is np.float16 else "f"
-    # The function is a template argument: its name stands in the kernel's.
+    # The function is a template argument, so its name is part of the kernel's name.
     pattern = rf"18act_and_mul_kernelI{letter}.*{kernel}.*Lb{int(first)}EE"
-    started = launch(image, pattern, (tokens,), (min(width, 1024),), [result, memory.put(x), i32(width)])
-    memory.expect(result, ACTIVATIONS[kernel](turned) * other, "each", np.dtype(kind).str)
-    # The function's result and the product are rounded; the former more coarsely below the smallest normal number.
+    kernel_launch = launch(image, pattern, (tokens,), (min(width, 1024),), [result, memory.put(x), i32(width)])
+    memory.expect(result, ACTIVATIONS[kernel](gate) * other, "each", np.dtype(kind).str)
+    # The function's result and the product are rounded, the result more coarsely below the smallest normal number.
     bound = 4 * HALF if kind is np.float16 else 16 * SINGLE
-    return memory.row(f"{operation} {np.dtype(kind).name} tokens={tokens} width={width}", [started], bound)
+    return memory.row(f"{operation} {np.dtype(kind).name} tokens={tokens} width={width}", [kernel_launch], bound)
 
 
 def _erf(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The error function to 15 digits, from -4 to 10: its series about 0, which numpy does not have."""
+    """Return the error function to 15 digits for numbers from -4 to 10, by its series about 0. numpy has none."""
     total, term = np.zeros_like(x), x.copy()
     for n in range(200):
         total += term / (2 * n + 1)
@@ -67,4 +67,4 @@ ACTIVATIONS = {
     "11gelu_kernel": lambda x: x * 0.5 * (1 + _erf(x / np.sqrt(2))),
     "16gelu_tanh_kernel": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
 }
-"""The functions in float64, by the kernels' mangled names."""
+"""The functions in float64, by their mangled names."""

@@ -1,6 +1,6 @@
-"""Build one row of CUDA kernels: its memory, its launches, and what must be in memory afterwards.
+"""Build one row of CUDA kernels: its memory, its launches, and the expected contents of memory afterwards.
 
-Each array lies between two guards that hold NaN; those beside what is written must be there afterwards.
+Each array lies between two guards of NaN. The guards must be unchanged after the launches.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from volta.gpu.rows import Array, Image, Launch, Number, Pointer, Result, Row, f
 HALF = 2.0**-11
 """The largest relative error of one rounding to float16."""
 SINGLE = 2.0**-24
-"""The same of float32."""
+"""The largest relative error of one rounding to float32."""
 Arguments = list[Pointer | Number]
 GUARD = 256
-"""Bytes before and behind each array; cudaMalloc aligns to as many."""
+"""Bytes of the guard before and after each array; cudaMalloc aligns to the same number."""
 LARGEST = 65504.0
-"""The largest float16."""
+"""The largest finite float16."""
 SIZES = {"i32": "32", "u32": "32", "f32": "32", "i64": "64", "u64": "64", "f64": "64", "f16": "16", "bool": "8"}
-"""Bits of each kind of number as a parameter of a kernel."""
+"""Bits of each kind of kernel parameter, as text as in PTX."""
 
 
 _ENTRY = re.compile(r"\.entry\s+([\w$.]+)\s*\(([^)]*)\)")
@@ -34,80 +34,84 @@ _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.([a-z]+)(\d+)")
 
 @dataclass
 class Memory:
-    """The buffers of a row, while it is made."""
+    """The buffers and expected results of a row that is being built."""
 
     buffers: list[Array] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
 
     def put(self, values: Array, guard: int = GUARD) -> Pointer:
-        """Put an array between guards; gives its address."""
-        beside = fresh(guard)
-        self.buffers.append(np.concatenate([beside, _bytes(values), beside]))
+        """Add a buffer with an array between guards; return the array's address."""
+        nan = fresh(guard)
+        self.buffers.append(np.concatenate([nan, _bytes(values), nan]))
         return Pointer(len(self.buffers) - 1, guard)
 
     def rows(self, values: Array) -> Pointer:
-        """The same for rows that are compared one by one: the guards are whole rows too."""
+        """Add a buffer that is compared row by row: its guards are whole rows."""
         return self.put(values, int(np.lcm(values.shape[-1] * values.itemsize, GUARD)))
 
     def fresh(self, size: int) -> Pointer:
-        """Room for what a kernel must write, of ``size`` bytes."""
+        """Add a buffer of ``size`` bytes that a kernel must write."""
         return self.put(fresh(size))
 
     def expect(self, at: Pointer, right: Array, measure: str, dtype: str = "<f2") -> None:
-        """Say what the whole array at an address must be in the end; the guards must be as they were.
+        """Add an expected result: the array at an address, with unchanged guards.
 
-        For ``equal`` it is of the memory's own type; else NaN is where nobody may write.
+        With ``measure="equal"`` the array has the type of the memory. Otherwise NaN marks places that must stay NaN.
         """
         before = self.buffers[at.buffer]
         if measure == "equal":
             kind, inner, guard = "|u1", _bytes(right), fresh(at.offset)
         else:
             kind = dtype
-            # A float16 is compared with a float32, which is off by a fraction of what the bound allows.
+            # For float16, a float32 reference is enough: its error is a fraction of the bound.
             inner = right.astype(np.float32 if dtype == "<f2" else np.float64)
             inner = inner.reshape(-1, right.shape[-1]) if measure == "row" else inner.reshape(-1)
             guard = np.full(at.offset // np.dtype(kind).itemsize, np.nan, inner.dtype)
             guard = guard.reshape(-1, *inner.shape[1:])
         whole = np.concatenate([guard, inner, guard])
         if whole.size * np.dtype(kind).itemsize != before.nbytes:
-            raise ValueError(f"{right.shape} is not what buffer {at.buffer} holds")
+            raise ValueError(f"an array of shape {right.shape} does not fit buffer {at.buffer}")
         self.results.append(Result(at.buffer, whole, kind, measure=measure))
 
     def row(self, name: str, launches: Sequence[Launch], bound: float) -> Row:
-        """The finished row."""
-        kernels = ", ".join(dict.fromkeys(_plain(one.symbol) for one in launches))
+        """Return the row."""
+        kernels = ", ".join(dict.fromkeys(_function_name(launch.symbol) for launch in launches))
         return Row(name, kernels, self.buffers, list(launches), self.results, bound)
 
 
 def i32(value: int) -> Number:
-    """An ``int``."""
+    """Return an ``int`` argument."""
     return Number("i32", int(value))
 
 
 def i64(value: int) -> Number:
-    """An ``int64_t`` or ``size_t``."""
+    """Return an ``int64_t`` or ``size_t`` argument."""
     return Number("i64", int(value))
 
 
 def u16(value: int) -> Number:
-    """A ``uint16_t``: rows know no such kind, but a float16 has as many bits, and up to 31743 they are a number."""
+    """Return a ``uint16_t`` argument, as the float16 with the same bits, because rows have no such kind.
+
+    Raises:
+        ValueError: the bits are no finite float16: the value is above 31743.
+    """
     if not 0 <= value < 0x7C00:
-        raise ValueError(f"{value} does not fit")
+        raise ValueError(f"{value} has no finite float16 with the same bits")
     return Number("f16", float(np.uint16(value).view(np.float16)))
 
 
 def f32(value: float) -> Number:
-    """A ``float``."""
+    """Return a ``float`` argument."""
     return Number("f32", float(value))
 
 
-def truth(value: bool) -> Number:
-    """A ``bool``."""
+def boolean(value: bool) -> Number:
+    """Return a ``bool`` argument."""
     return Number("bool", bool(value))
 
 
 def beyond(at: Pointer, size: int) -> Pointer:
-    """The address ``size`` bytes behind another."""
+    """Return the address ``size`` bytes after ``at``."""
     return Pointer(at.buffer, at.offset + size)
 
 
@@ -119,30 +123,30 @@ def launch(
     arguments: Arguments,
     shared: int = 0,
 ) -> Launch:
-    """One launch of the one kernel whose mangled name holds ``pattern``.
+    """Return a launch of the kernel whose mangled name matches ``pattern``.
 
     Raises:
-        ValueError: there is not one, or it takes other arguments.
+        ValueError: no kernel or several match, or the kernel has other parameters.
     """
     known = parameters(image.ptx)
     names = [name for name in known if re.search(pattern, name)]
     if len(names) != 1:
-        raise ValueError(f"{len(names)} kernels are called {pattern}, not one: {', '.join(names[:3])}")
-    given = [size(one) for one in arguments]
-    asked = known[names[0]]
-    if given != [bits for _, bits in asked]:
-        raise ValueError(f"{names[0]} takes {asked}, not {given}")
+        raise ValueError(f"{len(names)} kernels match {pattern}, expected 1: {', '.join(names[:3])}")
+    sizes = [size(argument) for argument in arguments]
+    declared = known[names[0]]
+    if sizes != [bits for _, bits in declared]:
+        raise ValueError(f"{names[0]} has parameters {declared}, not of {sizes} bits")
     return Launch(image, names[0], _three(grid), _three(block), list(arguments), shared)
 
 
 @functools.lru_cache(maxsize=32)
 def parameters(ptx: str) -> dict[str, list[tuple[str, str]]]:
-    """What each kernel of a PTX takes, in its order: the letter of each type (``u``, ``f``) and its bits."""
+    """Return the parameters of each kernel in a PTX: the letter of the type (``u``, ``f``) and its bits."""
     return {name: _PARAMETER.findall(text) for name, text in _ENTRY.findall(ptx)}
 
 
 def size(argument: Pointer | Number) -> str:
-    """The bits of an argument, as PTX writes them."""
+    """Return the bits of an argument, as text as in PTX."""
     return "64" if isinstance(argument, Pointer) else SIZES[argument.kind]
 
 
@@ -155,19 +159,19 @@ def _three(counts: Sequence[int]) -> tuple[int, int, int]:
     return int(x), int(y), int(z)
 
 
-def _plain(symbol: str) -> str:
-    """The function's own name in a mangled one: the last of its nested names."""
-    at, found = 2, symbol
+def _function_name(symbol: str) -> str:
+    """Return the function's name from a mangled name: the last of the nested names."""
+    at, name = 2, symbol
     at += symbol.startswith("_ZN")
     while match := re.match(r"\d+", symbol[at:]):
         begin = at + match.end()
-        found = symbol[begin : begin + int(match[0])]
+        name = symbol[begin : begin + int(match[0])]
         at = begin + int(match[0])
-    return found
+    return name
 
 
 def ceil_div(count: int, step: int) -> int:
-    """How many steps hold ``count``."""
+    """Return ``count / step``, rounded up."""
     return -(-count // step)
 
 

@@ -1,6 +1,6 @@
-"""Make the rows of vLLM's own CUDA kernels: launched as its host code does, and compared with float64.
+"""Make the rows of vLLM's own CUDA kernels: launched as vLLM's host code launches them, and compared with float64.
 
-A row's geometry follows the host functions of vLLM 0.12.0 that are named beside it. numpy is all that this needs.
+Grids, blocks and arguments follow the host functions of vLLM 0.12.0, which each docstring names. Only numpy is needed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MAKERS = {
     experts.ALIGN: experts.align_rows,
     experts.WNA16: experts.wna16_rows,
 }
-"""What makes the rows of each source."""
+"""The function that yields the rows of each source."""
 
 
 def rows(images: Mapping[str, Image]) -> Iterator[Row]:
-    """Every row, from each source's image by the source's path; a source that is not there has no rows.
+    """Yield every row; ``images`` maps the path of a source to its compiled image. A missing source has no rows.
 
     Raises:
-        ValueError: an image has not the kernel that vLLM launches, or takes other arguments.
+        ValueError: an image lacks a kernel that vLLM launches, or the kernel has other parameters.
     """
     for source, make in MAKERS.items():
         if source in images and (source != experts.WNA16 or experts.ALIGN in images):

@@ -26,7 +26,7 @@ SOURCE = "csrc/layernorm_kernels.cu"
 def rows(images: Mapping[str, Image]) -> Iterator[Row]:
     """Yield the rows of rms_norm and fused_add_rms_norm."""
     image = images[SOURCE]
-    # Vectors of 8, of 2 and of 1 number, rows with gaps, and the smaller blocks from 256 tokens on.
+    # Vectors of 8, 2 and 1 numbers; rows with gaps; smaller blocks, which vLLM uses from 256 tokens on.
     for tokens, hidden, gap in ((7, 1160, 0), (7, 1034, 0), (5, 4096, 64), (256, 259, 0)):
         name = f"rms_norm float16 tokens={tokens} hidden={hidden}{' strided' if gap else ''}"
         yield _norm(image, name, np.float16, (tokens, hidden), gap)
@@ -36,10 +36,10 @@ def rows(images: Mapping[str, Image]) -> Iterator[Row]:
         yield _fused(image, tokens, hidden, gap)
 
 
-def _spread(rng: np.random.Generator, kind: type[np.floating], rows_: int, width: int, gap: int) -> Array:
-    """Rows of numbers with NaN between them."""
-    whole = np.full((rows_, width + gap), np.nan, kind)
-    whole[:, :width] = rng.standard_normal((rows_, width)) * rng.uniform(0.2, 4, (rows_, 1))
+def _spread(rng: np.random.Generator, kind: type[np.floating], count: int, width: int, gap: int) -> Array:
+    """Return rows of random numbers with ``gap`` NaNs after each."""
+    whole = np.full((count, width + gap), np.nan, kind)
+    whole[:, :width] = rng.standard_normal((count, width)) * rng.uniform(0.2, 4, (count, 1))
     return whole
 
 
@@ -52,7 +52,7 @@ def _norm(image: Image, name: str, kind: type[np.floating], shape: tuple[int, ..
     values = x[:, : x.shape[1] - gap].reshape(-1, hidden).astype(np.float64)
     right = values / np.sqrt((values**2).mean(axis=1, keepdims=True) + 1e-6) * weight.astype(np.float64)
     result = memory.fresh(count * hidden * item)
-    # Strides of the last dimension but one and of the two before; sizes of the last but one and the one before.
+    # The strides of dimensions -2, -3 and -4, then the sizes of dimensions -2 and -3.
     strides = [x.shape[1], 0, 0, 0, 0] if len(shape) == 2 else [hidden, x.shape[1], 0, shape[1], 0]
     vector = int(np.gcd(16 // item, hidden))
     block = min(hidden // vector, 1024 if count < 256 else 256)
@@ -62,8 +62,8 @@ def _norm(image: Image, name: str, kind: type[np.floating], shape: tuple[int, ..
     ]  # fmt: skip
     kernel = launch(image, f"15rms_norm_kernelI{letter}Li{vector}ELi{len(shape)}EE", (count,), (block,), arguments)
     memory.expect(result, right, "each", np.dtype(kind).str)
-    # Two roundings, before and after the weight, which is up to 1.5 times more below the smallest normal number;
-    # in float32 the mean of the squares has a rounding for each number that a thread adds, and rsqrtf two units.
+    # Two roundings, before and after the product with the weight of up to 1.5, which enlarges the first below the
+    # smallest normal number. In float32, each addition of a thread is rounded, and rsqrtf has an error of two units.
     return memory.row(name, [kernel], 3 * HALF if kind is np.float16 else 32 * SINGLE)
 
 
@@ -71,7 +71,7 @@ def _fused(image: Image, tokens: int, hidden: int, gap: int) -> Row:
     memory, rng = Memory(), generator(11, tokens, hidden)
     x = _spread(rng, np.float16, tokens, hidden, gap)
     before, weight = random_halves(rng, tokens, hidden), rng.uniform(0.5, 1.5, hidden).astype(np.float16)
-    after = x[:, :hidden] + before  # one rounding, as numpy does it
+    after = x[:, :hidden] + before  # rounded once, as by numpy
     values = after.astype(np.float64)
     right = values / np.sqrt((values**2).mean(axis=1, keepdims=True) + 1e-6) * weight.astype(np.float64)
     inputs, residual = memory.put(x), memory.put(before)
@@ -87,4 +87,4 @@ def _fused(image: Image, tokens: int, hidden: int, gap: int) -> Row:
     spread[:, :hidden] = right
     memory.expect(inputs, spread, "each")
     name = f"fused_add_rms_norm float16 tokens={tokens} hidden={hidden}{' strided' if gap else ''}"
-    return memory.row(name, [kernel], 3 * HALF)  # as rms_norm; the sum itself is the right one
+    return memory.row(name, [kernel], 3 * HALF)  # the bound of rms_norm; the sum is exact

@@ -11,11 +11,11 @@ from volta.gpu_rows.builder import (
     SINGLE,
     Arguments,
     Memory,
+    boolean,
     ceil_div,
     generator,
     i32,
     launch,
-    truth,
 )
 
 SOURCE = "csrc/moe/topk_softmax_kernels.cu"
@@ -29,9 +29,9 @@ def rows(images: Mapping[str, Image]) -> Iterator[Row]:
 
 
 def _softmax(image: Image, kind: type[np.floating], experts: int, top: int, tokens: int, *, renormalize: bool) -> Row:
-    """topkGatingSoftmaxKernelLauncher: one kernel for a power of two, two for the rest."""
+    """Return the row of topkGatingSoftmaxKernelLauncher: one kernel for a power of two experts, otherwise two."""
     memory, item = Memory(), np.dtype(kind).itemsize
-    # No two of a row are the same, so that there is one order.
+    # The numbers of a row differ, so that their order is unique.
     steps = np.linspace(-4, 4, experts).astype(kind)
     logits = generator(50, experts).permuted(np.tile(steps, (tokens, 1)), axis=1)
     weights = np.exp(logits.astype(np.float64))
@@ -43,11 +43,11 @@ def _softmax(image: Image, kind: type[np.floating], experts: int, top: int, toke
     gates = memory.put(logits)
     letter = "f" if kind is np.float32 else "6__half"
     if experts & (experts - 1) == 0:
-        loaded = min(16, item * experts)  # bytes at once
-        each = max(1, experts // (loaded // item * 32)) * (loaded // item)  # experts of a thread
+        loaded = min(16, item * experts)  # bytes of one load
+        each = max(1, experts // (loaded // item * 32)) * (loaded // item)  # experts of one thread
         blocks = ceil_div(ceil_div(tokens, 32 * each // experts), 4)
         arguments: Arguments = [
-            gates, NULL, result, i32(tokens), ids, places, i32(top), i32(0), i32(experts), truth(renormalize),
+            gates, NULL, result, i32(tokens), ids, places, i32(top), i32(0), i32(experts), boolean(renormalize),
         ]  # fmt: skip
         pattern = f"topkGatingSoftmaxILi{each}ELi{experts}ELi4ELi{loaded}ELi32Ei{letter}EE"
         launches = [launch(image, pattern, (blocks,), (32, 4), arguments)]
@@ -55,7 +55,7 @@ def _softmax(image: Image, kind: type[np.floating], experts: int, top: int, toke
         between = memory.fresh(4 * tokens * experts)
         soft: Arguments = [gates, NULL, between, i32(experts)]
         arguments = [
-            between, NULL, result, ids, places, *map(i32, (experts, top, 0, experts)), truth(renormalize),
+            between, NULL, result, ids, places, *map(i32, (experts, top, 0, experts)), boolean(renormalize),
         ]  # fmt: skip
         launches = [
             launch(image, f"moeSoftmaxILi256E{letter}EE", (tokens,), (256,), soft),
@@ -64,6 +64,6 @@ def _softmax(image: Image, kind: type[np.floating], experts: int, top: int, toke
     memory.expect(result, right, "each", "<f4")
     memory.expect(ids, chosen.astype(np.int32), "equal")
     memory.expect(places, (np.arange(top) * tokens + np.arange(tokens)[:, None]).astype(np.int32), "equal")
-    # expf is off by four units and takes a difference up to 8, whose rounding is 8 more; so is the sum of all, which
-    # has a few of its own, and the rest is a quotient and two products.
+    # expf has an error of four units, and its argument, a difference of up to 8, adds 8. The sum of all has the same
+    # errors and a few of its own. A quotient and two products follow.
     return memory.row(f"topk_softmax {np.dtype(kind).name} experts={experts} top={top}", launches, 32 * SINGLE)
