@@ -163,6 +163,7 @@ class Runtime:
         empty = " ".join(f'"$1"/{path}' for path in EMPTIED)
         command: list[str | Path] = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}",
                  *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "doc", "locale", "info")),
+                 "--dpkgopt=path-include=/usr/share/doc/*/copyright",
                  f"--customize-hook=rm -rf {empty}", suite, root, f"deb {mirrors[0]} {suite} main"]  # fmt: skip
         try:
             with console.progress("mmdebstrap") as tell:
