@@ -330,7 +330,7 @@ def test_scheduler_that_crashes_ends_the_waiting_launchers(new_harness, monkeypa
     harness.wait_for(running=1, waiting=0)
     waiting = harness.launch("b.o")
     harness.wait_for(running=1, waiting=1)
-    monkeypatch.setattr(scheduler_module, "_processes", lambda: 1 / 0)
+    monkeypatch.setattr(scheduler_module, "sample_memory", lambda *_: 1 / 0)
     assert waiting.wait(TIMEOUT) == 1
     assert "b.o is not built" in waiting.stdout.read()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import resource
 import selectors
 import socket
 import struct
@@ -22,6 +21,7 @@ from pathlib import Path
 from voltforge.compile.costs import PROBES, Estimate, Estimates
 from voltforge.compile.farm import Farm, ObjectKey
 from voltforge.compile.jobs import Memory, memory
+from voltforge.compile.process_memory import sample_memory
 from voltforge.errors import VoltforgeError
 from voltforge.system import console, files
 
@@ -42,7 +42,6 @@ MAX_REQUEST = 1 << 16
 SOCKET = "socket"
 """File name of the socket; launcher.py has it too."""
 LAUNCHER = Path(__file__).with_name("launcher.py")
-PAGE_SIZE = resource.getpagesize()
 MAIN_PID = os.getpid()
 """The first process of this run: doit forks its workers after this module is imported."""
 UNKNOWN = Estimate(0.0, 0)
@@ -182,6 +181,7 @@ class Scheduler:
     def variables(self, package: str, folder: Path, python: Path) -> dict[str, str]:
         """Return the environment variables that put the launcher before every compiler and linker of CMake.
 
+        The launcher finds the scheduler's folder in ``VOLTFORGE_GATE``.
         ``CMAKE_ARGS`` is for vLLM: its setup.py reads them last, after the ccache that it finds by itself. Other
         projects read only the variables of CMake.
 
@@ -324,31 +324,16 @@ class Scheduler:
             console.note(f"{Path(job.name).name} runs alone: it is expected to take {estimate}, and {free} are free")
 
     def _sample_memory(self) -> None:
-        """Measure the memory of each job with its children, and of this run with all its children."""
+        """Measure the memory of each job and of this run, and end the jobs whose commands have ended."""
         if not self._running and self.limit is None:
             return
-        parents, sizes = _processes()
-        jobs = {job.pid: job for job in self._running}
-        for job in self._running:
-            job.memory = 0
-        self._run_memory = 0
-        for pid, size in sizes.items():
-            ancestor, seen = pid, set()
-            owner: Job | None = None
-            while ancestor and ancestor not in seen:
-                seen.add(ancestor)
-                owner = owner or jobs.get(ancestor)
-                if ancestor == MAIN_PID:
-                    self._run_memory += size
-                    break
-                ancestor = parents.get(ancestor, 0)
-            if owner:
-                owner.memory += size
-                owner.peak_memory = max(owner.peak_memory, _peak_memory(pid))
+        sample = sample_memory([job.pid for job in self._running if job.pid], MAIN_PID)
+        self._run_memory = sample.run
         for job in [*self._running]:
-            job.peak_memory = max(job.peak_memory, job.memory)
+            job.memory = sample.trees.get(job.pid, 0)
+            job.peak_memory = max(job.peak_memory, job.memory, sample.peaks.get(job.pid, 0))
             # A background process of a command inherits the connection; the slot is free once the command has ended.
-            if job.pid and job.pid not in sizes:
+            if job.pid and job.pid not in sample.pids:
                 self._end(job)
 
 
@@ -388,28 +373,3 @@ def _peer_pid(connection: socket.socket) -> int:
     """Return the process at the other end, as its number in this PID namespace."""
     pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return int(pid)
-
-
-def _processes() -> tuple[dict[int, int], dict[int, int]]:
-    """Return the parent and the resident bytes of each process, by its number (proc_pid_stat(5)).
-
-    It runs four times a second. With psutil's objects that takes a twentieth of a core.
-    """
-    parents, sizes = {}, {}
-    for entry in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{entry}/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()  # the name before it may hold any character
-            parents[int(entry)], sizes[int(entry)] = int(fields[1]), int(fields[21]) * PAGE_SIZE
-    return parents, sizes
-
-
-def _peak_memory(pid: int) -> int:
-    """Return the peak resident bytes of a process (VmHWM in proc_pid_status(5)); 0 if it has ended."""
-    try:
-        with open(f"/proc/{pid}/status") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return 0
