@@ -311,7 +311,7 @@ def test_a_source_that_is_not_to_be_had_is_said_early_and_stops_only_its_own_pac
 
 def test_how_long_a_stage_took_is_remembered_and_a_record_of_it_that_is_spoilt_stops_nothing(checkout):
     graph = checkout.root / "dodo.py"
-    graph.write_text(f"{graph.read_text()}\n\nfrom voltforge.pipeline import durations\n\ndurations.LEAST = 0.0\n")
+    graph.write_text(f"{graph.read_text()}\n\nfrom voltforge.pipeline import durations\n\ndurations.SHORTEST = 0.0\n")
     kept = checkout.root / "build" / "stages" / "history.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("[")

@@ -1,7 +1,7 @@
-"""PyTorch's own recipe, all the way to a kept wheel, with a small package in PyTorch's shape in place of its sources.
+"""PyTorch's own recipe builds a small package of PyTorch's shape, up to a kept wheel.
 
-The recipe is the real one but for the source, and for questions that only all of PyTorch can answer; so are the locked
-environments, the toolchain, cuDNN, NCCL and MKL.
+The recipe is the real one without the source and without the checks that only the whole of PyTorch can pass. The
+locked environments, the toolchain, cuDNN, NCCL and MKL are the real ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from voltforge.wheel import wheelfile
 
 pytestmark = pytest.mark.slow
 LEFT_OUT = ('"torch.linalg.solve', "imports =")
-"""Lines of the recipe that ask for what only all of PyTorch has."""
+"""Lines of the recipe with checks that only the whole of PyTorch can pass."""
 
 
 def torch_checkout(root: Path, settings: Settings | None = None) -> Pipeline:
@@ -76,7 +76,7 @@ def checkout(tmp_path: Path, toolchain: object) -> Pipeline:
     return torch_checkout(tmp_path / "checkout")
 
 
-def test_pytorchs_recipe_makes_a_wheel_that_is_checked_and_kept_and_the_same_when_it_is_built_again(
+def test_pytorchs_recipe_makes_a_checked_and_reproducible_wheel(
     checkout: Pipeline, counted: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = run(checkout)
@@ -110,7 +110,7 @@ def run_again(pipeline: Pipeline) -> list[str]:
     return [kind for kind, stage in stages.items() if not stage.current()]
 
 
-def test_without_cudnn_neither_the_library_nor_the_wheel_asks_for_it(tmp_path: Path, toolchain: object) -> None:
+def test_without_cudnn_neither_the_library_nor_the_wheel_requires_it(tmp_path: Path, toolchain: object) -> None:
     pipeline = torch_checkout(tmp_path / "checkout", Settings(cudnn="0"))
     kept = run(pipeline)
     assert kept.version.local.endswith(".nocudnn")
@@ -119,7 +119,7 @@ def test_without_cudnn_neither_the_library_nor_the_wheel_asks_for_it(tmp_path: P
     assert "libcudnn.so.9" not in Elf.read(tmp_path / "content/torch/lib/libtorch_cuda.so").needed
 
 
-def test_a_wheel_that_says_it_was_configured_otherwise_is_not_kept(checkout: Pipeline) -> None:
+def test_a_wheel_that_reports_another_configuration_is_not_kept(checkout: Pipeline) -> None:
     source = checkout.root / "torch"
     shutil.copytree(PACKAGES / "torch", source)
     text = (source / "CMakeLists.txt").read_text()
@@ -139,13 +139,13 @@ def test_an_unknown_option_is_refused_before_anything_is_compiled(checkout: Pipe
     assert not (checkout.scratch / "work").exists()
 
 
-def test_a_library_that_is_not_found_ends_the_build_at_once(checkout: Pipeline) -> None:
+def test_a_missing_library_stops_the_build_at_configuration(checkout: Pipeline) -> None:
     with pytest.raises(BuildError, match="configured with USE_CUDNN=OFF, where the recipe has 1"):
         run(edited(checkout, '"{site}/nvidia/cudnn"', '"/nowhere"'))
     assert not list(checkout.scratch.rglob("*.cu.o"))
 
 
-def test_a_source_that_cannot_be_had_names_the_file_its_hash_its_place_and_the_thin_wheel(
+def test_a_missing_source_is_reported_with_its_hash_its_place_and_the_thin_wheel(
     checkout: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
@@ -168,7 +168,7 @@ pipeline.package(pipeline.recipes["torch"]).stages["build"].run()
 """
 
 
-def test_a_build_that_was_killed_near_its_end_goes_on_there(checkout: Pipeline) -> None:
+def test_a_build_killed_near_its_end_resumes_there(checkout: Pipeline) -> None:
     for kind in ("fetch", "tree", "environment"):
         checkout.package(checkout.recipes["torch"]).stages[kind].run()
     child = psutil.Popen(

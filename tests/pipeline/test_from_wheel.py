@@ -1,4 +1,4 @@
-"""A stock wheel on its way to the wheelhouse: thinned once, and again only when something asks for it."""
+"""A stock wheel is thinned once, and again only if an input changes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def pipeline(tmp_path: Path, toolchain: object) -> Pipeline:
 
 
 def run(pipeline: Pipeline) -> list[str]:
-    """Run every stage of the package in order; gives those that had something to do."""
+    """Run every stage of the package in order; return the kinds that were not current."""
     done = []
     for kind, stage in pipeline.package(pipeline.recipes["torch"]).stages.items():
         if not stage.current():
@@ -77,7 +77,7 @@ def rewritten(pipeline: Pipeline, old: str, new: str) -> Pipeline:
 
 
 @pytest.mark.slow
-def test_a_stock_wheel_is_thinned_checked_and_kept_once_the_same_when_it_is_made_again(
+def test_a_stock_wheel_is_thinned_checked_and_kept_reproducibly(
     pipeline: Pipeline, counted: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(pipeline) == ["fetch", "build", "check", "wheels"]
@@ -104,7 +104,7 @@ def test_a_kept_wheel_needs_no_stock_wheel_any_more(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.slow
-def test_another_compiler_of_stubs_is_another_wheel(pipeline: Pipeline, tmp_path: Path, monkeypatch) -> None:
+def test_another_compiler_of_the_stubs_changes_the_key(pipeline: Pipeline, tmp_path: Path, monkeypatch) -> None:
     package = pipeline.package(pipeline.recipes["torch"])
     before = package.stages["build"].key()
     (tmp_path / "bin").mkdir()
@@ -116,13 +116,13 @@ def test_another_compiler_of_stubs_is_another_wheel(pipeline: Pipeline, tmp_path
 
 
 @pytest.mark.slow
-def test_a_python_without_a_stock_wheel_is_told_which_have_one(pipeline: Pipeline) -> None:
+def test_a_python_without_a_stock_wheel_is_refused_with_those_that_have_one(pipeline: Pipeline) -> None:
     other = rewritten(pipeline, f"{TAG}-{TAG}", "cp27-cp27mu")
     with pytest.raises(VoltforgeError, match=f"has no stock wheel for {TAG} on this machine") as caught:
         run(other)
     assert "run a Python of cp27" in caught.value.hint
 
 
-def test_the_recipes_of_this_repository_give_either_torch(repository: Path) -> None:
+def test_both_torch_recipes_agree_on_name_version_and_arch(repository: Path) -> None:
     source, thin = (load_all(repository / "recipes", {"torch": variant})["torch"] for variant in ("source", "thin"))
     assert (source.name, source.version, source.arch) == (thin.name, thin.version, thin.arch)

@@ -1,4 +1,4 @@
-"""A wheel comes from the shared cache where it can be believed, and is built where it cannot."""
+"""A wheel with a trusted signature comes from the shared cache; any other is built here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def package(pipeline: Pipeline) -> Package:
 
 
 def receipt(pipeline: Pipeline) -> dict:
-    """What is kept, after every stage has run."""
+    """The receipt, after every stage has run."""
     for stage in package(pipeline).stages.values():
         stage.run()
     return files.read_json(package(pipeline).wheels.path)
@@ -38,7 +38,7 @@ def was_compiled(pipeline: Pipeline) -> bool:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, toolchain: Toolchain) -> Path:
-    """A folder that somebody has given their wheel to; their key lies beside."""
+    """A cache folder with the wheel of another user, and that user's key beside it."""
     folder = tmp_path_factory.mktemp("shared")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VOLTFORGE_KEY", str(folder / "key.pem"))
@@ -63,7 +63,7 @@ def ours(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeli
     return small_checkout(tmp_path / "ours")
 
 
-def test_a_wheel_that_a_trusted_key_has_signed_is_used_as_if_it_was_built(ours: Pipeline, cache: Path, capsys) -> None:
+def test_a_cached_wheel_with_a_trusted_signature_is_used(ours: Pipeline, cache: Path, capsys) -> None:
     kept = receipt(ours)["results"]
     assert not was_compiled(ours)
     assert kept["sha256"] == (cache / "sha256").read_text()
@@ -77,8 +77,8 @@ def test_a_wheel_that_a_trusted_key_has_signed_is_used_as_if_it_was_built(ours: 
     assert package(ours).stages["wheels"].current()
 
 
-def test_every_check_of_another_recipe_is_made_on_it_again(ours: Pipeline) -> None:
-    """The key of the build is the same where only what the wheel is held to is not."""
+def test_a_cached_wheel_is_checked_again_for_other_expectations(ours: Pipeline) -> None:
+    """The key of the build does not depend on the expectations."""
     receipt(ours)
     path = ours.root / "recipes" / "saxpy.toml"
     path.write_text(path.read_text().replace("100 kB", "90 kB"))
@@ -89,7 +89,7 @@ def test_every_check_of_another_recipe_is_made_on_it_again(ours: Pipeline) -> No
 
 
 @pytest.mark.parametrize("fault", ["an unknown key", "a wheel that fails its checks", "other bytes", "gone"])
-def test_any_other_is_built_here_and_the_reason_is_told(
+def test_an_unusable_cached_wheel_is_reported_and_built_here(
     ours: Pipeline, cache: Path, tmp_path: Path, monkeypatch, capsys, counted: Tally, fault: str
 ) -> None:
     wheel = next((tmp_path / "cache" / "wheels").glob("*/*.whl"))

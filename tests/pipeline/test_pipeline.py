@@ -1,4 +1,4 @@
-"""From recipe to wheelhouse: what is repeated, what is not, and what the receipt says."""
+"""From recipe to wheelhouse: which stages run again, and what the receipt holds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stages(pipeline: Pipeline) -> dict[str, Stage]:
 
 
 def run(pipeline: Pipeline) -> list[str]:
-    """Run every stage in order; gives those that had something to do."""
+    """Run every stage in order; return the kinds that were not current."""
     done = []
     for kind, stage in stages(pipeline).items():
         if not stage.current():
@@ -52,7 +52,7 @@ def rewritten(pipeline: Pipeline, old: str, new: str) -> Pipeline:
 
 
 def patched(pipeline: Pipeline) -> Path:
-    """Give the package a series of one patch."""
+    """Write a series of one patch for the package."""
     patch = pipeline.root / "patches" / "saxpy" / "0001-comment.patch"
     patch.parent.mkdir(parents=True)
     patch.write_text(
@@ -63,14 +63,14 @@ def patched(pipeline: Pipeline) -> Path:
 
 
 @pytest.mark.slow
-def test_a_second_run_does_nothing_and_a_comment_in_the_recipe_neither(saxpy: Pipeline) -> None:
+def test_nothing_runs_again_without_a_change_or_after_a_comment_in_the_recipe(saxpy: Pipeline) -> None:
     assert run(saxpy) == ["fetch", "tree", "environment", "build", "check", "wheels"]
     assert run(saxpy) == []
     assert run(rewritten(saxpy, 'name = "saxpy"', '# a comment\nname = "saxpy"')) == []
 
 
 @pytest.mark.slow
-def test_a_kept_wheel_outlives_the_build_folder(saxpy: Pipeline) -> None:
+def test_a_kept_wheel_stays_current_without_the_build_folder(saxpy: Pipeline) -> None:
     run(saxpy)
     sdist = next((saxpy.scratch / "downloads").glob("*.tar.gz")).read_bytes()
     records = {name: (saxpy.scratch / "stages" / name).read_bytes() for name in ("toolchain.json", "driver-stub.json")}
@@ -107,7 +107,7 @@ def test_a_copy_of_a_checkout_builds_nothing_again(saxpy: Pipeline, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_what_depends_on_a_change_runs_again_and_nothing_else(saxpy: Pipeline) -> None:
+def test_only_the_stages_that_depend_on_a_change_run_again(saxpy: Pipeline) -> None:
     run(saxpy)
     patched(saxpy)
     assert run(saxpy) == ["tree", "build", "check", "wheels"]
@@ -115,7 +115,7 @@ def test_what_depends_on_a_change_runs_again_and_nothing_else(saxpy: Pipeline) -
 
 
 @pytest.mark.slow
-def test_a_wheel_that_vanished_or_rotted_is_made_again(saxpy: Pipeline) -> None:
+def test_a_damaged_wheel_in_the_wheelhouse_is_replaced(saxpy: Pipeline) -> None:
     run(saxpy)
     (kept,) = saxpy.wheelhouse.path.glob("*.whl")
     good = kept.read_bytes()
@@ -125,7 +125,7 @@ def test_a_wheel_that_vanished_or_rotted_is_made_again(saxpy: Pipeline) -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_with_other_bytes_is_looked_at_again_though_its_inputs_are_the_same(saxpy: Pipeline) -> None:
+def test_a_wheel_with_other_bytes_is_checked_again_though_its_inputs_are_equal(saxpy: Pipeline) -> None:
     run(saxpy)
     for kept in (stages(saxpy)["wheels"].path, *saxpy.wheelhouse.path.glob("*.whl")):
         files.remove(kept)
@@ -137,7 +137,7 @@ def test_a_wheel_with_other_bytes_is_looked_at_again_though_its_inputs_are_the_s
 
 
 @pytest.mark.slow
-def test_the_receipt_says_what_the_wheel_was_made_of(saxpy: Pipeline) -> None:
+def test_the_receipt_lists_the_inputs_of_the_wheel(saxpy: Pipeline) -> None:
     run(saxpy)
     receipt = json.loads(saxpy.wheelhouse.receipt("saxpy", environment.python_tag()).read_text())
     made_of, results = receipt["inputs"], receipt["results"]
@@ -152,7 +152,7 @@ def test_the_receipt_says_what_the_wheel_was_made_of(saxpy: Pipeline) -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_that_fails_its_checks_is_not_kept_and_every_failure_is_told(saxpy: Pipeline) -> None:
+def test_a_wheel_that_fails_checks_is_not_kept_and_every_failure_is_listed(saxpy: Pipeline) -> None:
     strict = rewritten(saxpy, 'max_size = "100 kB"', 'max_size = "1 kB"\nrequires = ["torch==2.9.0"]')
     with pytest.raises(VoltforgeError, match=r"fails 2 checks and was not kept") as caught:
         run(strict)
@@ -163,25 +163,25 @@ def test_a_wheel_that_fails_its_checks_is_not_kept_and_every_failure_is_told(sax
 
 
 @pytest.mark.slow
-def test_any_wheel_can_be_held_to_the_recipe_of_its_project(saxpy: Pipeline) -> None:
+def test_any_wheel_can_be_checked_against_the_recipe_of_its_project(saxpy: Pipeline) -> None:
     run(saxpy)
     (kept,) = saxpy.wheelhouse.path.glob("*.whl")
     findings = saxpy.examined(kept)
     assert {finding.severity for finding in findings} <= {"pass", "note"}
     assert any(finding.check == "imports" for finding in findings)
-    with pytest.raises(VoltforgeError, match="there is no"):
+    with pytest.raises(VoltforgeError, match="does not exist"):
         saxpy.examined(Path("nowhere.whl"))
 
 
 def refused(pipeline: Pipeline) -> str:
-    """What ./doit verify ends with."""
+    """The error of ./doit verify."""
     with pytest.raises(VoltforgeError) as caught:
         verify.verify_wheels(pipeline)
     return caught.value.what
 
 
 @pytest.mark.slow
-def test_verify_refuses_a_wheelhouse_whose_wheel_index_and_provenance_do_not_agree(saxpy: Pipeline, capsys) -> None:
+def test_verify_fails_if_wheel_index_and_provenance_disagree(saxpy: Pipeline, capsys) -> None:
     run(saxpy)
     house = saxpy.wheelhouse
     (kept,) = house.wheels()
@@ -207,12 +207,12 @@ def test_verify_refuses_a_wheelhouse_whose_wheel_index_and_provenance_do_not_agr
 
 
 @pytest.mark.slow
-def test_verify_of_an_empty_wheelhouse_is_a_sentence(saxpy: Pipeline) -> None:
+def test_verify_of_an_empty_wheelhouse_fails_with_a_sentence(saxpy: Pipeline) -> None:
     assert refused(saxpy) == "the wheelhouse is empty"
 
 
 @pytest.mark.slow
-def test_sbom_and_provenance_of_a_wheel_say_all_that_it_was_made_of_with_hashes(saxpy: Pipeline) -> None:
+def test_sbom_and_provenance_list_every_input_with_its_hash(saxpy: Pipeline) -> None:
     patch = patched(saxpy)
     run(saxpy)
     house, recipe = saxpy.wheelhouse, saxpy.recipes["saxpy"]

@@ -1,4 +1,4 @@
-"""One run at a time in a checkout: a second one waits, and says for whom."""
+"""One run at a time per checkout: a second run waits and names the first."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from voltforge.pipeline.run_lock import Turn
+from voltforge.pipeline.run_lock import RunLock
 
 TAKE = """
 import sys, time
 from pathlib import Path
-from voltforge.pipeline.run_lock import Turn
-turn = Turn(Path(sys.argv[1]), sys.argv[2])
-print("waited" if turn.take() else "taken", flush=True)
+from voltforge.pipeline.run_lock import RunLock
+lock = RunLock(Path(sys.argv[1]), sys.argv[2])
+print("waited" if lock.take() else "taken", flush=True)
 time.sleep(float(sys.argv[3]))
 """
 
@@ -33,17 +33,17 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "build" / ".turn"
 
 
-def test_the_second_waits_for_the_first_and_says_so(file: Path) -> None:
+def test_a_second_run_waits_and_names_the_first(file: Path) -> None:
     with run(file, "doit wheels", 1) as first:
         assert first.stdout.readline() == "taken\n"
         with run(file, "doit image", 0) as second:
-            told, then = second.stdout.readline(), second.stdout.readline()
-        assert f"waits for doit wheels (process {first.pid}, since " in told
-        assert told.endswith("), which is at work in this checkout\n")
-        assert then == "waited\n"
+            message, result = second.stdout.readline(), second.stdout.readline()
+        assert f"waiting for doit wheels (process {first.pid}, since " in message
+        assert message.endswith("), which is running in this checkout\n")
+        assert result == "waited\n"
 
 
-def test_a_killed_run_holds_nobody_up(file: Path) -> None:
+def test_a_killed_run_releases_the_lock(file: Path) -> None:
     with run(file, "doit wheels", 60) as first:
         assert first.stdout.readline() == "taken\n"
         first.send_signal(signal.SIGKILL)
@@ -54,18 +54,18 @@ def test_a_killed_run_holds_nobody_up(file: Path) -> None:
     assert time.monotonic() - started < 30
 
 
-def test_a_run_takes_its_turn_once(file: Path) -> None:
-    turn = Turn(file, "doit wheels")
-    assert not turn.take()
-    assert not turn.take()
+def test_a_run_that_holds_the_lock_does_not_wait_for_itself(file: Path) -> None:
+    lock = RunLock(file, "doit wheels")
+    assert not lock.take()
+    assert not lock.take()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}', "\0"])
-def test_a_note_that_makes_no_sense_is_no_trouble(file: Path, content: str) -> None:
+def test_unreadable_content_of_the_lock_file_is_ignored(file: Path, content: str) -> None:
     with run(file, "doit wheels", 1) as first:
         assert first.stdout.readline() == "taken\n"
         descriptor = os.open(file, os.O_WRONLY | os.O_TRUNC)
         os.write(descriptor, content.encode())
         os.close(descriptor)
         with run(file, "doit image", 0) as second:
-            assert "waits for another run, which" in second.stdout.readline()
+            assert "waiting for another run, which" in second.stdout.readline()

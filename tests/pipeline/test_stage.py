@@ -1,4 +1,4 @@
-"""A stage runs when something that can change its result has changed, and is done only when its record says so."""
+"""A stage runs if an input changed, and counts as finished only with its record."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Product:
 
 
 class Work:
-    """A stage whose work is to write a file, and that counts how often it is done."""
+    """A stage that writes a file and counts its runs."""
 
     def __init__(self, folder: Path, name: str = "tree:vllm", unless: Callable[[], bool] = lambda: False) -> None:
         self.inputs: dict[str, Any] = {"source": "abc"}
@@ -57,7 +57,7 @@ def work(tmp_path):
     return Work(tmp_path)
 
 
-def test_a_stage_runs_once_and_keeps_what_it_was_made_of(work):
+def test_a_stage_runs_once_and_records_its_inputs(work):
     assert not work.stage.current()
     work.stage.run()
     work.stage.run()
@@ -87,7 +87,7 @@ def test_a_new_version_of_the_pipeline_makes_it_run_again(work, monkeypatch):
     assert not work.stage.current()
 
 
-def test_a_product_that_is_gone_makes_it_run_again(work):
+def test_a_missing_product_makes_it_run_again(work):
     work.stage.run()
     work.product.unlink()
     assert not work.stage.current()
@@ -95,14 +95,14 @@ def test_a_product_that_is_gone_makes_it_run_again(work):
     assert work.stage.current()
 
 
-def test_a_record_that_is_gone_makes_it_run_again(work):
+def test_a_missing_record_makes_it_run_again(work):
     work.stage.run()
     work.stage.path.unlink()
     assert not work.stage.current()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '"text"', "{}", '{"key": "x"}', '{"results": 3}', "\0\1"])
-def test_a_record_that_makes_no_sense_is_none(work, content):
+def test_an_unreadable_record_counts_as_missing(work, content):
     work.stage.path.parent.mkdir()
     work.stage.path.write_text(content)
     assert work.stage.record() is None
@@ -115,7 +115,7 @@ VALUES = st.dictionaries(st.text(), st.text() | st.integers() | st.lists(st.text
 
 
 @given(VALUES, VALUES)
-def test_any_difference_in_the_inputs_is_another_key(one, other):
+def test_keys_are_equal_only_for_equal_inputs(one, other):
     work = Work(Path("/never/written"))
     assert (work.stage.key(one) == work.stage.key(other)) == (one == other)
 
@@ -125,7 +125,7 @@ def test_two_stages_with_equal_inputs_have_different_keys(tmp_path):
 
 
 @pytest.mark.parametrize("problem", [VoltforgeError("no"), ValueError("bug"), KeyboardInterrupt(), SystemExit(1)])
-def test_work_that_fails_leaves_no_record_not_even_the_old_one(work, problem):
+def test_failed_work_leaves_no_record_not_even_the_old_one(work, problem):
     work.stage.run()
     work.inputs, work.fails = {"source": "abd"}, problem
     with pytest.raises(type(problem)):
@@ -157,7 +157,7 @@ def test_a_killed_run_leaves_no_record(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
-def test_an_input_that_changes_during_the_work_leaves_no_record_and_is_named(work):
+def test_an_input_that_changes_during_the_work_is_named_and_nothing_is_recorded(work):
     make = work.stage.make
 
     def slow(key: str) -> Product:
@@ -176,7 +176,7 @@ def test_an_input_that_changes_during_the_work_leaves_no_record_and_is_named(wor
     assert moving.finished().inputs == work.inputs
 
 
-def test_what_a_stage_before_was_made_of_must_not_change_either(work, tmp_path):
+def test_inputs_of_a_stage_before_must_not_change(work, tmp_path):
     after = Work(tmp_path, "build:vllm")
     built = replace(after.stage, after=lambda: [work.stage])
     with pytest.raises(NotRun, match="tree:vllm has not run"):
@@ -191,7 +191,7 @@ def test_what_a_stage_before_was_made_of_must_not_change_either(work, tmp_path):
     assert built.current()
 
 
-def test_what_a_stage_before_made_must_be_whole_until_the_end(work, tmp_path):
+def test_the_result_of_a_stage_before_must_stay_intact_until_the_end(work, tmp_path):
     after = Work(tmp_path, "build:vllm")
 
     def spoiling(key: str) -> Product:
@@ -213,20 +213,20 @@ NESTED = st.recursive(
 
 
 @given(NESTED, NESTED)
-def test_there_are_changes_exactly_where_the_values_differ(one, other):
+def test_changes_are_reported_exactly_where_values_differ(one, other):
     found = [*changed(one, other)]
     assert all(files.digest(change.old) != files.digest(change.new) for change in found)
     assert bool(found) == (without_nothing(one) != without_nothing(other))
 
 
 def without_nothing(value: Any) -> Any:
-    """Without entries that are none: an input that is none and one that is not there are the same."""
+    """The value without None entries: an input that is None and a missing input are equal."""
     if isinstance(value, dict):
         return {key: inner for key, item in value.items() if (inner := without_nothing(item)) is not None}
     return value
 
 
-def test_changes_are_named_from_the_outside_in(work):
+def test_changes_are_named_by_their_keys_from_the_outside_in(work):
     work.inputs = {"patches": {"1": "a", "2": "b"}, "arch": ["7.0"]}
     work.stage.run()
     work.inputs = {"patches": {"1": "a", "2": "c", "3": "d"}, "arch": ["7.0", "8.0"]}
@@ -234,13 +234,13 @@ def test_changes_are_named_from_the_outside_in(work):
     assert [str(change) for change in work.stage.changes()] == told
 
 
-def test_results_before_a_run_are_refused_with_what_to_do(work):
+def test_the_result_of_a_stage_that_has_not_run_is_refused_with_the_command(work):
     with pytest.raises(NotRun) as caught:
         work.stage.result()
     assert (caught.value.what, caught.value.hint) == ("tree:vllm has not run", "./doit tree:vllm")
 
 
-def test_inputs_that_need_a_stage_that_has_not_run_are_not_current(work, tmp_path):
+def test_a_stage_is_stale_if_an_input_needs_a_stage_that_has_not_run(work, tmp_path):
     after = Work(tmp_path, "build:vllm")
     built = replace(after.stage, inputs=lambda: {"tree": work.stage.result().path.name})
     assert not built.current()
@@ -251,7 +251,7 @@ def test_inputs_that_need_a_stage_that_has_not_run_are_not_current(work, tmp_pat
     assert not built.current()
 
 
-def test_a_later_stage_that_is_current_makes_this_one_needless(tmp_path):
+def test_a_current_later_stage_makes_this_one_unnecessary(tmp_path):
     later = Work(tmp_path, "wheels:vllm")
     earlier = Work(tmp_path, "build:vllm", unless=later.stage.current)
     assert not earlier.stage.current()
@@ -265,7 +265,7 @@ def test_a_later_stage_that_is_current_makes_this_one_needless(tmp_path):
     assert earlier.runs == 1
 
 
-def test_a_record_that_cannot_be_written_leaves_the_stage_undone(work):
+def test_a_stage_whose_record_cannot_be_written_is_not_current(work):
     work.stage.path.mkdir(parents=True)
     with pytest.raises(OSError, match=os.strerror(21)):
         work.stage.run()

@@ -18,7 +18,7 @@ from doit.reporter import ConsoleReporter
 from voltforge.errors import VoltforgeError, remedy
 from voltforge.pipeline.checkout import Checkout, Settings
 from voltforge.pipeline.pipeline import Pipeline
-from voltforge.pipeline.run_lock import Turn
+from voltforge.pipeline.run_lock import RunLock
 from voltforge.pipeline.stage import Stage
 from voltforge.system import console
 
@@ -110,7 +110,7 @@ def downloads(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def action(
-    work: Callable[..., Any], *words: Any, turn: Turn | None = None, takes_names: bool = False
+    work: Callable[..., Any], *words: Any, turn: RunLock | None = None, takes_names: bool = False
 ) -> dict[str, Any]:
     """A task that does one thing, and whose problems are a sentence.
 

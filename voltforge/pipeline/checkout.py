@@ -1,4 +1,4 @@
-"""A checkout: its root, what a person chose on the command line, its downloads and its wheelhouse."""
+"""A checkout: its folders, the variables of the command line, its downloads and its wheelhouse."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from voltforge.pipeline.durations import History
-from voltforge.pipeline.run_lock import Turn
+from voltforge.pipeline.durations import Durations
+from voltforge.pipeline.run_lock import RunLock
 from voltforge.pipeline.stage import Stage, Values
 from voltforge.sources import environment
 from voltforge.sources.environment import Environment
@@ -28,47 +28,47 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person may choose on the command line, as ``name=value``."""
+    """The variables of the command line, ``name=value``."""
 
     cuda: str = "auto"
-    """Which toolkit: auto, system, redist or distro."""
+    """The CUDA toolkit: ``auto``, ``system``, ``redist`` or ``distro``."""
     jobs: str = ""
-    """Compile jobs at once; empty for as many as cores and memory allow."""
+    """The largest number of compile jobs at once; empty for the number of cores."""
     memory: str = ""
-    """The most that all processes of a build may hold together, such as ``6GiB``; empty for what is free."""
+    """The memory that a build may use, such as ``6GiB``; empty for what is free."""
     ccache: str = ""
-    """A server that keeps objects for many machines; empty for those of this disk alone, ``off`` for none."""
+    """A server with an object cache for several machines; empty for a cache on this disk, ``off`` for none."""
     sandbox: str = "auto"
-    """auto, require or off."""
+    """``auto``, ``require`` (fail without bubblewrap) or ``off``."""
     file: str = ""
-    """A wheel, for ``verify`` and ``thin``."""
+    """The wheel for ``verify`` and ``thin``."""
     torch: str = CHOICES["torch"]
-    """How PyTorch is made: source, or thin (of the stock wheel)."""
+    """How PyTorch is made: ``thin`` (from the stock wheel) or ``source`` (compiled)."""
     cudnn: str = CHOICES["cudnn"]
-    """0 for a PyTorch from source without cuDNN."""
+    """``0`` leaves cuDNN out of a PyTorch from source."""
     url: str = ""
-    """The address of a running server, for ``serve:check``."""
+    """The address of the server that ``serve:check`` measures."""
     base: str = ""
-    """The image that ours stands on, such as ``python:3.11-slim``; empty for one of the distribution's packages."""
+    """The base of the image, such as ``python:3.11-slim``; empty for a base of the distribution's packages."""
     gc: str = ""
-    """``delete`` for removing what ``gc`` lists."""
+    """``delete`` removes the files that ``gc`` lists."""
     arch: str = "7.0"
-    """Architectures that ``thin`` keeps, as in TORCH_CUDA_ARCH_LIST: ``7.0``, or ``9.0;9.0a``."""
+    """The architectures that ``thin`` keeps, as in TORCH_CUDA_ARCH_LIST: ``7.0``, or ``9.0;9.0a``."""
 
     def words(self, *without: str) -> list[str]:
-        """What was chosen, as a command line has it, but for some of it."""
-        chosen = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in without}
-        return [f"{name}={value}" for name, value in chosen.items() if value != getattr(Settings, name)]
+        """Return the words of a command line with these settings, without defaults and the names ``without``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in without}
+        return [f"{name}={value}" for name, value in values.items() if value != getattr(Settings, name)]
 
     @property
     def choices(self) -> dict[str, str]:
-        """Those that recipes can depend on."""
+        """The settings that recipes can depend on."""
         return {name: getattr(self, name) for name in CHOICES}
 
 
 @dataclass(frozen=True)
 class Checkout:
-    """Where everything is. What is transient is under ``build/``: losing it costs time, never a result."""
+    """The folders of a checkout. Losing ``build/`` costs time, never a result."""
 
     root: Path
     settings: Settings = Settings()
@@ -80,38 +80,38 @@ class Checkout:
 
     @cached_property
     def store(self) -> Store:
-        """The downloads, with the mirrors and indexes that the environment names."""
+        """The downloads, and the mirrors and indexes of the environment variables."""
         return Store.from_environment(self.scratch / "downloads")
 
     @cached_property
-    def turn(self) -> Turn:
-        """The right to change this checkout, which one run has at a time."""
-        return Turn(self.scratch / ".turn", " ".join(["doit", *map(redacted, sys.argv[1:])]))
+    def turn(self) -> RunLock:
+        """The lock that one run holds at a time."""
+        return RunLock(self.scratch / ".turn", " ".join(["doit", *map(redacted, sys.argv[1:])]))
 
     @property
     def cache(self) -> Cache | None:
-        """The shared cache that the environment names, if it names one."""
+        """The shared cache ``VOLTFORGE_CACHE``, if it is set."""
         return Cache.from_environment()
 
     @property
     def signer(self) -> Signer | None:
-        """The person's own key, if there is one."""
+        """The user's own key, if there is one."""
         return signing.configured(os.environ)[0]
 
     @property
     def trust(self) -> Trust:
-        """The keys whose signatures the person believes."""
+        """The public keys that the user trusts."""
         return signing.configured(os.environ)[1]
 
     @property
     def wheelhouse(self) -> Wheelhouse:
-        """What came out."""
+        """The finished wheels."""
         return Wheelhouse(self.root / "wheelhouse")
 
     @property
-    def history(self) -> History:
+    def history(self) -> Durations:
         """How long the stages took here."""
-        return History(self.record("history"))
+        return Durations(self.record("history"))
 
     def stage(
         self,

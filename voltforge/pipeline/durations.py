@@ -1,4 +1,4 @@
-"""How long each stage took here when it last ran, so that the next time can say how long it will take."""
+"""How long each stage took here, so that the next run can show the remaining time."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from pathlib import Path
 
 from voltforge.system import files
 
-LEAST = 1.0
-"""Seconds below which nobody needs to be told how long something takes."""
-MOST = 10**7
-"""Seconds, four months: what claims more is no time that a stage took."""
+SHORTEST = 1.0
+"""Seconds; a shorter stage needs no estimate."""
+LONGEST = 10**7
+"""Seconds, four months; a larger number in the file is no duration."""
 
 
 @dataclass(frozen=True)
-class History:
-    """Seconds by the name of the stage, in a JSON file of which anything else is ignored.
+class Durations:
+    """Seconds by the name of the stage, in a JSON file. Other content of the file is ignored.
 
-    Nothing depends on it but what a person is shown.
+    They are shown to people and decide nothing.
     """
 
     path: Path
 
     def usual(self, name: str) -> float | None:
-        """Seconds that the stage took when it last ran to its end, if that is known."""
-        return self._kept().get(name)
+        """Return the seconds of the last finished run of a stage, if they are known."""
+        return self._read().get(name)
 
-    def keep(self, name: str, seconds: float) -> None:
-        """Remember how long a stage took; where that cannot be written, it is not remembered."""
-        if LEAST <= seconds < MOST:
+    def store(self, name: str, seconds: float) -> None:
+        """Store the seconds of a stage. A file that cannot be written is skipped."""
+        if SHORTEST <= seconds < LONGEST:
             with contextlib.suppress(OSError):
-                files.write_json(self.path, {**self._kept(), name: round(seconds, 1)})
+                files.write_json(self.path, {**self._read(), name: round(seconds, 1)})
 
     @contextlib.contextmanager
     def measured(self, name: str) -> Iterator[None]:
-        """Remember how long the block takes, unless it fails."""
+        """Store the duration of the block, unless it fails."""
         start = time.monotonic()
         yield
-        self.keep(name, time.monotonic() - start)
+        self.store(name, time.monotonic() - start)
 
-    def _kept(self) -> dict[str, float]:
-        found = files.read_json(self.path)
-        if not isinstance(found, dict):
+    def _read(self) -> dict[str, float]:
+        content = files.read_json(self.path)
+        if not isinstance(content, dict):
             return {}
-        numbers = {name: value for name, value in found.items() if type(value) in (int, float)}
-        return {name: float(value) for name, value in numbers.items() if LEAST <= value < MOST}
+        numbers = {name: value for name, value in content.items() if type(value) in (int, float)}
+        return {name: float(value) for name, value in numbers.items() if SHORTEST <= value < LONGEST}

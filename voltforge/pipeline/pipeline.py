@@ -1,4 +1,4 @@
-"""The recipes of a checkout and their stages: what the graph is made of."""
+"""The recipes of a checkout and all of their stages."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ STAGES = ("fetch", "tree", "toolchain", "environment", "build", "driver-stub", "
 
 @dataclass(frozen=True)
 class Pipeline(Checkout):
-    """A checkout with its recipes, and the stages for them."""
+    """A checkout with its recipes."""
 
     recipes: Mapping[str, SourceRecipe | ThinRecipe] = field(default_factory=dict)
     cuda: CudaRecipe = field(kw_only=True)
 
     @classmethod
     def load(cls, root: Path, settings: Settings) -> Pipeline:
-        """The pipeline of a checkout.
+        """Read the recipes of a checkout.
 
         Raises:
-            RecipeError: one of its recipes cannot be used.
-            VoltforgeError: no recipe has what the settings choose.
+            RecipeError: a recipe is invalid.
+            VoltforgeError: no recipe offers what the settings choose.
         """
         recipes = load_all(root / "recipes", settings.choices)
         return cls(root, settings, recipes, cuda=load_cuda(root / "recipes" / "cuda.toml"))
 
     def check(self) -> None:
-        """Nothing, if what the person chose can be used: it is told before anything is fetched.
+        """Check the settings before anything is downloaded.
 
         Raises:
-            VoltforgeError: a setting makes no sense.
+            VoltforgeError: a setting is invalid.
         """
         jobs.number(self.settings.jobs)
         _limit(self.settings.memory)
@@ -106,10 +106,10 @@ class Pipeline(Checkout):
 
     @cached_property
     def objects(self) -> Objects | None:
-        """Where objects that were compiled before are, if they are kept.
+        """The cache of compiled objects, if it is on.
 
         Raises:
-            VoltforgeError: ``ccache=`` is no server of objects.
+            VoltforgeError: ``ccache=`` is not the address of an object cache.
         """
         return object_cache.chosen(self.settings.ccache, self.scratch / "cache" / "ccache")
 
@@ -133,7 +133,7 @@ class Pipeline(Checkout):
             console.warn(f"not downloaded yet: {', '.join(missing.artifact.file for missing in error.missing)}")
 
     def thin(self, name: str) -> Thin:
-        """What a project's wheel needs beyond what thinning does to every wheel, whatever is built of it here."""
+        """Return the special rules for thinning a project's wheel; empty rules for a project without a thin recipe."""
         path = self.root / "recipes" / f"{name}-thin.toml"
         recipe = load(path) if path.exists() else None
         return recipe.thin if isinstance(recipe, ThinRecipe) else Thin()
@@ -180,16 +180,16 @@ class Pipeline(Checkout):
         )
 
     def examined(self, path: Path) -> list[checks.Finding]:
-        """What the checks find in any wheel, held to the recipe of its project if there is one.
+        """Return the findings of all checks on any wheel, by the recipe of its project if there is one.
 
         Raises:
-            VoltforgeError: there is no such file, or it is no wheel.
+            VoltforgeError: the file does not exist, or is not a wheel.
         """
         if not path.is_file():
-            raise VoltforgeError(f"there is no {path}", hint="./doit verify file=PATH.whl")
+            raise VoltforgeError(f"{path} does not exist", hint="./doit verify file=PATH.whl")
         name = wheelfile.Wheel.read(path).name
         if name not in self.recipes:
-            console.note(f"no recipe is called {name}: only what holds for every wheel is checked")
+            console.note(f"no recipe is called {name}: only the general checks run")
             return checks.verify(path, checks.Expectation())
         return list(self.package(self.recipes[name]).findings(path, None))
 
@@ -198,7 +198,7 @@ def _limit(text: str) -> int | None:
     try:
         return byte_count(text) if text else None
     except ValueError as error:
-        raise VoltforgeError(f"memory={text}: {error}", hint="memory=6GiB, or leave it out") from None
+        raise VoltforgeError(f"memory={text}: {error}", hint="memory=6GiB, or omit it") from None
 
 
 def _shown(path: Path, root: Path) -> str:

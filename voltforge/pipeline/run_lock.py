@@ -1,4 +1,4 @@
-"""One run at a time in a checkout: a second one waits, and says for whom."""
+"""One run at a time per checkout: a second run waits and names the first."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import IO
 from voltforge.system import console
 
 
-class Turn:
-    """The right to change what is under ``build/`` and ``wheelhouse/``; it ends with the process.
+class RunLock:
+    """The right to change ``build/`` and ``wheelhouse/``, held until the process ends.
 
-    It is an flock(2) on a file that stays, so that a killed run holds nobody up.
+    It is an flock(2) on a file that is never removed, so a killed run releases it.
     """
 
     def __init__(self, path: Path, command: str) -> None:
         self.path = path
         self.command = command
-        """What this run is called by those who wait for it."""
+        """The command line of this run, shown to runs that wait for it."""
         self._file: IO[str] | None = None
 
     def take(self) -> bool:
-        """Wait until it is ours; gives whether another run had it first, so that much may be done by now."""
+        """Wait for the lock. Return True if another run held it, because that run may have done the work."""
         if self._file:
             return False
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,15 +47,15 @@ class Turn:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.note(f"waits for {_told(file)}, which is at work in this checkout")
+            console.note(f"waiting for {_holder(file)}, which is running in this checkout")
             fcntl.flock(file, fcntl.LOCK_EX)
             return True
         return False
 
 
-def _told(file: IO[str]) -> str:
+def _holder(file: IO[str]) -> str:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         file.seek(0)
-        other = json.load(file)
-        return f"{other['command']} (process {other['pid']}, since {other['since']})"
+        holder = json.load(file)
+        return f"{holder['command']} (process {holder['pid']}, since {holder['since']})"
     return "another run"
