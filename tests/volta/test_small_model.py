@@ -123,9 +123,9 @@ class Llm:
     def __init__(self, **arguments):
         assert arguments["model"] and arguments["enforce_eager"]
 
-    def generate(self, asked, sampling, use_tqdm):
+    def generate(self, requests, sampling, use_tqdm):
         assert (sampling.temperature, sampling.max_tokens, sampling.logprobs) == (0, TOKENS, BEST)
-        for number, one in enumerate(asked):
+        for number, one in enumerate(requests):
             said = short.greedy(one["prompt_token_ids"])
             best = [{token: Logprob(found) for token, found in step.items()} for step in said.best]
             done = CompletionOutput(0, "", said.tokens, 0.0, best)

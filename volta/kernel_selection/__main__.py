@@ -24,28 +24,32 @@ from volta.kernel_selection.tables import markdown
 
 
 def capability(text: str) -> tuple[int, int]:
-    """'7.0' as (7, 0)."""
+    """Parse a compute capability: '7.0' is (7, 0)."""
     major, minor = text.split(".")
     return int(major), int(minor)
 
 
 def main() -> None:
-    """Answer to all cases, as JSON lines or as tables."""
+    """Print the answers to all cases as JSON lines, or also write them as tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--capability", type=capability, default=(7, 0), metavar="7.0", help="which card is pretended")
-    parser.add_argument("--only", default="", metavar="WORDS", help="only the cases that have these words in them")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables of docs/volta.md there, too")
-    words = parser.parse_args()
-    if words.only and words.markdown:
+    parser.add_argument(
+        "--capability", type=capability, default=(7, 0), metavar="7.0", help="compute capability of the pretended cards"
+    )
+    parser.add_argument("--only", default="", metavar="WORDS", help="only cases whose names contain this text")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="also write the tables of docs/volta.md to this file"
+    )
+    options = parser.parse_args()
+    if options.only and options.markdown:
         parser.error("--markdown needs all cases: leave out --only")
-    pretended(words.capability)
+    pretended(options.capability)
     quiet()
     with contextlib.redirect_stdout(sys.stderr):
-        answers = table(case for case in cases() if words.only in ", ".join(asdict(case).values()))
+        answers = table(case for case in cases() if options.only in ", ".join(asdict(case).values()))
     for case, choice in answers.items():
         print(json.dumps({**asdict(case), **asdict(choice)}))
-    if words.markdown:
-        words.markdown.write_text(markdown(answers), encoding="utf-8")
+    if options.markdown:
+        options.markdown.write_text(markdown(answers), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A cell of the table of docs/volta.md, and vLLM's answer to it."""
+"""Define a case, which is a cell of the tables of docs/volta.md, and vLLM's answer to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from volta.kernel_selection.checkpoints import CARDS, FAMILIES, JOINED, KV_CACHE
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the table, by the names above."""
+    """One cell of the tables, by the names in :mod:`volta.kernel_selection.checkpoints`."""
 
     quantization: str
     family: str
@@ -20,24 +20,24 @@ class Case:
 
 @dataclass(frozen=True)
 class Choice:
-    """What vLLM picks for a case; the names are those of its classes. Empty where there is nothing of the kind."""
+    """The kernels that vLLM selects for a case, by the names of its classes; empty if the model has none."""
 
     dtype: str = ""
     linear: str = ""
-    """The kernels of the linear layers."""
+    """The classes of the linear layers."""
     experts: str = ""
-    """The kernels of the experts."""
+    """The classes of the experts."""
     attention: str = ""
     all_reduce: str = ""
-    """What adds up the cards' parts, and what the log says about it."""
+    """The all-reduce between the cards, and the log's message about it."""
     refused: str = ""
-    """The sentence with which it refuses."""
+    """The message with which vLLM refuses."""
     when: str = ""
-    """When it refuses: at "start", before any process or weight is loaded, or while "building" the layers."""
+    """The time of the refusal: "start", before any process or weight is loaded, or "building" the layers."""
 
 
 def cases() -> Iterator[Case]:
-    """Every quantization with every family; KV caches and several cards with some of them."""
+    """Yield every quantization with every family, and KV caches and several cards with some of them."""
     for quantization in QUANTIZATIONS:
         for family in FAMILIES:
             for kv_cache in KV_CACHES if family in KV_FAMILIES else KV_CACHES[:1]:

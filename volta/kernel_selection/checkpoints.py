@@ -1,10 +1,10 @@
-"""Small checkpoints of the families and quantizations that people ask for, as their config.json would have them."""
+"""List small checkpoints of common model families and quantizations, as their config.json."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Two layers of each family: the sizes are small, but their ratios and the head sizes are those of real models.
+# Each family has two layers. The sizes are small; their ratios and the head sizes are those of real models.
 SMALL: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 1024,
@@ -94,7 +94,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "T5": {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True},
     "BART": {"architectures": ["BartForConditionalGeneration"], "model_type": "bart", "is_encoder_decoder": True},
 }
-# What else a model's folder must hold.
+# Other files that a model's folder must contain.
 FILES: dict[str, dict[str, Any]] = {
     "Whisper": {
         "preprocessor_config.json": {
@@ -109,33 +109,36 @@ FILES: dict[str, dict[str, Any]] = {
     }
 }
 ENVIRONMENT = {"DeepSeek V2, VLLM_MLA_DISABLE=1": {"VLLM_MLA_DISABLE": "1"}}
-# What chooses among the experts: no checkpoint quantizes it.
+# The routers of experts, which no checkpoint quantizes.
 ROUTERS = {
     "Mixtral": "block_sparse_moe.gate",
     **dict.fromkeys(("Qwen3 MoE", "DeepSeek V2 (MLA)", "DeepSeek V2, VLLM_MLA_DISABLE=1"), "mlp.gate"),
 }
-QKVO = tuple(f"self_attn.{one}_proj" for one in "qkvo")
+QKVO = tuple(f"self_attn.{letter}_proj" for letter in "qkvo")
 MLP = ("gate_proj", "up_proj", "down_proj")
 LATENT_WEIGHTS = (
-    *(f"self_attn.{one}" for one in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
+    *(f"self_attn.{name}" for name in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
     *(
-        f"mlp.{where}.{one}"
-        for where in ("shared_experts", *(f"experts.{expert}" for expert in range(8)))
-        for one in MLP
+        f"mlp.{parent}.{name}"
+        for parent in ("shared_experts", *(f"experts.{expert}" for expert in range(8)))
+        for name in MLP
     ),
 )
-# The linear layers of one layer, as checkpoints call them. GPTQ and AWQ learn from the files which are quantized.
+# The linear layers of one layer, by their names in checkpoints. GPTQ and AWQ read from the files which are quantized.
 WEIGHTS: dict[str, tuple[str, ...]] = {
-    **{name: (*QKVO, *(f"mlp.{one}" for one in MLP)) for name in ("Llama", "Qwen2", "Gemma 2")},
-    "Mixtral": (*QKVO, *(f"block_sparse_moe.experts.{expert}.w{one}" for expert in range(8) for one in (1, 2, 3))),
-    "Qwen3 MoE": (*QKVO, *(f"mlp.experts.{expert}.{one}" for expert in range(8) for one in MLP)),
+    **{name: (*QKVO, *(f"mlp.{matrix}" for matrix in MLP)) for name in ("Llama", "Qwen2", "Gemma 2")},
+    "Mixtral": (
+        *QKVO,
+        *(f"block_sparse_moe.experts.{expert}.w{number}" for expert in range(8) for number in (1, 2, 3)),
+    ),
+    "Qwen3 MoE": (*QKVO, *(f"mlp.experts.{expert}.{matrix}" for expert in range(8) for matrix in MLP)),
     "DeepSeek V2 (MLA)": LATENT_WEIGHTS,
     "DeepSeek V2, VLLM_MLA_DISABLE=1": LATENT_WEIGHTS,
 }
 
 
 def compressed(bits: int, form: str = "pack-quantized", inputs: dict[str, Any] | None = None, **weights: Any) -> Any:
-    """A compressed-tensors checkpoint's quantization_config."""
+    """Return the quantization_config of a compressed-tensors checkpoint."""
     group = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128, **weights}
     return {
         "quant_method": "compressed-tensors",
@@ -146,7 +149,7 @@ def compressed(bits: int, form: str = "pack-quantized", inputs: dict[str, Any] |
 
 
 def gptq(bits: int, **others: Any) -> Any:
-    """A GPTQ checkpoint's quantization_config."""
+    """Return the quantization_config of a GPTQ checkpoint."""
     return {
         "quant_method": "gptq",
         "bits": bits,
@@ -159,11 +162,11 @@ def gptq(bits: int, **others: Any) -> Any:
 
 
 def per_token(kind: str) -> dict[str, Any]:
-    """Activations quantized as they come, as compressed-tensors writes it."""
+    """Return the compressed-tensors configuration of dynamically quantized activations."""
     return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
 
 
-# Name: what the checkpoint's config.json says, and what the person says.
+# By name: additions to the checkpoint's config.json, and engine arguments of the user.
 QUANTIZATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "none, float16": ({}, {}),
     "none, bfloat16 checkpoint, dtype auto": ({"torch_dtype": "bfloat16"}, {}),
@@ -218,7 +221,7 @@ QUANTIZATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 KV_FAMILIES = ("Llama", "Gemma 2", "Mixtral")
 KV_CACHES = ("auto", "fp8_e5m2", "fp8", "fp8_e4m3")
-# Name: how many cards, whether NVLink joins them all, and what the person says.
+# By name: the number of cards, True if NVLink connects them all, and engine arguments of the user.
 CARDS: dict[str, tuple[int, bool, dict[str, Any]]] = {
     "one": (1, False, {}),
     "2, NVLink": (2, True, {}),

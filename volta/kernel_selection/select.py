@@ -1,4 +1,4 @@
-"""Ask vLLM for its answer to each case, in one forked process for each pretended card."""
+"""Let vLLM select the kernels of each case, in one forked process for each pretended card."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from volta.kernel_selection.case import Case, Choice
 from volta.kernel_selection.checkpoints import CARDS
 from volta.kernel_selection.startup import configured, environment, joined, kernels
 
-# How vLLM refuses. Anything else, and every error of the CUDA that is not here, is this program's own failure.
+# The errors with which vLLM refuses. Any other error, and every CUDA error, is a fault of this program.
 REFUSALS = (ValueError, NotImplementedError, RuntimeError, ImportError, AssertionError)
 
 
 def refusal(error: Exception) -> str:
-    """vLLM's sentence, without what pydantic puts around it. Raises the error again if it is none of vLLM's."""
+    """Return vLLM's message without pydantic's additions; raise the error again if it is a CUDA error."""
     if re.search(r"cuda(Get|Error)|CUDA (error|driver)|NVIDIA driver|CUDA GPUs", str(error)):
         raise error
-    text = str(error) if not isinstance(error, RuntimeError) else " ".join(str(one) for one in error.args)
+    text = str(error) if not isinstance(error, RuntimeError) else " ".join(str(argument) for argument in error.args)
     text = re.sub(r"^\d+ validation errors? for \w+\n\s*(Value error, )?", "", text)
     text = re.sub(r"\s*\[type=.*", "", text, flags=re.DOTALL)
     text = text.split(" Supported architectures:")[0]
@@ -33,7 +33,7 @@ def refusal(error: Exception) -> str:
 
 
 def chosen(case: Case, join: Callable[[Any, Path], str]) -> Choice:
-    """What vLLM answers to one case."""
+    """Return vLLM's answer to one case."""
     with tempfile.TemporaryDirectory() as name, environment(case.family):
         folder = Path(name)
         try:
@@ -47,9 +47,15 @@ def chosen(case: Case, join: Callable[[Any, Path], str]) -> Choice:
             return Choice(refused=refusal(error), when="building")
 
 
-def together(some: list[Case]) -> list[Choice]:
-    """The answers to cases with the same cards, from one forked process per card. The first card's are given."""
-    count, linked, _ = CARDS[some[0].cards]
+def answers_of_cards(cases: list[Case]) -> list[Choice]:
+    """Return the answers to cases with the same cards, from one forked process for each card.
+
+    They are the answers of the first card.
+
+    Raises:
+        RuntimeError: a process fails.
+    """
+    count, linked, _ = CARDS[cases[0].cards]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         children = []
@@ -58,7 +64,7 @@ def together(some: list[Case]) -> list[Choice]:
             if child == 0:
                 os.dup2(2, 1)  # gloo writes to the standard output
                 try:
-                    as_card(some, rank, linked, folder)
+                    as_card(cases, rank, linked, folder)
                 except BaseException:
                     traceback.print_exc()
                     os._exit(1)
@@ -68,15 +74,15 @@ def together(some: list[Case]) -> list[Choice]:
             child, status = os.wait()
             children.remove(child)
             if status:
-                for other in children:  # which wait for it in vain
-                    os.kill(other, signal.SIGKILL)
-                    os.waitpid(other, 0)
-                raise RuntimeError(f"the process of one of {count} pretended cards ended with status {status}")
-        return [Choice(**one) for one in json.loads((folder / "answers").read_text())]
+                for waiting in children:
+                    os.kill(waiting, signal.SIGKILL)
+                    os.waitpid(waiting, 0)
+                raise RuntimeError(f"the process of one of {count} pretended cards exited with wait status {status}")
+        return [Choice(**answer) for answer in json.loads((folder / "answers").read_text())]
 
 
-def as_card(some: list[Case], rank: int, linked: bool, folder: Path) -> None:
-    """What one card's process does: join once, then answer to every case."""
+def as_card(cases: list[Case], rank: int, linked: bool, folder: Path) -> None:
+    """Run one card's process: join the others once, then write the answer to every case."""
     from volta.pretended_gpu import Platform
 
     Platform.nvlink = linked
@@ -87,14 +93,16 @@ def as_card(some: list[Case], rank: int, linked: bool, folder: Path) -> None:
             first.append(joined(config, rank, folder))
         return first[0]
 
-    answers = [asdict(chosen(case, join)) for case in some]
+    answers = [asdict(chosen(case, join)) for case in cases]
     if rank == 0:
         (folder / "answers").write_text(json.dumps(answers))
 
 
 def table(wanted: Iterable[Case]) -> dict[Case, Choice]:
-    """All answers, in the order of their cards."""
+    """Return the answers to all cases, grouped by cards."""
     groups: dict[str, list[Case]] = {}
     for case in wanted:
         groups.setdefault(case.cards, []).append(case)
-    return {case: choice for some in groups.values() for case, choice in zip(some, together(some), strict=True)}
+    return {
+        case: choice for cases in groups.values() for case, choice in zip(cases, answers_of_cards(cases), strict=True)
+    }

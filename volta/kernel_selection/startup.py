@@ -24,7 +24,7 @@ from volta.kernel_selection.checkpoints import (
 
 
 def pretended(capability: tuple[int, int]) -> None:
-    """Make vLLM believe in cards of this capability. To be called once, before anything else of vllm is imported."""
+    """Pretend cards of this capability; call this once, before any other module of vllm is imported."""
     os.environ.update(
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
@@ -39,12 +39,12 @@ def pretended(capability: tuple[int, int]) -> None:
     pretended_gpu.capability(capability)
     from vllm.model_executor.models import registry
 
-    # A fresh interpreter for each architecture is there to keep CUDA out of this process, which has none.
+    # vLLM inspects each model class in a new process to avoid CUDA in this one. There is no CUDA here.
     registry._run_in_subprocess = lambda function: function()
 
 
 def weights(family: str) -> bytes:
-    """A safetensors file with the names and types of a GPTQ or AWQ checkpoint's tensors, each of one element."""
+    """Return a safetensors file with the tensor names and types of a GPTQ or AWQ checkpoint; each has one element."""
     from safetensors.torch import save
     from torch import float16, int32, zeros
 
@@ -59,13 +59,13 @@ def weights(family: str) -> bytes:
 
 
 def quiet() -> None:
-    """Everything below a warning of vLLM's log goes, for a log of hundreds of starts says nothing."""
+    """Log only vLLM's errors: the log of hundreds of starts is not useful."""
     logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
 def environment(family: str) -> Iterator[None]:
-    """The variables that this family's name promises."""
+    """Set the environment variables of a family inside the block."""
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT.get(family, {}))
     try:
@@ -76,15 +76,15 @@ def environment(family: str) -> Iterator[None]:
 
 
 def configured(case: Case, folder: Path) -> Any:
-    """The VllmConfig, by the way of the engine's arguments; raises what vLLM raises."""
+    """Return the VllmConfig, from the engine's arguments; raises vLLM's errors."""
     from vllm.engine.arg_utils import EngineArgs
 
-    written, said = QUANTIZATIONS[case.quantization]
+    config, options = QUANTIZATIONS[case.quantization]
     count, _, parallel = CARDS[case.cards]
-    for file, content in {"config.json": {**FAMILIES[case.family], **written}, **FILES.get(case.family, {})}.items():
+    for file, content in {"config.json": {**FAMILIES[case.family], **config}, **FILES.get(case.family, {})}.items():
         (folder / file).write_text(content if isinstance(content, str) else json.dumps(content))
     (folder / "model.safetensors").write_bytes(weights(case.family))
-    arguments = {"tensor_parallel_size": count, **parallel, **said}
+    arguments = {"tensor_parallel_size": count, **parallel, **options}
     if count > 1:
         arguments["distributed_executor_backend"] = "mp"
     return EngineArgs(
@@ -97,7 +97,7 @@ def configured(case: Case, folder: Path) -> Any:
 
 
 def joined(config: Any, rank: int, folder: Path) -> str:
-    """Join this process with the others as a worker does, and tell what will add up their parts."""
+    """Join this process with the others as a worker does, and return the all-reduce with its log message."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.distributed.device_communicators import custom_all_reduce
@@ -105,32 +105,32 @@ def joined(config: Any, rank: int, folder: Path) -> str:
 
     count = config.parallel_config.world_size
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(card) for card in range(count))
-    asked: list[int] = []
-    said: list[str] = []
+    checked: list[int] = []
+    messages: list[str] = []
 
     def can_p2p(rank: int, world_size: int) -> bool:
-        # On real cards the check would pass and the kernel be taken; here it must not go on to CUDA.
-        asked.append(rank)
+        # On real cards the check passes and vLLM uses the custom kernel. Here False stops before CUDA is called.
+        checked.append(rank)
         return False
 
-    def hear(record: logging.LogRecord) -> bool:
-        said.append(record.getMessage())
+    def collect(record: logging.LogRecord) -> bool:
+        messages.append(record.getMessage())
         return False
 
     custom_all_reduce._can_p2p = can_p2p
     log = logging.getLogger(custom_all_reduce.__name__)
     log.setLevel(logging.INFO)
-    log.addFilter(hear)
+    log.addFilter(collect)
     with set_current_vllm_config(config):
         init_worker_distributed_environment(config, rank, f"file://{folder}/rendezvous", rank, "gloo")
     if count == 1 or parallel_state.get_tp_group().world_size == 1:
         return ""
-    wanted = [line for line in said if "P2P test failed" not in line]
-    return " ".join([f"{'custom kernel' if asked else 'NCCL'}.", *wanted])
+    wanted = [line for line in messages if "P2P test failed" not in line]
+    return " ".join([f"{'custom kernel' if checked else 'NCCL'}.", *wanted])
 
 
 def kernels(config: Any) -> Choice:
-    """Build the model's layers, without storage, and read off what they were given."""
+    """Build the model's layers without storage and return their kernels."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.fused_moe import FusedMoE
@@ -141,20 +141,22 @@ def kernels(config: Any) -> Choice:
     dtype = config.model_config.dtype
     with set_current_vllm_config(config), set_default_torch_dtype(dtype), torch.device("meta"):
         model = initialize_model(vllm_config=config)
-    found: dict[str, set[str]] = {"linear": set(), "experts": set(), "attention": set()}
+    names: dict[str, set[str]] = {"linear": set(), "experts": set(), "attention": set()}
     for name, layer in model.named_modules():
         if isinstance(layer, FusedMoE):
-            found["experts"].add(named(layer.quant_method, layer))
+            names["experts"].add(named(layer.quant_method, layer))
         elif isinstance(layer, LinearBase) and not name.endswith(".gate"):  # a router is never quantized
-            found["linear"].add(named(layer.quant_method, layer))
+            names["linear"].add(named(layer.quant_method, layer))
         elif hasattr(layer, "attn_backend"):
             backend = layer.attn_backend  # a class, or for an encoder's attention a name
-            found["attention"].add(backend.get_name() if hasattr(backend, "get_name") else backend.name)
-    return Choice(str(dtype).removeprefix("torch."), **{kind: " + ".join(sorted(some)) for kind, some in found.items()})
+            names["attention"].add(backend.get_name() if hasattr(backend, "get_name") else backend.name)
+    return Choice(
+        str(dtype).removeprefix("torch."), **{kind: " + ".join(sorted(members)) for kind, members in names.items()}
+    )
 
 
 def named(method: Any, layer: Any) -> str:
-    """The name of what computes a layer: of a scheme's kernel rather than of the scheme, with Triton where it is."""
+    """Return the class name of a layer's kernel, scheme or method, in this order; "(Triton)" marks Triton kernels."""
     scheme = getattr(layer, "scheme", None)
     method = getattr(scheme, "kernel", None) or scheme or method
     name = type(method).__name__

@@ -11,9 +11,9 @@ from typing import Any
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD, WORDS = 4, 512, 1024, 8, 2, 64, 1024
 GROUP = 128
-"""Inputs that share a scale, in a quantized matrix."""
+"""The number of inputs that share a scale in a quantized matrix."""
 PROMPTS = (1, 7, 33, 100)
-"""How many tokens each prompt has: less than a tile of attention, and more than one."""
+"""The number of tokens of each prompt: less than a tile of attention, and more."""
 SEED = 70
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -43,9 +43,9 @@ SHAPES = {
     "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
 }
-"""The matrices of a layer, outputs x inputs."""
+"""The shapes of a layer's matrices: outputs x inputs."""
 GAINS = {"self_attn": 0.8, "mlp": 1.2}
-"""How much a matrix enlarges what it is given: attention as much as errors of an e5m2 cache allow, see VARIANTS."""
+"""The factor by which a matrix enlarges its input; for attention the errors of an e5m2 cache limit it."""
 
 
 Tensors = dict[str, Any]
@@ -53,19 +53,20 @@ Tensors = dict[str, Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to keep the weights and the cache."""
+    """A format of the weights and the KV cache."""
 
     name: str
     bound: float
-    """How far a logarithm of a probability may be off."""
+    """The largest error of a log probability that passes."""
     quantization: str = ""
-    """``gptq`` or ``awq``."""
+    """``gptq``, ``awq``, or empty for float16."""
     cache: str = "auto"
 
 
-# The logits have a standard deviation of about 4.5. With transformers in float16 instead of vLLM, logarithms are off by
-# 0.03 at most, and by 0.24 with an e5m2 cache: the reference rounds that too, but float16 and float32 may stand on two
-# sides of a half, a quarter apart. The bounds are two to three times that. A cache that is not rounded is off by 0.7.
+# The logits have a standard deviation of about 4.5. With transformers in float16 instead of vLLM, the largest error of a
+# log probability is 0.03, and 0.24 with an e5m2 cache. The reference rounds its cache, too, but float16 and float32 can
+# round a number near a tie in different directions. The bounds are two to three times these errors. A cache that is not
+# rounded has an error of 0.7.
 VARIANTS = (
     Variant("float16", 0.1),
     Variant("float16, fp8_e5m2 cache", 0.5, cache="fp8_e5m2"),
@@ -75,7 +76,7 @@ VARIANTS = (
 
 
 def weights(quantization: str = "", seed: int = SEED) -> tuple[Tensors, Tensors]:
-    """The model twice: the tensors of a checkpoint, and the exact weights that they stand for, in float32."""
+    """Return the tensors of a checkpoint, and the exact weights that they represent, in float32."""
     import torch
 
     random = torch.Generator().manual_seed(seed)
@@ -97,9 +98,9 @@ def weights(quantization: str = "", seed: int = SEED) -> tuple[Tensors, Tensors]
             name = f"model.layers.{layer}.{matrix}"
             values = normal(outputs, inputs, scale=GAINS[matrix.split(".")[0]] / math.sqrt(inputs))
             if quantization:
-                parts, kept = {"gptq": gptq, "awq": awq}[quantization](values.T)
+                parts, exact_values = {"gptq": gptq, "awq": awq}[quantization](values.T)
                 stored.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
-                exact[f"{name}.weight"] = kept.T.contiguous()
+                exact[f"{name}.weight"] = exact_values.T.contiguous()
             else:
                 plain(f"{name}.weight", values)
     plain("model.norm.weight", 1 + normal(HIDDEN, scale=0.1))
@@ -108,9 +109,9 @@ def weights(quantization: str = "", seed: int = SEED) -> tuple[Tensors, Tensors]
 
 
 def gptq(values: Any) -> tuple[Tensors, Any]:
-    """A matrix, inputs x outputs, as GPTQ keeps it: symmetric, in groups; and what that stands for.
+    """Quantize a matrix, inputs x outputs, as GPTQ: symmetric, in groups. Return its tensors and exact weights.
 
-    Eight numbers of a column lie in a word, the first one lowest. A zero point is stored less 1.
+    A word holds eight numbers of a column, the first in the lowest bits. A zero point is stored minus 1.
     """
     import torch
 
@@ -127,9 +128,9 @@ def gptq(values: Any) -> tuple[Tensors, Any]:
 
 
 def awq(values: Any) -> tuple[Tensors, Any]:
-    """A matrix, inputs x outputs, as AWQ keeps it: with zero points, in groups; and what that stands for.
+    """Quantize a matrix, inputs x outputs, as AWQ: with zero points, in groups. Return its tensors and exact weights.
 
-    Eight numbers of a row lie in a word, in the order of :data:`volta.reference.AWQ_ORDER`.
+    A word holds eight numbers of a row, in the order of :data:`volta.reference.AWQ_ORDER`.
     """
     from volta.reference import AWQ_ORDER
 
@@ -137,18 +138,18 @@ def awq(values: Any) -> tuple[Tensors, Any]:
     low, high = _grouped(values).amin(1), _grouped(values).amax(1)
     scales = ((high - low) / 15).half()
     zeros = (-low / scales.float()).round().clamp(0, 15).long()
-    less = zeros.repeat_interleave(GROUP, 0)
-    numbers = ((values / _spread(scales)).round().long() + less).clamp(0, 15)
+    offsets = zeros.repeat_interleave(GROUP, 0)
+    numbers = ((values / _spread(scales)).round().long() + offsets).clamp(0, 15)
     parts = {
         "qweight": packed(numbers.reshape(inputs, -1, 8), AWQ_ORDER),
         "qzeros": packed(zeros.reshape(-1, outputs // 8, 8), AWQ_ORDER),
         "scales": scales,
     }
-    return parts, (numbers - less) * _spread(scales)
+    return parts, (numbers - offsets) * _spread(scales)
 
 
 def packed(numbers: Any, places: Sequence[int]) -> Any:
-    """Words of 32 bits, each from the eight numbers of the last axis; ``places`` says which four bits each one gets."""
+    """Pack the eight 4-bit numbers of the last axis into 32-bit words; ``places`` are their positions in the word."""
     import torch
 
     shifts = 4 * torch.tensor(list(places))
@@ -165,17 +166,17 @@ def _spread(scales: Any) -> Any:
 
 
 def quantization_config(quantization: str) -> dict[str, Any]:
-    """What a checkpoint's config.json says of it."""
+    """Return the entries of config.json for a quantization."""
     if quantization == "gptq":
-        said = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
-        return {"quantization_config": {**said, "lm_head": False}}
+        config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
+        return {"quantization_config": {**config, "lm_head": False}}
     if quantization == "awq":
         return {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True}}
     return {}
 
 
 def write(folder: Path, variant: Variant) -> Tensors:
-    """Put a variant's checkpoint into a folder; gives the exact weights."""
+    """Write a variant's checkpoint to a folder; return the exact weights."""
     from safetensors.torch import save_file
 
     stored, exact = weights(variant.quantization)
@@ -187,7 +188,7 @@ def write(folder: Path, variant: Variant) -> Tensors:
 
 
 def prompts(seed: int = SEED) -> list[list[int]]:
-    """Token ids, of the lengths in :data:`PROMPTS`."""
+    """Return random token ids of the lengths in :data:`PROMPTS`."""
     import torch
 
     random = torch.Generator().manual_seed(seed)

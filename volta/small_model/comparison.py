@@ -11,31 +11,30 @@ from volta.torch_operations.operation import Row
 
 
 def compare(name: str, answers: Sequence[Answer], reference: Reference, took: float | None = None) -> list[Row]:
-    """Two rows: whether tokens are the reference's wherever it decides, and how far logarithms are off.
+    """Return two rows: the tokens that differ from the reference, and the largest error of a log probability.
 
-    The reference is given the very tokens that were generated, so that one that it leaves open does not lead the two
-    apart. Its choice is decided where its best token is ahead of the next by more than twice the bound: then no two
-    errors within the bound can turn it round.
+    The reference reads the generated tokens, so that one undecided token does not change the rest. A choice is decided
+    if the reference's best token leads the next by more than twice the bound. Errors within the bound cannot change it.
     """
     bound = reference.variant.bound
-    worst, asked, decided, other = 0.0, 0, 0, 0
+    worst, compared, decided, different = 0.0, 0, 0, 0
     for answer in answers:
         right = reference.logarithms([*answer.prompt, *answer.tokens])[len(answer.prompt) - 1 :]
-        for token, best, here in zip(answer.tokens, answer.best, right, strict=False):
-            for candidate, said in best.items():
-                off = abs(said - float(here[candidate]))
+        for token, best, exact in zip(answer.tokens, answer.best, right, strict=False):
+            for candidate, logarithm in best.items():
+                off = abs(logarithm - float(exact[candidate]))
                 worst = max(worst, math.inf if math.isnan(off) else off)
-                asked += 1
-            (first, second), (choice, _) = (found.tolist() for found in here.topk(2))
+                compared += 1
+            (first, second), (choice, _) = (pair.tolist() for pair in exact.topk(2))
             if first - second > 2 * bound:
                 decided += 1
-                other += token != choice
+                different += token != choice
     count = sum(len(answer.tokens) for answer in answers)
-    whole = count == TOKENS * len(PROMPTS) and asked >= count and 4 * decided >= count
-    said = f"{decided} of {count} tokens are decided by more than {2 * bound}, {other} of these are others"
+    enough = count == TOKENS * len(PROMPTS) and compared >= count and 4 * decided >= count
+    reason = f"{decided} of {count} tokens are decided by more than {2 * bound}, {different} of these differ"
     tokens = Row(
-        f"{name}: tokens", float(other), 0.0, took, "right" if whole and not other else "wrong",
-        said if whole else f"{said}: too few to say anything"
+        f"{name}: tokens", float(different), 0.0, took, "right" if enough and not different else "wrong",
+        reason if enough else f"{reason}: too few tokens for a comparison"
     )  # fmt: skip
-    why = f"the largest of {asked} logarithms' differences"
+    why = f"the largest difference of {compared} log probabilities"
     return [tokens, Row(f"{name}: logarithms", worst, bound, took, "right" if worst <= bound else "wrong", why)]

@@ -1,4 +1,4 @@
-"""Let vLLM answer the prompts, in a process of its own."""
+"""Run vLLM on the prompts, in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from volta.small_model.checkpoint import Variant, prompts
 from volta.small_model.reference import BEST, TOKENS, Answer
 
 PATIENCE = 1800
-"""Seconds for one start of vLLM with all its compiling."""
+"""Seconds for one start of vLLM, including its compilations."""
 
 
 def arguments(folder: Path, variant: Variant, *, graphs: bool) -> dict[str, Any]:
-    """vLLM's engine arguments for a variant's folder."""
+    """Return vLLM's engine arguments for a variant's folder."""
     return {
         "model": str(folder),
         "skip_tokenizer_init": True,
@@ -37,34 +37,37 @@ def arguments(folder: Path, variant: Variant, *, graphs: bool) -> dict[str, Any]
 
 
 def generate(folder: Path, variant: Variant, graphs: bool, to: Path) -> None:
-    """Start vLLM in this process, and write what it answers, and how long a token takes, to a file."""
+    """Start vLLM in this process; write its answers and the time of a step to a file."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(**arguments(folder, variant, graphs=graphs))
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=BEST, ignore_eos=True, detokenize=False)
-    asked: Any = [{"prompt_token_ids": prompt} for prompt in prompts()]
-    llm.generate(asked, greedy, use_tqdm=False)  # what is compiled at the first call is not timed
+    requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts()]
+    llm.generate(requests, greedy, use_tqdm=False)  # compiles; not timed
     begun = time.perf_counter()
-    done = llm.generate(asked, greedy, use_tqdm=False)
+    outputs = llm.generate(requests, greedy, use_tqdm=False)
     took = (time.perf_counter() - begun) * 1e6 / TOKENS
     answers = [
         asdict(
             Answer(
-                list(one.prompt_token_ids),
-                list(one.outputs[0].token_ids),
-                [{token: found.logprob for token, found in step.items()} for step in one.outputs[0].logprobs],
+                list(output.prompt_token_ids),
+                list(output.outputs[0].token_ids),
+                [
+                    {token: candidate.logprob for token, candidate in step.items()}
+                    for step in output.outputs[0].logprobs
+                ],
             )
         )
-        for one in done
+        for output in outputs
     ]
     to.write_text(json.dumps({"microseconds": took, "answers": answers}))
 
 
-def asked(folder: Path, variant: Variant, graphs: bool) -> tuple[list[Answer], float]:
-    """What vLLM answers in a process of its own, and the microseconds that a step of all prompts takes.
+def run_vllm(folder: Path, variant: Variant, graphs: bool) -> tuple[list[Answer], float]:
+    """Run vLLM in a process; return its answers and the microseconds of one step of all prompts.
 
     Raises:
-        RuntimeError: it failed, in its own words.
+        RuntimeError: vLLM failed; the text is its last error.
     """
     to = folder / f"answers-{'graphs' if graphs else 'eager'}.json"
     words = ["--generate", str(folder), "--variant", variant.name, "--to", str(to), *(["--graphs"] if graphs else [])]
@@ -75,17 +78,17 @@ def asked(folder: Path, variant: Variant, graphs: bool) -> tuple[list[Answer], f
     except subprocess.TimeoutExpired as problem:
         raise RuntimeError(f"vLLM took longer than {PATIENCE} s") from problem
     if done.returncode or not to.is_file():
-        told = [one.strip() for one in (done.stdout + done.stderr).splitlines() if "Error" in one]
-        raise RuntimeError(told[-1] if told else f"vLLM ended with status {done.returncode}")
+        errors = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "Error" in line]
+        raise RuntimeError(errors[-1] if errors else f"vLLM exited with status {done.returncode}")
     return read(to)
 
 
 def read(path: Path) -> tuple[list[Answer], float]:
-    """What :func:`generate` wrote."""
-    said = json.loads(path.read_text())
+    """Read the file that :func:`generate` wrote."""
+    content = json.loads(path.read_text())
     answers = [
-        Answer(one["prompt"], one["tokens"], [{int(token): found for token, found in step.items()}
-                                              for step in one["best"]])
-        for one in said["answers"]
+        Answer(answer["prompt"], answer["tokens"], [{int(token): logprob for token, logprob in step.items()}
+                                              for step in answer["best"]])
+        for answer in content["answers"]
     ]  # fmt: skip
-    return answers, said["microseconds"]
+    return answers, content["microseconds"]

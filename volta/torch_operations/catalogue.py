@@ -10,7 +10,7 @@ from volta.torch_operations.operation import HALF, SINGLE, Operation, Random, Va
 
 
 def operations() -> list[Operation]:
-    """All of them. The functions are looked up when they are called."""
+    """Return all operations. They look up torch's functions when they are called, so that tests can replace these."""
     return [*_products(), *_attention(), *_rows(), *_orders(), *_sums(), *_images(), *_matrices(), *_others()]
 
 
@@ -226,7 +226,7 @@ def _others() -> Iterator[Operation]:
     count = 1 << 20
 
     def drawn(draw: Callable[[Any, Any], Any], moments: bool = True) -> Callable[[Any], Any]:
-        """Whether a seed gives the same numbers twice, whether another gives others; and what they are like."""
+        """Check that a seed repeats its numbers and another seed does not, and return statistics of the numbers."""
 
         def call(like: Any) -> Any:
             def numbers(seed: int) -> Any:
@@ -247,7 +247,7 @@ def _others() -> Iterator[Operation]:
         return Operation(name, drawn(draw, moments), lambda r: [torch.zeros(1)], 6 * deviation / math.sqrt(count), why,
                          "each", right=lambda _: torch.tensor([1, 1, *right], dtype=torch.float64))  # fmt: skip
 
-    # Of sums of the moments' own variances: 1/12 and 1/180 for numbers between 0 and 1, 1 and 2 for normal ones.
+    # The moments' variances are 1/12 and 1/180 for uniform numbers from 0 to 1, 1 and 2 for normal numbers.
     yield random("rand, seeded", lambda g, d: torch.rand(count, generator=g, device=d), (0.5, 1 / 12),
                  math.sqrt(1 / 12), "the mean")  # fmt: skip
     yield random("randn, seeded", lambda g, d: torch.randn(count, generator=g, device=d), (0, 1), math.sqrt(2),

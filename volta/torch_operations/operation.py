@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits only with this
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
 
 NO_GPU = 5
-"""The exit status where torch has no GPU to use."""
+"""The exit status if torch has no usable GPU."""
 HALF, SINGLE = 2.0**-11, 2.0**-24
-"""Half a unit in the last place of float16 and of float32: the most that one rounding changes, relatively."""
+"""Half a unit in the last place of float16 and float32: the largest relative error of one rounding."""
 WARM_UP, TIMED = 3, 15
-"""How often an operation runs before it is timed, and how often it is timed."""
+"""The number of runs before the timing, and of timed runs."""
 
 
 Values = Any
@@ -29,52 +29,52 @@ Values = Any
 
 @dataclass(frozen=True)
 class Operation:
-    """A call of torch, what it is given, and how far its answer may be off."""
+    """A call of torch, its inputs, and the bound of its error."""
 
     name: str
     call: Callable[..., Values]
-    """Given the inputs, in the type that is tested or in float64, on the device that is tested or on the CPU."""
+    """The function; its inputs have the tested type on the tested device, or float64 on the CPU."""
     inputs: Callable[[Random], Sequence[Any]]
-    """Made on the CPU, in the type that is tested."""
+    """Makes the inputs on the CPU, in the tested type."""
     bound: float
     why: str
-    """Where the bound comes from."""
+    """The reason for the bound."""
     measure: str = "row"
-    """``row``: the largest relative error of a row (the last axis) in the 2-norm. ``each``: the largest absolute one of
-    a number. ``equal``: 0 if all numbers are equal, else infinite."""
+    """``row``: the largest relative error of a row (the last axis) in the 2-norm. ``each``: the largest absolute error
+    of a number. ``equal``: 0 if all numbers are equal, else infinite."""
     right: Callable[..., Values] | None = None
-    """What it must give, from the inputs in float64, where that is not the call's own answer to them."""
+    """Computes the exact result from the inputs in float64; by default this is ``call`` itself."""
     needs: str = ""
-    """A backend of attention that not every device has: ``mem-efficient``, ``flash``."""
+    """A required backend of attention that not every device has: ``mem-efficient``, ``flash``."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one operation."""
+    """The result of one operation."""
 
     operation: str
     error: float | None = None
-    """As the operation measures it; ``None`` where there is no answer."""
+    """The error, by the operation's measure; ``None`` if there is no result."""
     bound: float | None = None
     microseconds: float | None = None
-    """The median, by CUDA's events; by the clock on a CPU."""
+    """The median time, by CUDA events; by the clock on a CPU."""
     verdict: str = "failed"
-    """``right``, ``wrong``, ``failed`` (it could not run), or ``left out`` (this device has nothing of the kind)."""
+    """``right``, ``wrong``, ``failed`` (it could not run), or ``left out`` (this device does not support it)."""
     said: str = ""
-    """Why it failed or was left out; else where the bound comes from."""
+    """The reason for the failure or omission; otherwise the reason for the bound."""
     bits: str = ""
-    """A digest of the answer's bytes."""
+    """A digest of the result's bytes."""
     repeats: bool = False
-    """Whether a second call gave the same bits."""
+    """True if a second call had the same bits."""
 
     @property
     def fine(self) -> bool:
-        """Whether this row stands against nothing."""
+        """True if the row is right or left out."""
         return self.verdict in {"right", "left out"}
 
 
 class Random:
-    """Inputs from a seed: the same on every machine, for they are made on the CPU."""
+    """Makes inputs from a seed, on the CPU, so that they are the same on every machine."""
 
     def __init__(self, name: str) -> None:
         import torch
@@ -97,34 +97,34 @@ class Random:
         return self.torch.randint(high, shape, generator=self.generator)
 
     def distinct(self, *shape: int) -> Any:
-        """Numbers no two of which are equal, so that their order is one."""
+        """Return numbers that all differ, so that their order is unique."""
         made = self.torch.randperm(math.prod(shape), generator=self.generator)
         return (made.reshape(shape) - math.prod(shape) // 2).float() / 8
 
 
 def run(operation: Operation, device: str) -> Row:
-    """One operation on a device, held against the CPU."""
+    """Run one operation on a device and compare the result with the CPU."""
     if why := _missing(operation, device):
         return Row(operation.name, verdict="left out", said=why)
     try:
         inputs = operation.inputs(Random(operation.name))
-        there = [one.to(device) for one in inputs]
-        made = [_kept(one) for one in _listed(operation.call(*there))]
-        again = [_kept(one) for one in _listed(operation.call(*there))]
-        took = _microseconds(lambda: operation.call(*there), device)
-        exact = [one.double() if one.is_floating_point() else one for one in inputs]
+        on_device = [tensor.to(device) for tensor in inputs]
+        results = [_on_cpu(tensor) for tensor in _listed(operation.call(*on_device))]
+        repeated = [_on_cpu(tensor) for tensor in _listed(operation.call(*on_device))]
+        took = _microseconds(lambda: operation.call(*on_device), device)
+        exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
         right = _listed((operation.right or operation.call)(*exact))
-        found = max(error(one, other, operation.measure) for one, other in zip(made, right, strict=True))
-    except Exception as problem:  # whatever it is: it is this row's, and the others still run
+        largest = max(error(result, true, operation.measure) for result, true in zip(results, right, strict=True))
+    except Exception as problem:  # any error is this row's; the other rows still run
         words = str(problem).strip().splitlines() or [type(problem).__name__]
         return Row(operation.name, bound=operation.bound, said=words[0][:300])
-    verdict = "right" if found <= operation.bound else "wrong"
-    bits = [hashlib.sha256(b"".join(map(_bytes, some))).hexdigest()[:16] for some in (made, again)]
-    return Row(operation.name, found, operation.bound, took, verdict, operation.why, bits[0], bits[0] == bits[1])
+    verdict = "right" if largest <= operation.bound else "wrong"
+    bits = [hashlib.sha256(b"".join(map(_bytes, tensors))).hexdigest()[:16] for tensors in (results, repeated)]
+    return Row(operation.name, largest, operation.bound, took, verdict, operation.why, bits[0], bits[0] == bits[1])
 
 
 def error(made: Any, right: Any, measure: str) -> float:
-    """How far an answer is off; infinite where its shape is another or a number is missing."""
+    """Return the error of a result; infinite if its shape differs or a number is NaN."""
     import torch
 
     made, right = made.detach().cpu(), right.detach().cpu()
@@ -142,7 +142,7 @@ def error(made: Any, right: Any, measure: str) -> float:
 
 
 def _missing(operation: Operation, device: str) -> str:
-    """Why a device has no such backend; empty where it has."""
+    """Return the reason why a device lacks the backend; empty if it has it."""
     import torch
 
     if operation.needs == "mem-efficient" and device == "cpu":
@@ -156,7 +156,7 @@ def _listed(values: Values) -> list[Any]:
     return list(values) if isinstance(values, (list, tuple)) else [values]
 
 
-def _kept(tensor: Any) -> Any:
+def _on_cpu(tensor: Any) -> Any:
     return tensor.detach().cpu()
 
 
@@ -167,7 +167,7 @@ def _bytes(tensor: Any) -> bytes:
 
 
 def _microseconds(call: Callable[[], Any], device: str) -> float:
-    """The median of some calls, after some that are not counted."""
+    """Return the median time of several calls, after a warm-up."""
     import torch
 
     if device == "cpu":
@@ -189,10 +189,10 @@ def _microseconds(call: Callable[[], Any], device: str) -> float:
 
 
 def strict() -> None:
-    """No shorter types within, and the same bits each time where torch can."""
+    """Disable shorter internal types such as TF32, and make torch deterministic where it can be."""
     import torch
 
-    warnings.filterwarnings("ignore", "Please use the new API settings")  # which PyTorch 2.8 does not have
+    warnings.filterwarnings("ignore", "Please use the new API settings")  # PyTorch 2.8 does not have it
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cudnn.allow_tf32 = False
