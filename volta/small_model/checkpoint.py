@@ -63,10 +63,10 @@ class Variant:
     cache: str = "auto"
 
 
-# The logits have a standard deviation of about 4.5. With transformers in float16 instead of vLLM, the largest error of a
-# log probability is 0.03, and 0.24 with an e5m2 cache. The reference rounds its cache, too, but float16 and float32 can
-# round a number near a tie in different directions. The bounds are two to three times these errors. A cache that is not
-# rounded has an error of 0.7.
+# The logits have a standard deviation of about 4.5. With transformers in float16 instead of vLLM, the largest error of
+# a log probability is 0.03, and 0.24 with an e5m2 cache. The reference rounds its cache, too, but float16 and float32
+# can round a number near a tie in different directions. The bounds are two to three times these errors. A cache that is
+# not rounded has an error of 0.7.
 VARIANTS = (
     Variant("float16", 0.1),
     Variant("float16, fp8_e5m2 cache", 0.5, cache="fp8_e5m2"),
