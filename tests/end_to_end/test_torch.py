@@ -1,6 +1,5 @@
 """PyTorch for sm_70, made for real of the stock wheel."""
 
-import re
 import subprocess
 import zipfile
 from pathlib import Path
@@ -11,7 +10,7 @@ from tests.support.samples import cubin_hashes as hashes
 from tests.support.samples import listed_by_cuobjdump
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
-from voltforge.sources import environment
+from voltforge.sources import environment, locks
 from voltforge.sources.recipe import ThinRecipe, load_all
 from voltforge.system import files
 from voltforge.wheel.thin import thin_wheel
@@ -80,9 +79,9 @@ print(torch.__version__, torch.cuda.get_arch_list())
 @pytest.mark.slow
 def test_thinned_torch_works_in_an_environment_of_what_it_still_requires(torch, repository, tmp_path):
     _, thin = torch
-    pins = re.split(r"(?m)^(?=[a-z0-9])", (repository / "recipes/locks/vllm-build.txt").read_text())
+    pins = locks.read(repository / "recipes/locks/vllm-build.txt")
     lock = tmp_path / "lock.txt"
-    lock.write_text("".join(pin for pin in pins if pin.split("==")[0] not in {"torch", *LEFT_OUT}))
+    lock.write_text("".join(pin.text for pin in pins if pin.name not in {"torch", *LEFT_OUT}))
     store = Pipeline.load(repository, Settings()).store
     fresh = environment.create(lock, tmp_path / "environment", store.indexes)
     environment.install_wheel(fresh, thin)

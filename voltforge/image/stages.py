@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from voltforge.image.layers import Content, Part
 from voltforge.image.leave_out import ImageError, LeaveOut
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.pipeline.stage import Stage, Values
-from voltforge.sources import distro, environment
+from voltforge.sources import distro, environment, locks
 from voltforge.sources.environment import Environment
 from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
@@ -209,9 +208,8 @@ class Runtime:
 
     def _install(self, wheels: Mapping[str, Wheel]) -> Environment:
         """Return an environment with the packages of the lock, and with our wheels in place of the lock's."""
-        pins = re.split(r"(?m)^(?=[a-z0-9])", self._lock().read_text(encoding="utf-8"))
         lock = self.folder / "runtime.txt"
-        files.write(lock, "".join(pin for pin in pins if pin.split("==")[0] not in PROJECTS))
+        files.write(lock, "".join(pin.text for pin in locks.read(self._lock()) if pin.name not in PROJECTS))
         store = self.checkout.store
         installed = environment.create(lock, self.folder / "environment", store.indexes, offline=store.offline)
         for wheel in wheels.values():

@@ -1,9 +1,8 @@
-"""A locked Python environment: exactly the files that a lock names, by hash, made by uv."""
+"""Virtual environments that uv makes from a lock: exactly its packages, each file checked by hash."""
 
 from __future__ import annotations
 
 import platform
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from packaging import tags
 from uv import find_uv_bin
 
 from voltforge.errors import VoltforgeError, remedy
+from voltforge.sources import locks
 from voltforge.sources.index import Indexes
 from voltforge.system import console, files
 from voltforge.system.process import Completed, ProgramFailed, run
@@ -21,16 +21,14 @@ from voltforge.system.records import CheckoutPath
 
 
 class InstallError(VoltforgeError):
-    """A lock that cannot be installed; ``output`` holds what uv said."""
+    """A lock that cannot be installed; ``output`` holds the output of uv."""
 
     def __init__(self, lock: Path, output: str) -> None:
-        said = [line.strip() for line in output.splitlines() if line.strip()]
-        first = next((number for number, line in enumerate(said) if line.startswith(("error:", "×"))), -6)
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        first = next((number for number, line in enumerate(lines) if line.startswith(("error:", "×"))), -6)
         super().__init__(
-            f"{lock.name} could not be installed: {' '.join(said[first:])[:800]}",
-            hint=remedy(
-                output, "./doit doctor asks whether the package index can be reached; ./doit lock makes the locks anew"
-            ),
+            f"{lock.name} could not be installed: {' '.join(lines[first:])[:800]}",
+            hint=remedy(output, "./doit doctor checks the package index; ./doit lock writes the locks anew"),
         )
         self.lock = lock
         self.output = output
@@ -38,7 +36,7 @@ class InstallError(VoltforgeError):
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment that holds what one lock names."""
+    """A virtual environment with the packages of a lock."""
 
     path: CheckoutPath
 
@@ -49,27 +47,27 @@ class Environment:
 
     @property
     def site_packages(self) -> Path:
-        """The folder that its packages are installed in."""
+        """Its folder of installed packages."""
         return self.path / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
 
 
 def interpreter() -> str:
-    """Which Python environments are made with: the one that runs, as ``cpython-3.11.7``."""
+    """Return implementation and version of the running Python, which environments use: ``cpython-3.11.7``."""
     return f"{platform.python_implementation().lower()}-{platform.python_version()}"
 
 
 def python_tag() -> str:
-    """The same as wheels' tags have it (PEP 425): ``cp311``."""
+    """Return the running Python as a wheel tag (PEP 425): ``cp311``."""
     return f"{tags.interpreter_name()}{tags.interpreter_version()}"
 
 
 def create(lock: Path, path: Path, indexes: Indexes, *, offline: bool = False) -> Environment:
-    """A new environment at ``path`` with what ``lock`` names, complete or not at all.
+    """Make an environment at ``path`` with the packages of ``lock``, complete or not at all.
 
-    It can be moved (and seen at another path by a sandbox): its scripts find their interpreter beside them.
+    The environment works at any path, in a sandbox as well: its scripts find the interpreter beside them.
 
     Raises:
-        InstallError: a file of the lock cannot be had, or has another hash.
+        InstallError: a file of the lock cannot be fetched, or its hash does not match.
     """
     with files.replacing_folder(path) as beside:
         run_uv(
@@ -90,9 +88,9 @@ def create(lock: Path, path: Path, indexes: Indexes, *, offline: bool = False) -
 
 
 def install_into(lock: Path, folder: Path, indexes: Indexes, *, offline: bool = False, python: str = "") -> None:
-    """Put the packages that ``lock`` names into ``folder``, without an interpreter around them.
+    """Install the packages of ``lock`` into ``folder``, without an interpreter.
 
-    They are for the Python that runs, or for another version of it: ``python="3.12"``.
+    ``python="3.12"`` installs for another Python version than the running one.
 
     Raises:
         InstallError: as :func:`create`.
@@ -102,7 +100,7 @@ def install_into(lock: Path, folder: Path, indexes: Indexes, *, offline: bool = 
 
 
 def install_wheel(environment: Environment, wheel: Path) -> None:
-    """Install one wheel into an environment, without what it requires.
+    """Install a wheel into an environment, without its requirements.
 
     Raises:
         InstallError: uv refuses the wheel.
@@ -111,7 +109,7 @@ def install_wheel(environment: Environment, wheel: Path) -> None:
 
 
 def unmet_requirements(environment: Environment) -> list[str]:
-    """The requirements of installed packages that the environment does not meet, in uv's words."""
+    """Return a line of uv's output for each requirement of an installed package that is not met."""
     output = run([find_uv_bin(), "pip", "check", "--python", environment.python], ok=(0, 1)).output
     return [line.strip() for line in output.splitlines() if line.startswith("The package")]
 
@@ -119,11 +117,11 @@ def unmet_requirements(environment: Environment) -> list[str]:
 def lock(root: Path, wanted: Path, locked: Path, indexes: Indexes) -> None:
     """Resolve the requirements in ``wanted`` for Python 3.10 and later and pin them, with hashes, in ``locked``.
 
-    Both are named relative to ``root``. Only the default index is asked: a lock must hold on other machines, which
-    have other folders and extra indexes.
+    Both paths are passed to uv relative to ``root``. Only the default index is used: other machines have other folders
+    and extra indexes, and the lock must install there too.
 
     Raises:
-        InstallError: there is no solution.
+        InstallError: the requirements have no solution.
     """
     alone = replace(indexes, extra=(), find_links=())
     words = ["pip", "compile", "--quiet", "--universal", "--python-version", "3.10", "--generate-hashes", "--upgrade",
@@ -135,10 +133,10 @@ def lock(root: Path, wanted: Path, locked: Path, indexes: Indexes) -> None:
 def run_uv(
     lock: Path, words: Sequence[str | Path], indexes: Indexes | None = None, folder: Path | None = None
 ) -> Completed:
-    """Run uv with the configuration of the machine's indexes.
+    """Run uv with the machine's index settings and show its latest line of output.
 
     Raises:
-        InstallError: it failed; ``lock`` is what the error names.
+        InstallError: uv failed; the error names ``lock``.
     """
     environment = indexes.uv_environment() if indexes else None
     with console.progress(lock.name) as tell:
@@ -156,20 +154,24 @@ def _install(lock: Path, where: Sequence[str | Path], indexes: Indexes, offline:
     try:
         run_uv(lock, [*words, "--requirements", lock], indexes)
     except InstallError as error:
-        absent = list(_absent(lock, words, indexes)) if offline else []
-        if not absent:
+        missing = list(_missing(lock, words, indexes)) if offline else []
+        if not missing:
             raise
-        said = f"VOLTFORGE_OFFLINE forbids to fetch, and uv's cache lacks {', '.join(absent)}"
-        raise InstallError(lock, said) from error
+        reason = f"VOLTFORGE_OFFLINE forbids downloads, and uv's cache lacks {', '.join(missing)}"
+        raise InstallError(lock, reason) from error
 
 
-def _absent(lock: Path, words: Sequence[str | Path], indexes: Indexes) -> Iterator[str]:
-    """The pins of a lock that cannot be installed; uv itself names only the first."""
+def _missing(lock: Path, words: Sequence[str | Path], indexes: Indexes) -> Iterator[str]:
+    """Yield the pins of a lock that cannot be installed; uv's own error names only the first."""
+    try:
+        pins = locks.read(lock)
+    except locks.LockError:
+        return  # uv's error names the malformed line
     with tempfile.TemporaryDirectory() as scratch:
         single = Path(scratch, lock.name)
-        for pin in re.findall(r"^[\w.-]+==.*(?:\n +--hash=.*)*", lock.read_text(encoding="utf-8"), re.MULTILINE):
-            files.write(single, f"{pin}\n")
+        for pin in pins:
+            files.write(single, pin.text)
             try:
                 run_uv(lock, [*words, "--dry-run", "--requirements", single], indexes)
             except InstallError:
-                yield pin.split()[0]
+                yield f"{pin.name}=={pin.version}"
