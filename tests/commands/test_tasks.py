@@ -50,7 +50,7 @@ class Checkout:
         self.root = root
         known = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
         wanted = re.compile(
-            r"voltforge/|dodo\.py|doit$|recipes/cuda|recipes/locks/cuda|requirements\.txt|pyproject\.toml"
+            r"voltforge/|dodo\.py|doit$|recipes/cuda|recipes/locks/(cuda|driver)|requirements\.txt|pyproject\.toml"
         )
         for name in subprocess.run(
             known, cwd=repository, capture_output=True, text=True, check=True

@@ -175,7 +175,7 @@ def test_the_number_of_jobs_changes_nothing_but_the_time(saxpy: Pipeline) -> Non
 
 @pytest.mark.slow
 def test_a_wrong_number_of_jobs_is_a_sentence(saxpy: Pipeline) -> None:
-    with pytest.raises(VoltforgeError, match="jobs=many is no number of jobs"):
+    with pytest.raises(VoltforgeError, match="jobs=many is not a number"):
         built(Pipeline.load(saxpy.root, Settings(jobs="many")))
 
 
@@ -193,7 +193,7 @@ def test_a_limit_of_memory_that_is_none_is_a_sentence(saxpy: Pipeline, text: str
     with pytest.raises(VoltforgeError, match="memory=") as caught:
         _ = Pipeline.load(saxpy.root, Settings(memory=text)).scheduler
     assert caught.value.what == f"memory={text}: not a size such as '20 MB' or '1.5 GiB'"
-    assert caught.value.hint == "memory=6GiB, or leave it out"
+    assert caught.value.hint == "memory=6GiB, or omit it"
 
 
 def test_a_limit_of_memory_reaches_the_gate(saxpy: Pipeline) -> None:
@@ -272,7 +272,7 @@ def test_without_a_sandbox_the_bytes_are_the_same_in_any_checkout(
     if why := sandbox.obstacle(pipeline.scratch / "work", {}):  # an ordinary user cannot make /build; CI is root
         pytest.skip(f"nothing can be moved to {sandbox.ROOT} here: {why}")
     assert files.sha256(built(pipeline)) == hermetic
-    assert "nothing keeps this build from the network" in said(capsys)
+    assert "this build is not isolated from the network" in said(capsys)
     assert not sandbox.ROOT.exists()
     counted("rebuilds with the same bytes")
 
@@ -300,7 +300,7 @@ def test_where_builds_must_be_hermetic_none_begins_without_bubblewrap(
     saxpy: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sandbox, "available", lambda: Sandbox("no network"))
-    with pytest.raises(VoltforgeError, match="sandbox=require, but bubblewrap cannot make a namespace here"):
+    with pytest.raises(VoltforgeError, match="sandbox=require: bubblewrap cannot create a namespace here"):
         built(Pipeline.load(saxpy.root, Settings(sandbox="require")))
     assert not (saxpy.scratch / "work").exists()
 
@@ -345,7 +345,7 @@ def test_after_the_clock_was_set_back_nothing_that_was_compiled_is_trusted(
     ahead.write_text("object")
     os.utime(ahead, (time.time() + 3600,) * 2)
     assert prepared(shop) == ["a.c"]
-    assert f"begins afresh, for tree/{late} is of a later time than now: the clock was set back" in said(capsys)
+    assert f"starting from scratch: tree/{late} is newer than the clock: the clock was set back" in said(capsys)
 
 
 def begun(shop: Workshop) -> None:
@@ -363,7 +363,7 @@ def test_after_the_machine_went_down_in_a_build_nothing_that_it_compiled_is_trus
     monkeypatch.setattr(build, "BOOT", tmp_path / "boot")
     (tmp_path / "boot").write_text("another boot\n")
     assert prepared(shop) == ["a.c"]
-    assert "begins afresh, for the machine went down while it was built" in said(capsys)
+    assert "starting from scratch: the machine went down during the last build" in said(capsys)
 
 
 def test_a_build_that_was_killed_goes_on_where_it_was(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
@@ -396,7 +396,7 @@ def test_objects_whose_compilers_did_not_ask_are_not_gone_on_with(
     asking = replace(shop, scheduler=Scheduler(tmp_path / "gate", 1, {}))
     (shop.folders["tree"] / "a.o").write_text("object")
     assert "a.o" not in prepared(asking)
-    assert "begins afresh, for its compilers do not ask for leave as they would now" in capsys.readouterr().out
+    assert "starting from scratch: the launcher of the compilers changed" in capsys.readouterr().out
     (asking.folders["tree"] / "a.o").write_text("object")
     assert "a.o" in prepared(asking)
 
@@ -422,8 +422,8 @@ def test_objects_of_a_tree_that_was_elsewhere_are_not_gone_on_with(
     outside = replace(shop, sandbox=Sandbox("none"))
     assert prepared(outside) == ["a.c"]
     told = said(capsys)
-    assert f"it is built in {outside.folders['tree']}, not /build/tree (as in this test): elsewhere its bytes" in told
-    assert "begins afresh, for CMake's notes are of a build in /build/tree" in told
+    assert f"building in {outside.folders['tree']}, not /build/tree (as in this test): the bytes can differ" in told
+    assert "starting from scratch: CMake's notes are of a build in /build/tree" in told
 
 
 def test_a_toolkit_of_the_machine_is_not_linked_file_by_file(
@@ -432,7 +432,7 @@ def test_a_toolkit_of_the_machine_is_not_linked_file_by_file(
     """It may be all of /usr/local."""
     outside = replace(shop, sandbox=Sandbox("none"), toolchain=replace(shop.toolchain, origin="system"))
     assert outside.places == outside.folders
-    assert "(the CUDA toolkit is the machine's own)" in said(capsys)
+    assert "(the CUDA toolkit belongs to the machine)" in said(capsys)
 
 
 # --- what a disk refuses ---
@@ -485,7 +485,7 @@ def test_a_folder_that_belongs_to_somebody_else_is_a_sentence(shop: Workshop) ->
     with ordinary_user(), pytest.raises(DiskError) as caught:
         build.compile(shop, shop.work.parent / "log")
     assert re.fullmatch(rf"vllm was not built: {shop.work}.*: Permission denied", caught.value.what)
-    assert caught.value.hint == "see who owns it; the next run resumes"
+    assert caught.value.hint == "check who owns it; the next run resumes"
 
 
 def test_a_copy_that_stopped_half_way_is_a_sentence_too() -> None:

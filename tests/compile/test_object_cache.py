@@ -197,7 +197,7 @@ def test_a_server_that_fails_changes_nothing_of_the_wheel(tmp_path, toolchain, p
         result = built(pipeline)
     assert result["sha256"] == plain
     assert result["objects"]["shared"] == 0
-    told = f"! redis://127.0.0.1:{port} did not answer 3 times in a row: it is not asked any more in this run\n"
+    told = f"! redis://127.0.0.1:{port} did not answer 3 times in a row and is not used again in this run\n"
     assert (told in capsys.readouterr().out) == (behave is not garbage)
 
 
@@ -235,7 +235,7 @@ def test_a_server_that_is_down_is_told_and_the_objects_are_those_of_this_disk(tm
     made = Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse(f"redis://:secret@127.0.0.1:{port}"))
     assert not made.reachable()
     assert capsys.readouterr().out == (
-        f"! redis://***@127.0.0.1:{port} cannot be reached (Connection refused): objects are those of this disk\n"
+        f"! redis://***@127.0.0.1:{port} cannot be reached (Connection refused): only the cache on this disk is used\n"
     )
 
 
@@ -247,7 +247,7 @@ def test_without_ccache_everything_is_compiled_and_a_server_that_is_named_is_tol
     assert object_cache.chosen("", tmp_path) is None
     assert not capsys.readouterr().out
     assert object_cache.chosen("redis://127.0.0.1:1", tmp_path) is None
-    assert "there is no ccache here: ./doit doctor says what gets it" in capsys.readouterr().out
+    assert "ccache is not installed; ./doit doctor prints how to install it" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_everything_is_compiled(tmp_path, capsys):
@@ -269,7 +269,7 @@ def test_a_ccache_that_knows_no_server_is_told(tmp_path, monkeypatch, capsys):
     made = object_cache.chosen("redis://127.0.0.1:1", tmp_path / "cache")
     assert made
     assert made.server is None
-    assert capsys.readouterr().out == "! redis://127.0.0.1:1 is not asked: ccache 4.5 is older than 4.7\n"
+    assert capsys.readouterr().out == "! redis://127.0.0.1:1 is not used: ccache 4.5 is older than 4.7\n"
 
 
 def test_off_is_off(tmp_path):
@@ -281,7 +281,7 @@ def test_off_is_off(tmp_path):
     ["s3://", "ftp://a", "redis://", "localhost:6379", "on", "redis://a:port", "http://a/ b", "redis://a|read-only", "http://[::1"],
 )  # fmt: skip
 def test_an_address_that_ccache_cannot_be_given_is_a_sentence(address, tmp_path):
-    with pytest.raises(VoltforgeError, match="is no server of objects") as caught:
+    with pytest.raises(VoltforgeError, match="is not the address of an object cache") as caught:
         object_cache.chosen(address, tmp_path)
     assert "ccache=redis://host:6379" in caught.value.hint
 

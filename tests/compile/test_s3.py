@@ -102,13 +102,13 @@ def test_a_bucket_that_cannot_be_reached_is_a_sentence_and_objects_are_those_of_
     assert made.server is None
     said = capsys.readouterr().out
     assert said.startswith("! s3://nobodys/objects cannot be reached: ")
-    assert said.endswith(": objects are those of this disk\n")
+    assert said.endswith(": only the cache on this disk is used\n")
     assert ("directory not found" if lost == "the bucket" else "connection refused") in said
 
 
 def test_without_rclone_it_says_what_gets_it(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(VoltforgeError, match=r"s3://bucket needs rclone, which is not here") as caught:
+    with pytest.raises(VoltforgeError, match=r"s3://bucket needs rclone, which is not installed") as caught:
         s3.served("s3://bucket", {})
     assert "rclone" in caught.value.hint
 

@@ -436,7 +436,7 @@ def test_what_a_killed_run_left_goes_back_when_its_compilers_have_ended(fixed, r
     assert content(rooms["tree"]) == {"file": "tree", "new.o": "object"}
     assert not fixed.exists()
     assert time.monotonic() - began > 0.3
-    assert "waiting for what a killed build left running" in capsys.readouterr().out
+    assert "waiting for processes of a killed build" in capsys.readouterr().out
 
 
 def test_the_next_build_of_another_checkout_gives_back_what_a_killed_run_left(fixed, rooms, killed, tmp_path):
@@ -461,7 +461,7 @@ def obstacles(fixed: Path, rooms: dict[str, Path]) -> Iterator[tuple[str, str]]:
     """What can be in the way, made one after the other, and how that is told."""
     yield "nothing", ""
     (fixed / "theirs").mkdir(parents=True)
-    yield "somebody's own folder", "theirs is there"
+    yield "somebody's own folder", "theirs exists there"
     (fixed / "theirs").rmdir()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
         sandbox.ROOT = Path(elsewhere)
@@ -530,7 +530,7 @@ def test_require_is_refused_where_bubblewrap_does_not_work(machine):
     machine(unshare="exit 0")
     with pytest.raises(VoltforgeError) as caught:
         choose("require")
-    assert caught.value.what == "sandbox=require, but bubblewrap cannot make a namespace here"
+    assert caught.value.what == "sandbox=require: bubblewrap cannot create a namespace here"
     assert "bubblewrap" in caught.value.hint
 
 
@@ -543,7 +543,8 @@ def test_require_is_granted_where_bubblewrap_works():
 def test_any_other_choice_is_refused_with_the_ones_there_are(choice):
     with pytest.raises(VoltforgeError) as caught:
         choose(choice)
-    assert (caught.value.what, caught.value.hint) == (f"sandbox={choice} is no choice", "one of auto, require, off")
+    assert caught.value.what == f"sandbox={choice} is not a valid choice"
+    assert caught.value.hint == "one of auto, require, off"
 
 
 @needs_bubblewrap

@@ -1,4 +1,4 @@
-"""One build: a tree compiled in its environment with its toolchain, watched, logged, and resumable."""
+"""One build: compile a tree in its environment with its toolchain; watched, logged and resumable."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ ERROR = re.compile(
     r"\b(?:fatal )?error\b ?:|\bError:|\bfatal *:|undefined reference|cannot find -l"
     r"|No space left on device|Disk quota exceeded|Read-only file system"
 )
-"""How gcc, nvcc, cicc, ptxas, ld, CMake and Python begin the line that matters, and what the machine says to them."""
+"""The beginnings of error lines of gcc, nvcc, cicc, ptxas, ld and CMake, and the machine's own errors."""
 FOLDERS = ("tree", "environment", "toolchain", "dist", "home")
-"""What a build is shown, by name; the sandbox decides where."""
+"""The folders that a build sees, by name; the sandbox decides their paths."""
 PLACE = "place.json"
-"""The note in a work folder that says where the build saw its tree."""
+"""A note in the work folder: the path at which the build saw its tree."""
 ASKING = "asking.json"
-"""The note in a work folder that says whether the compilers of its build ask at a scheduler."""
+"""A note in the work folder: whether the compilers of its build ask a scheduler."""
 UNSYNCED = "unsynced.json"
-"""The note in a work folder that says in which boot of the machine a build began to write what is not synced yet."""
+"""A note in the work folder: the boot of the machine in which a build began to write files that are not synced yet."""
 BOOT = Path("/proc/sys/kernel/random/boot_id")
-"""What the kernel calls this boot (random(4))."""
+"""The kernel's id of this boot (random(4))."""
 TOLERANCE = 2.0
-"""Seconds that a file may be later than now: clocks are coarse, some file systems' by as much."""
+"""Seconds that a file may be newer than now: clocks are coarse, some file systems' by as much."""
 EXCERPT = 12
-"""Lines of the log that are shown around the first error."""
+"""Lines of the log around the first error that are printed."""
 
 
 class BuildError(VoltforgeError):
-    """A build that ended badly; ``excerpt`` holds the first error and its surroundings, ``log`` the whole."""
+    """A build failed. ``excerpt`` is the first error and the lines around it, ``log`` the path of the whole log."""
 
     def __init__(self, name: str, excerpt: str, log: Path, why: str) -> None:
         shown = "".join(f"\n  | {line}" for line in excerpt.splitlines())
@@ -61,36 +61,36 @@ class BuildError(VoltforgeError):
 
 
 class DiskError(VoltforgeError):
-    """What the file system refused of a build's folders or its log."""
+    """The file system refused to write a build's folders or its log."""
 
     def __init__(self, name: str, log: Path, error: OSError) -> None:
-        said = error.strerror or error.args[0][0][-1]  # shutil.Error has a list of what it could not copy
-        where = error.filename2 or error.filename or log  # a failed write does not say of what
+        said = error.strerror or error.args[0][0][-1]  # shutil.Error has a list of the files that were not copied
+        where = error.filename2 or error.filename or log  # a failed write has no file name
         super().__init__(
             f"{name} was not built: {where}: {said}",
-            hint=_then(remedy(said, "see who owns it"), "the next run resumes"),
+            hint=_then(remedy(said, "check who owns it"), "the next run resumes"),
         )
 
 
 @dataclass(frozen=True)
 class Built:
-    """A wheel as the build left it, before it is finished."""
+    """A wheel as the build wrote it, not yet finished."""
 
     wheel: Path
     linked: Mapping[str, int]
-    """CUDA objects linked into each expected extension."""
+    """The number of CUDA objects linked into each expected extension."""
     usage: Usage
     found: Found
-    """What came from the cache of objects."""
+    """The use of the object cache."""
     hosts: Mapping[str, int] = field(default_factory=dict)
-    """How many objects each host of a farm compiled."""
+    """The number of objects that each host of a farm compiled."""
 
 
 def variables(recipe: SourceRecipe, tree: Tree, toolchain: Toolchain, places: Mapping[str, Path]) -> dict[str, str]:
-    """The whole environment of a build, but for the number of jobs: nothing else reaches it.
+    """Return the whole environment of a build, without the number of jobs.
 
-    ``places`` says where the build sees its ``tree``, ``environment``, ``toolchain`` and ``home``. Every path is
-    mapped away in what compilers write (gcc's -ffile-prefix-map), so that no binary names a folder of the build.
+    ``places`` are the paths at which the build sees its ``tree``, ``environment``, ``toolchain`` and ``home``. gcc's
+    -ffile-prefix-map replaces each path in the compilers' output, so that no binary names a folder of the build.
     """
     tools = places["environment"], places["toolchain"]
     site = Environment(places["environment"]).site_packages
@@ -101,7 +101,8 @@ def variables(recipe: SourceRecipe, tree: Tree, toolchain: Toolchain, places: Ma
         places["toolchain"]: "cuda",
     }
     mapped = [f"-ffile-prefix-map={path}={name}" for path, name in maps.items()]
-    # The toolkit has no static runtime; nvcc's temporary files get names that do not carry its process id.
+    # The toolkit has no static runtime. --objdir-as-tempdir keeps nvcc's process id out of the names of temporary
+    # files.
     cudaflags = " ".join(["-cudart=shared", "--objdir-as-tempdir", *(f"-Xcompiler={flag}" for flag in mapped)])
     filled = {"cuda": toolchain.tag, "environment": str(tools[0]), "site": str(site), "cudaflags": cudaflags}
     return {
@@ -131,7 +132,7 @@ def variables(recipe: SourceRecipe, tree: Tree, toolchain: Toolchain, places: Ma
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where one build happens: all that it is given, and the folder that keeps what it made."""
+    """The inputs, the tools and the folder of one build."""
 
     recipe: SourceRecipe
     tree: Tree
@@ -140,20 +141,20 @@ class Workshop:
     sandbox: Sandbox
     jobs: int
     work: Path
-    """A killed or repeated build goes on here, with the objects of the last one."""
+    """The folder of the build; a killed or repeated build resumes here, with the objects of the last one."""
     scheduler: Scheduler | None = None
-    """Where its compilers ask for leave; ``jobs`` then bounds those that run at once, not those that ask."""
+    """The scheduler of its compilers; ``jobs`` then bounds the compilers that run, not those that wait."""
     objects: Objects | None = None
-    """Where objects are that were compiled before; with a scheduler only."""
+    """The cache of compiled objects; requires a scheduler."""
 
     @staticmethod
     def can_ask(tree: Tree) -> bool:
-        """Whether the compilers of a tree can be made to ask for leave: CMake can do that."""
+        """Return True if the compilers of a tree can be made to ask a scheduler: CMake can run a launcher."""
         return (tree.path / "CMakeLists.txt").is_file()
 
     @property
     def folders(self) -> dict[str, Path]:
-        """The real folders, by the names of :data:`FOLDERS`, and ``scheduler`` and ``cache`` where there are such."""
+        """The real folders, by the names of :data:`FOLDERS`; also ``scheduler`` and ``cache`` if they exist."""
         real = (self.work / "tree", self.environment.path, self.toolchain.home, self.work / "dist", self.work / "home")
         named = dict(zip(FOLDERS, real, strict=True))
         named |= {"gate": self.scheduler.folder} if self.scheduler else {}
@@ -162,41 +163,43 @@ class Workshop:
 
     @functools.cached_property
     def around(self) -> Sandbox:
-        """The sandbox; one that cannot show the folders at their fixed places moves them there, if that can be."""
+        """The sandbox. If it cannot show the folders at their fixed places, they are moved there if possible."""
         if self.sandbox.kind != "none":
             return self.sandbox
-        system = self.toolchain.origin == "system"  # which may be all of /usr/local, and cannot be linked file by file
-        if why := "the CUDA toolkit is the machine's own" if system else sandbox.obstacle(self.work, self.readable):
+        system = self.toolchain.origin == "system"  # can be all of /usr/local, which cannot be linked file by file
+        if why := "the CUDA toolkit belongs to the machine" if system else sandbox.obstacle(self.work, self.readable):
             where = f"{self.folders['tree']}, not {sandbox.ROOT}/tree ({why})"
-            console.note(f"it is built in {where}: elsewhere its bytes may differ")
+            console.note(f"building in {where}: the bytes can differ in other folders")
             return self.sandbox
         return replace(self.sandbox, moves=True)
 
     @property
     def writable(self) -> dict[str, Path]:
-        """The real folders that the build may write."""
+        """The real folders that the build can write."""
         return {
             name: path for name, path in self.folders.items() if name in ("tree", "dist", "home", *self._shown("cache"))
         }
 
     @property
     def readable(self) -> dict[str, Path]:
-        """The real folders that it may read."""
+        """The real folders that the build can read."""
         shown = "environment", "toolchain", *self._shown("gate")
         return {name: path for name, path in self.folders.items() if name in shown}
 
     def _shown(self, name: str) -> tuple[str, ...]:
-        """What is no part of the build stays where it is if no sandbox shows it elsewhere: others may use it."""
+        """The folders that are not part of the build: without a sandbox they stay where they are, because others use
+        them.
+        """
         return () if self.sandbox.kind == "none" else (name,)
 
     @property
     def places(self) -> dict[str, Path]:
-        """Where the build sees them."""
+        """The paths at which the build sees the folders."""
         shown = {**self.readable, **self.writable}
         return {name: self.around.place(name, path) if name in shown else path for name, path in self.folders.items()}
 
     def prepare(self) -> None:
-        """Bring the sources in, and take out what the last build packed."""
+        """Copy the sources in, and remove the files that the last build packed."""
         sandbox.recover(self.work)
         self._begin_afresh_if_need_be()
         folders = self.folders
@@ -211,31 +214,31 @@ class Workshop:
 
     @property
     def logs(self) -> list[Path]:
-        """Where ccache says what it does, if it is asked."""
+        """The log of ccache, if it is used."""
         return [self.objects.log(self.recipe.name)] if self.objects else []
 
     def _begin_afresh_if_need_be(self) -> None:
-        """Empty the work folder where ninja or CMake would be wrong about what is in it."""
+        """Empty the work folder if ninja or CMake would trust stale files in it."""
         self.work.mkdir(parents=True, exist_ok=True)
         place = str(self.places["tree"])
         built = files.read_json(self.work / PLACE) or place
         unsynced = files.read_json(self.work / UNSYNCED)
         if unsynced not in (None, booted()):
-            why = "the machine went down while it was built: what was written last may be cut short"
+            why = "the machine went down during the last build: the newest files can be incomplete"
         elif late := from_the_future(self.work):
-            why = f"{late.relative_to(self.work)} is of a later time than now: the clock was set back"
+            why = f"{late.relative_to(self.work)} is newer than the clock: the clock was set back"
         elif built != place:
-            why = f"CMake's notes are of a build in {built}"
+            why = f"the last build ran in {built}"
         elif (self.work / PLACE).exists() and (files.read_json(self.work / ASKING) or False) != bool(self.scheduler):
-            why = "its compilers do not ask for leave as they would now"  # some build systems configure once only
+            why = "the launcher of the compilers changed"  # some build systems configure only once
         else:
             return
-        console.note(f"begins afresh, for {why}")
+        console.note(f"starting from scratch: {why}")
         files.remove(self.work)
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Around a build: what it leaves is on the disk when this ends, however it ends but by a crash."""
+        """Sync the files of the block to disk when it ends, however it ends except by a crash."""
         files.write_json(self.work / UNSYNCED, booted())
         try:
             yield
@@ -246,10 +249,10 @@ class Workshop:
     def run(
         self, argv: Sequence[str | Path], *, log: Path, watch: Callable[[str, Usage], None] | None = None
     ) -> Completed:
-        """Run a program in the tree as the build sees it, with the build's variables and no others.
+        """Run a program in the tree, as the build sees it, with the variables of the build only.
 
         Raises:
-            ProgramFailed: it failed.
+            ProgramFailed: the program fails.
         """
         places, folders = self.places, self.folders
         handed = variables(self.recipe, self.tree, self.toolchain, places)
@@ -264,7 +267,7 @@ class Workshop:
             return run(words, cwd=start, env=handed, log=log, watch=watch)
 
     def _asking(self, places: Mapping[str, Path]) -> tuple[list[str | Path], dict[str, str]]:
-        """What makes compilers ask for leave, and for objects that are there: a program before all, and variables."""
+        """Return the launcher of the compilers and its variables."""
         if not self.scheduler:
             return [], {"MAX_JOBS": str(self.jobs), "CMAKE_BUILD_PARALLEL_LEVEL": str(self.jobs)}
         self.scheduler.start(self.farm)
@@ -288,26 +291,26 @@ class Workshop:
 
     @functools.cached_property
     def _server(self) -> Server | None:
-        """The server of objects, if the build can be led there."""
+        """Return the server of the object cache, if the build can reach it."""
         server = self.objects.server if self.objects else None
         if server and not self.around.hermetic and self.around.kind != "none":
-            console.warn(f"{server} is not asked: without bubblewrap nothing leads there but sandbox=off")
+            console.warn(f"{server} is not used: install bubblewrap, or use sandbox=off")
             return None
         return server
 
     @property
     def farm(self) -> Farm | None:
-        """The hosts that build with this one, if there may be any."""
+        """Return the hosts that share this build, if the server supports a farm."""
         return self.objects.farm if self.objects and self._server else None
 
     @property
     def build(self) -> str:
-        """What they call this build: hosts with the same name for it have objects for each other."""
+        """Return the name of this build in the farm: hosts with equal names can share objects."""
         return farm.build_id(self.recipe.name, self.made_with)
 
     @functools.cached_property
     def made_with(self) -> dict[str, str]:
-        """What an object depends on besides its command and the headers that it reads: digests, by what they are of."""
+        """Return the digests of everything that an object depends on besides its command and headers, by name."""
         headers = self.tree.path, self.environment.site_packages, *object_cache.SYSTEM_HEADERS
         return {
             "its CUDA toolkit or g++": files.digest(dict(self.toolchain.identity)),
@@ -318,11 +321,11 @@ class Workshop:
 
 
 def compile(shop: Workshop, log: Path) -> Built:
-    """Compile the tree of a workshop to a wheel.
+    """Compile the tree to a wheel.
 
     Raises:
-        BuildError: it failed; the first error is shown, the log named.
-        DiskError: the disk is full, or something may not be written.
+        BuildError: the build fails; the first error is printed.
+        DiskError: the disk is full, or a file cannot be written.
     """
     try:
         return _compiled(shop, log)
@@ -354,7 +357,7 @@ def _compiled(shop: Workshop, log: Path) -> Built:
             raise BuildError(recipe.name, first_error(log), log, f"status {error.status}") from error
     wheels = list(folders["dist"].glob("*.whl"))
     if len(wheels) != 1:
-        raise BuildError(recipe.name, done.output[-500:], log, f"left {len(wheels)} wheels where one was expected")
+        raise BuildError(recipe.name, done.output[-500:], log, f"wrote {len(wheels)} wheels instead of one")
     ninja = shop.environment.path / "bin" / "ninja"
     linked = {name: _linked(ninja, folders["tree"], name) for name in recipe.expect.extensions}
     kept = Found()
@@ -365,7 +368,7 @@ def _compiled(shop: Workshop, log: Path) -> Built:
 
 
 def booted() -> str:
-    """This boot of the machine; empty where the kernel does not say."""
+    """Return the id of this boot; empty if the kernel does not provide one."""
     try:
         return BOOT.read_text().strip()
     except OSError:
@@ -373,9 +376,9 @@ def booted() -> str:
 
 
 def from_the_future(folder: Path) -> Path | None:
-    """Something in a folder that is later than now by the file system's own clock, which may be another machine's.
+    """Return a file that is newer than now, by the clock of its file system.
 
-    ninja compares times: an object from before the clock was set back is later than any change, and hides it.
+    ninja compares times: an object written before the clock was set back is newer than any change and hides it.
     """
     with tempfile.TemporaryFile(dir=folder) as probe:
         now = os.fstat(probe.fileno()).st_mtime + TOLERANCE
@@ -391,18 +394,18 @@ def from_the_future(folder: Path) -> Path | None:
 
 
 class Progress:
-    """What is known of a build that goes on, from the lines that it prints (ninja's ``[n/m]``) and what it uses."""
+    """The state of a running build, from its output (ninja's ``[n/m]``) and its resource usage."""
 
     def __init__(self, name: str, scheduler: Scheduler | None = None, log: Path | None = None) -> None:
         self.name = name
         self.scheduler = scheduler
         self.log = log
-        """What ccache says that it does, if it is asked."""
+        """The log of ccache, if it is used."""
         self.found = Found()
         self.work = ProgressState("configuring")
 
     def see(self, line: str, usage: Usage) -> ProgressState:
-        """Take a line in and give all that is known now."""
+        """Read a line of output and return the current state as text."""
         if match := re.match(r"\[(\d+)/(\d+)\] (.*\S)", line):
             target = match[3].split()[-1].rsplit("/", 1)[-1]
             self.work = ProgressState(target, int(match[1]), int(match[2]))
@@ -411,7 +414,7 @@ class Progress:
         at, there = self.scheduler.status, self.scheduler.available_memory
         beyond = max(0, (self.work.total or 0) - (self.work.done or 0) - at.running - at.waiting - at.remote)
         left = self.scheduler.remaining_seconds(self.name, beyond) if self.work.total else None
-        # Who waits is told where a place is free: then it is for memory.
+        # Show a waiting job only if there is a free slot: then it waits for memory.
         short = at.waiting if at.running < self.scheduler.jobs else 0
         limit = there.limit if there else None
         if self.log and not line:
@@ -423,7 +426,7 @@ class Progress:
 
 
 def first_error(log: Path) -> str:
-    """The first error of a build's log and the lines around it, or its last lines if none stands out."""
+    """Return the first error of a log and the lines around it, or the last lines if there is none."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
@@ -441,16 +444,17 @@ def _then(first: str, second: str) -> str:
 
 
 def _packed(source: Path) -> list[Path]:
-    """What setuptools gathered for the last wheel; a file that is gone from the sources would come back from there.
+    """Remove the files that setuptools gathered for the last wheel, so that a file removed from the sources does not
+    return.
 
-    Where CMake builds in ``build`` itself, as PyTorch's does, ``build/lib`` has its libraries and stays.
+    If CMake builds in ``build`` itself, as PyTorch's does, ``build/lib`` holds its libraries and stays.
     """
     ours = "build/lib.*" if (source / "build" / "CMakeCache.txt").exists() else "build/lib*"
     return [path for pattern in (ours, "build/bdist*", "*.egg-info") for path in source.glob(pattern)]
 
 
 def _linked(ninja: Path, source: Path, extension: str) -> int:
-    """How many CUDA objects ninja linked into an extension."""
+    """Return the number of CUDA objects that ninja linked into an extension."""
     name, count = Path(extension).name, 0
     for script in source.rglob("build.ninja"):
         targets = _ask(ninja, script, "targets", "all")

@@ -1,4 +1,4 @@
-"""How many compile jobs this machine can hold at once: by its cores, and by its memory."""
+"""The number of compile jobs that this machine can run at once, by its cores and its memory."""
 
 from __future__ import annotations
 
@@ -14,54 +14,56 @@ from voltforge.system import console
 from voltforge.system.files import size
 
 RESERVE = 1 << 30
-"""Bytes that are left to the rest of the machine, or an eighth of what there is, if that is less."""
+"""Bytes left to other programs, or an eighth of the memory if that is less."""
 MOST = 1024
-"""Jobs at once beyond which nobody meant the number."""
+"""A larger number of jobs is taken for a mistake."""
 MOUNT = Path("/sys/fs/cgroup")
-"""Where control groups are shown (cgroups(7))."""
+"""The folder where control groups are mounted (cgroups(7))."""
 OWN = Path("/proc/self/cgroup")
-"""Which of them this process is in."""
+"""The file that lists the control groups of this process."""
 FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Of a group: its limit, what it holds, and the line of memory.stat for cache that gives way; in version 2 and 1."""
+"""The files of a group with its limit and its usage, and the line of memory.stat for reclaimable cache; versions 2 and
+1.
+"""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What there is of memory, in bytes."""
+    """The memory of this machine, in bytes."""
 
     free: int
-    """What can be had now."""
+    """The memory that is free now."""
     limit: int
-    """The most that could ever be had: what the machine has, or what a control group or a person allows."""
+    """The most that could ever be free: the machine's memory, or a limit of a control group or of the user."""
 
     @property
     def room(self) -> int:
-        """What can be had now, less what is left to the rest of the machine."""
+        """The memory that is free now, less what is left to other programs."""
         return self.free - min(RESERVE, self.limit // 8)
 
     def within(self, limit: int, used: int) -> Memory:
-        """The same for something that holds ``used`` bytes and is allowed no more than ``limit``."""
+        """Return the memory for a program that holds ``used`` bytes and may hold no more than ``limit``."""
         return Memory(min(self.free, max(limit - used, 0)), min(self.limit, limit))
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def memory(mount: Path = MOUNT, own: Path = OWN) -> Memory | None:
-    """What the machine has available, or what its control groups leave, if less; ``None`` where nothing tells.
+    """Return the memory that the machine has, or that its control groups leave if that is less; ``None`` if unknown.
 
-    Groups are looked at from the process's own outwards, of both versions; one without a limit, or whose files make no
-    sense, does not count.
+    The groups of both versions are read, from the process's own outwards. A group without a limit, or with files that
+    cannot be parsed, is skipped.
     """
     try:
         system = psutil.virtual_memory()
         found = Memory(system.available, system.total)
-    except (OSError, ValueError, KeyError, RuntimeError):  # as psutil has it where /proc/meminfo is odd
+    except (OSError, ValueError, KeyError, RuntimeError):  # psutil raises if /proc/meminfo is incomplete
         found = None
     for group in _groups(mount, own):
         for limit, used, cache in FILES:
@@ -72,51 +74,51 @@ def memory(mount: Path = MOUNT, own: Path = OWN) -> Memory | None:
 
 
 def number(text: str) -> int | None:
-    """The number that ``text`` is, sensible or not; ``None`` where it is empty.
+    """Return the number in ``text``, valid or not; ``None`` for an empty text.
 
     Raises:
-        VoltforgeError: it is no number.
+        VoltforgeError: ``text`` is not a number.
     """
     if not text:
         return None
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise VoltforgeError(f"jobs={text} is no number of jobs", hint=f"jobs=N with N from 1 to {MOST}")
+        raise VoltforgeError(f"jobs={text} is not a number", hint=f"jobs=N with N from 1 to {MOST}")
     return int(text)
 
 
 def asked(text: str) -> int | None:
-    """The number of jobs that a person asks for; ``None`` for as many as the machine holds.
+    """Return the number of jobs that the user chose; ``None`` if the machine decides.
 
-    A number that is none of jobs, such as 0 or 10,000, is told, and the machine decides.
+    A number out of range, such as 0 or 10,000, is reported and ignored.
 
     Raises:
-        VoltforgeError: it is no number.
+        VoltforgeError: ``text`` is not a number.
     """
     if (count := number(text)) is None or 1 <= count <= MOST:
         return count
-    console.warn(f"jobs={text} is not from 1 to {MOST}: this machine decides how many jobs run at once")
+    console.warn(f"jobs={text} is not between 1 and {MOST} and is ignored: this machine decides the number of jobs")
     return None
 
 
 def count(text: str, memory_per_job: int) -> tuple[int, str]:
-    """The jobs to run at once where nothing lets each through by itself, and why so many.
+    """Return the number of jobs for builds that no scheduler controls, and the reason for it.
 
     Raises:
-        VoltforgeError: ``text``, which :func:`asked` takes, is no number.
+        VoltforgeError: ``text``, which :func:`asked` parses, is not a number.
     """
     if sure := asked(text):
-        return sure, "as asked"
+        return sure, "as chosen"
     there = memory()
     if there is None:
-        return cores(), "by cores, for nothing here tells how much memory there is"
+        return cores(), "by cores; the free memory is unknown"
     by_memory = there.room // memory_per_job
     if by_memory < cores():
-        return max(1, by_memory), f"by memory, {size(memory_per_job)} a job"
+        return max(1, by_memory), f"by memory, {size(memory_per_job)} per job"
     return cores(), "by cores"
 
 
 def _groups(mount: Path, own: Path) -> Iterator[Path]:
-    """The folders of the memory groups that this process is in, each before the one around it."""
+    """Yield the folders of the memory groups of this process, from the innermost outwards."""
     try:
         lines = own.read_text(errors="replace").splitlines()
     except OSError:
@@ -133,7 +135,7 @@ def _groups(mount: Path, own: Path) -> Iterator[Path]:
 
 def _told(group: Path, limit: str, used: str, cache: str) -> Memory | None:
     try:
-        most, held = int((group / limit).read_text()), int((group / used).read_text())  # "max" is no number
+        most, held = int((group / limit).read_text()), int((group / used).read_text())  # the file may contain "max"
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return Memory(max(most - held + int(stat.get(cache, 0)), 0), most)
     except (OSError, ValueError):

@@ -1,7 +1,8 @@
-"""Objects that were compiled before: ccache in front of the compilers, on this disk, and on a server for many machines.
+"""The cache of compiled objects: ccache in front of the compilers, with a cache on this disk and one on a server.
 
-ccache, not sccache: it knows nvcc's objects by their sources and headers without running the preprocessor, takes the
-options that make them reproducible, and stores what the compiler made as it made it (docs/speed.md has the figures).
+ccache was chosen over sccache: it recognizes nvcc's objects by sources and headers without running the preprocessor,
+supports the options that make objects reproducible, and stores the compiler's output unchanged (docs/speed.md has
+figures).
 """
 
 from __future__ import annotations
@@ -31,40 +32,40 @@ from voltforge.system.process import run
 
 OFF = "off"
 SCHEMES = {"redis": 6379, "http": 80, s3.SCHEME: 443}
-"""What ccache 4.7 speaks without a network library of its own, and the port where none is named; WebDAV is http.
+"""The protocols of ccache 4.7 that need no further library, with their default ports. WebDAV is http.
 
-And a bucket of S3, which it is given as a WebDAV server.
+An S3 bucket is served to ccache as WebDAV.
 """
 RELAY = Path(tunnel.__file__)
 SOCKET = f"objects-{os.getpid()}"
-"""The socket in the scheduler's folder that leads to the server, one for each process of a run."""
+"""The socket in the scheduler's folder that leads to the server; one for each process of a run."""
 PORT = 4226
-"""Where a sandbox without a network has the server."""
+"""The address of the server inside a sandbox without network."""
 PATIENCE = 5.0
-"""Seconds in which a server has to answer."""
+"""Seconds for a server to answer."""
 STRIKES = 3
-"""So many times in a row that a server does not answer, and it is not asked any more."""
+"""After so many failures in a row a server is not used again in this run."""
 HEADERS = (".h", ".hpp", ".hh", ".hxx", ".cuh", ".inc", ".inl", ".ipp", ".def", ".tcc")
-"""How the names of what sources include end; those of C++'s own headers have no dot."""
+"""The file name endings of headers; those of C++'s own headers have no dot."""
 GENERATORS = ("CMakeLists.txt", ".cmake", ".in")
 SYSTEM_HEADERS = (Path("/usr/include"), Path("/usr/local/include"))
 LIMIT = "10G"
-"""The most that the local cache holds; ccache throws out what was used least recently."""
+"""The size limit of the cache on this disk; ccache removes the least recently used objects."""
 OLDEST = (4, 7)
-"""The first ccache that calls a server CCACHE_REMOTE_STORAGE."""
+"""The first version of ccache that reads CCACHE_REMOTE_STORAGE."""
 _HITS = re.compile(r"(direct|preprocessed)_cache_hit")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What came from the cache in one build."""
+    """The use of the cache in one build."""
 
     hits: int = 0
     misses: int = 0
     shared: int = 0
-    """Hits that the server had, and not this disk."""
+    """Hits from the server that this disk did not have."""
     saved: float = 0.0
-    """Seconds that the compilers took for the same objects, when they were last compiled here."""
+    """Seconds of compiling that the hits saved, by the last compilation of the same objects here."""
 
     def __str__(self) -> str:
         server = f", {self.shared} of them from the server" if self.shared else ""
@@ -74,21 +75,21 @@ class Found:
 
 @dataclass(frozen=True)
 class Server:
-    """Where many machines keep objects."""
+    """A server that keeps objects for several machines."""
 
     address: str
-    """As it was named, or as all understand it: ``redis://host``, ``http://host/folder``."""
+    """The address, as given or normalized: ``redis://host``, ``http://host/folder``."""
     host: str
     port: int
     kept_in: str = ""
-    """The bucket that it has its files in, ``s3://bucket/folder``, where it is one that this process runs."""
+    """The bucket behind a server that this process runs: ``s3://bucket/folder``."""
 
     @classmethod
     def parse(cls, address: str) -> Server:
-        """The server of an address.
+        """Parse the address of a server.
 
         Raises:
-            VoltforgeError: it is none that ccache can be given.
+            VoltforgeError: ccache does not support it.
         """
         try:
             parts = urlsplit(address)
@@ -97,17 +98,17 @@ class Server:
             parts, port = urlsplit(""), None
         if parts.scheme not in SCHEMES or not parts.hostname or "|" in address or " " in address:
             raise VoltforgeError(
-                f"ccache={redacted(address)} is no server of objects",
+                f"ccache={redacted(address)} is not the address of an object cache",
                 hint="ccache=redis://host:6379, =http://host/folder (WebDAV), =s3://bucket/folder, or =off",
             )
         user, _, place = parts.netloc.rpartition("@")
         if parts.scheme == "redis" and user and not (":" in user and user.split(":")[0]):
-            # A password alone has a colon before it for redis, and none for ccache; redis 6 has a user for it.
+            # redis writes a bare password with a colon before it, ccache without; redis 6 has a user name for it.
             address = parts._replace(netloc=f"default:{user.removeprefix(':')}@{place}").geturl()
         return cls(address, parts.hostname, port or SCHEMES[parts.scheme])
 
     def opened(self) -> Server:
-        """The same where ccache can ask it: for a bucket, a server of this process's own.
+        """Return the server in a form that ccache can reach: for a bucket, a WebDAV server of this process.
 
         Raises:
             VoltforgeError: the bucket cannot be reached.
@@ -117,14 +118,14 @@ class Server:
         return replace(Server.parse(s3.served(self.address)), kept_in=self.address)
 
     def seen(self, host: str, port: int) -> str:
-        """What ccache is told where a build sees the server at another place."""
+        """Return the value of ccache's variable for a build that sees the server at another place."""
         parts = urlsplit(self.address)
         user = parts.netloc.rpartition("@")[0]
-        flat = "|layout=flat" if self.kept_in else ""  # a bucket has no folders to make first
+        flat = "|layout=flat" if self.kept_in else ""  # a bucket needs no folders
         return parts._replace(netloc=f"{user + '@' if user else ''}{host}:{port}").geturl() + flat
 
     def farm(self) -> Farm | None:
-        """The hosts that meet at it; WebDAV has no words for claims."""
+        """The farm of hosts at this server; ``None`` for WebDAV, which cannot coordinate them."""
         return Farm(self.address) if self.address.startswith("redis:") else None
 
     def __str__(self) -> str:
@@ -133,27 +134,27 @@ class Server:
 
 @dataclass
 class Objects:
-    """The cache of a checkout."""
+    """The object cache of a checkout."""
 
     program: Path
-    """ccache."""
+    """The path of ccache."""
     folder: Path
-    """What is on this disk."""
+    """The cache on this disk."""
     server: Server | None = None
     _strikes: int = 0
     _counting: threading.Lock = field(default_factory=threading.Lock)
     _doors: set[Path] = field(default_factory=set)
 
     def log(self, package: str, cache: Path | None = None) -> Path:
-        """Where ccache says what it did with each source of a package, in the cache's folder as it is seen."""
+        """The log of ccache for a package, in the folder of the cache as the build sees it."""
         return (cache or self.folder) / f"{package}.stats"
 
     def variables(self, package: str, surroundings: str, cache: Path, server: str) -> dict[str, str]:
-        """What the launcher and ccache are told, given where a build sees the cache.
+        """Return the variables for the launcher and ccache, given the place where a build sees the cache.
 
-        ``surroundings`` stands for all that decides about an object besides its command and the headers that were
-        read: the toolchain, of which ccache would look at nvcc alone; and headers that were *not* there. One that comes
-        to lie before another, or that a ``__has_include`` asks for, ccache would not notice.
+        ``surroundings`` is the digest of everything that an object depends on besides its command and the headers that
+        were read: the toolchain, of which ccache checks nvcc only, and the names of all headers. A new header that
+        hides another one, or that ``__has_include`` finds, would go unnoticed otherwise.
         """
         return {
             "VOLTFORGE_CCACHE": str(self.program),
@@ -161,13 +162,13 @@ class Objects:
             "CCACHE_DIR": str(cache),
             "CCACHE_MAXSIZE": LIMIT,
             "CCACHE_COMPILERCHECK": f"string:{surroundings}",
-            "CCACHE_DEPEND": "1",  # headers are those that the compiler names: no preprocessor for what is not there
-            "CCACHE_SLOPPINESS": "include_file_ctime",  # another link to a header changes that, and nothing in it
+            "CCACHE_DEPEND": "1",  # depend mode: the compiler lists the headers, no preprocessor runs
+            "CCACHE_SLOPPINESS": "include_file_ctime",  # a new hard link changes the ctime of a header
             "CCACHE_STATSLOG": str(self.log(package, cache)),
             **(
                 {
                     "CCACHE_REMOTE_STORAGE": f"{server}|operation-timeout={int(PATIENCE * 1000)}",
-                    "CCACHE_RESHARE": "1",  # what this disk has and the server lost, other hosts wait for
+                    "CCACHE_RESHARE": "1",  # other hosts wait for objects that the server lost
                 }
                 if server
                 else {}
@@ -176,11 +177,11 @@ class Objects:
 
     @cached_property
     def farm(self) -> Farm | None:
-        """The hosts that share the server, one for all builds of a run."""
+        """The farm of hosts that share the server, one for all builds of a run."""
         return self.server.farm() if self.server else None
 
     def lead(self, folder: Path) -> None:
-        """Let what comes to the socket in ``folder`` reach the server, from now to the end of the process."""
+        """Forward connections of the socket in ``folder`` to the server until this process ends."""
         if folder in self._doors:
             return
         self._doors.add(folder)
@@ -193,14 +194,14 @@ class Objects:
         threading.Thread(target=self._serve, args=(door,), name="objects", daemon=True).start()
 
     def reachable(self) -> bool:
-        """Whether the server takes a connection; it is told where it does not."""
+        """Return True if the server accepts connections; report it otherwise."""
         if not self.server:
             return False
         try:
             self._connected().close()
-        except (OSError, UnicodeError) as error:  # a name that is none of a host
+        except (OSError, UnicodeError) as error:  # not a valid host name
             why = getattr(error, "strerror", None) or error
-            console.warn(f"{self.server} cannot be reached ({why}): objects are those of this disk")
+            console.warn(f"{self.server} cannot be reached ({why}): only the cache on this disk is used")
             return False
         return True
 
@@ -214,7 +215,7 @@ class Objects:
             threading.Thread(target=self._carry, args=(one,), daemon=True).start()
 
     def _carry(self, one: socket.socket) -> None:
-        """Join a connection to the server, unless that failed too often: each failure makes a compiler wait."""
+        """Connect a client to the server, unless the server failed too often: each failure delays a compiler."""
         if self._strikes >= STRIKES:
             one.close()
             return
@@ -224,29 +225,29 @@ class Objects:
             one.close()
             fine = False
         else:
-            other.settimeout(None)  # between two questions ccache compiles
+            other.settimeout(None)  # ccache compiles between two requests
             fine = tunnel.join(one, other)
         with self._counting:
             self._strikes = 0 if fine else self._strikes + 1
             out = self._strikes == STRIKES
         if out:
-            console.warn(f"{self.server} did not answer {STRIKES} times in a row: it is not asked any more in this run")
+            console.warn(f"{self.server} did not answer {STRIKES} times in a row and is not used again in this run")
 
 
 def named(setting: str) -> Server | None:
-    """The server that ``ccache=`` names, if it names one.
+    """Return the server that ``ccache=`` names, if any.
 
     Raises:
-        VoltforgeError: it is no address of a server.
+        VoltforgeError: it is not the address of a server.
     """
     return Server.parse(setting) if setting not in ("", OFF) else None
 
 
 def chosen(setting: str, folder: Path) -> Objects | None:
-    """The cache that ``ccache=`` asks for: on this disk where it is empty; none if it is off or there is no ccache.
+    """Return the cache for ``ccache=``: on this disk if it is empty; ``None`` if it is off or ccache is not installed.
 
     Raises:
-        VoltforgeError: it is no address of a server.
+        VoltforgeError: it is not the address of a server.
     """
     if setting == OFF:
         return None
@@ -254,7 +255,7 @@ def chosen(setting: str, folder: Path) -> Objects | None:
     program = shutil.which("ccache")
     if not program or not any(Path(program).is_relative_to(place) for place in SYSTEM):
         if server:
-            console.warn(f"{server} is not asked, for there is no ccache here: ./doit doctor says what gets it")
+            console.warn(f"{server} is not used: ccache is not installed; ./doit doctor prints how to install it")
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,21 +266,18 @@ def chosen(setting: str, folder: Path) -> Objects | None:
         return None
     made = Objects(Path(program), folder, server)
     if server and (version := _version(made.program)) < OLDEST:
-        console.warn(f"{server} is not asked: ccache {'.'.join(map(str, version))} is older than 4.7")
+        console.warn(f"{server} is not used: ccache {'.'.join(map(str, version))} is older than 4.7")
         return Objects(made.program, folder)
     try:
         made.server = server and server.opened()
     except VoltforgeError as error:
-        console.warn(f"{error.what}: objects are those of this disk")
+        console.warn(f"{error.what}: only the cache on this disk is used")
         return Objects(made.program, folder)
     return made if made.reachable() else Objects(made.program, folder)
 
 
 def names(folders: Iterable[Path]) -> str:
-    """The digest of the names of all headers in some folders, and of what decides which others are made.
-
-    Of CMake's files the content counts: they generate headers.
-    """
+    """Return the digest of the names of all headers in some folders, and of the content of CMake's files."""
     found: list[str] = []
     for number, folder in enumerate(folders):
         for parent, _, entries in os.walk(folder):
@@ -295,9 +293,9 @@ def _version(program: Path) -> tuple[int, ...]:
 
 
 def found(log: Path, needs: Estimates | None) -> Found:
-    """What a log of ccache's says of one build: for each source a line ``# path``, then what was done.
+    """Parse ccache's log of one build: for each source a line ``# path``, then the result.
 
-    What CMake compiles to see whether it can is passed over: some of it is in a folder of another name each time.
+    Trial compilations of CMake are skipped: some use a folder with a random name.
     """
     try:
         lines = log.read_text(errors="replace").splitlines()

@@ -1,7 +1,7 @@
-"""A bucket of S3 as a server of objects: rclone serves it by WebDAV on this machine, as long as this process lives.
+"""An S3 bucket as an object cache: rclone serves it to ccache as WebDAV, until this process ends.
 
-ccache speaks redis and HTTP; rclone speaks what buckets speak. Credentials and endpoint come from the variables that
-AWS's own tools read.
+ccache speaks redis and HTTP, rclone speaks S3. Credentials and endpoint come from the variables that AWS's own tools
+read.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from voltforge.system.process import ProgramFailed, run
 
 SCHEME = "s3"
 PATIENCE = 30.0
-"""Seconds in which the bucket has to answer, and then rclone to listen."""
+"""Seconds for the bucket to answer, and then for rclone to listen."""
 NOTHING = "voltforge-asks"
-"""A folder that no bucket has: to list it asks for nothing but leave."""
+"""A folder that does not exist: listing it tests the access and nothing else."""
 FRESH = "1m"
-"""How long a list of the bucket's objects is taken for true: what another host brings is seen after that."""
+"""How long rclone reuses a listing of the bucket: objects of other hosts appear after that time."""
 WORDS = "--low-level-retries", "1", "--retries", "1", "--contimeout", "5s", "--timeout", "10s"
-"""A cache that fails is gone round, not waited for."""
+"""A failing cache is bypassed at once instead of retried."""
 _ADDRESS = re.compile(r"http://(127\.0\.0\.1:\d+)/")
 
 
 def served(address: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The address of a WebDAV server, with the password for it, that keeps its files in a bucket: ``s3://bucket/folder``.
+    """Start a WebDAV server for a bucket and return its address, with a password: ``s3://bucket/folder``.
 
     Raises:
-        VoltforgeError: there is no rclone, or it does not reach the bucket.
+        VoltforgeError: rclone is not installed, or cannot reach the bucket.
     """
     rclone, setpriv = shutil.which("rclone"), shutil.which("setpriv")
     if not rclone or not setpriv:
         hint = distro.install_command(["rclone", "util-linux"])
-        raise VoltforgeError(f"{redacted(address)} needs rclone, which is not here", hint=hint)
-    password = secrets.token_urlsafe(24)  # others on this machine can reach the port too
+        raise VoltforgeError(f"{redacted(address)} needs rclone, which is not installed", hint=hint)
+    password = secrets.token_urlsafe(24)  # other users of this machine can reach the port
     told = {**variables(environ), "RCLONE_USER": "voltforge", "RCLONE_PASS": password}
     place = f":{SCHEME}:{address.removeprefix(f'{SCHEME}://')}"
     try:
         run([rclone, "lsf", f"{place}/{NOTHING}", *WORDS], env=told, timeout=PATIENCE)
     except ProgramFailed as error:
         raise _unreachable(address, error.output) from error
-    # The kernel ends it with this process, however that ends (prctl(2), PR_SET_PDEATHSIG).
+    # The kernel ends rclone with this process, however it ends (prctl(2), PR_SET_PDEATHSIG).
     words = [setpriv, "--pdeathsig", "TERM", rclone, "serve", "webdav", place, "--addr", "127.0.0.1:0", *WORDS]
     words += ["--dir-cache-time", FRESH]
     with tempfile.TemporaryFile() as log:
@@ -66,10 +66,10 @@ def served(address: str, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for rclone: ``environ`` with what AWS's tools call region, endpoint and certificates.
+    """Return the environment of rclone: ``environ`` with the region, endpoint and certificates of AWS's tools.
 
-    rclone's own variables (``RCLONE_S3_…``) count before those. Its settings file does not: a build would have others
-    where another person runs it.
+    rclone's own variables (``RCLONE_S3_…``) override them. rclone's configuration file is ignored, because it differs
+    between users.
     """
     found = {name: value for name, value in environ.items() if name != "AWS_CA_BUNDLE"}
     endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL", "")
@@ -78,7 +78,7 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
         "RCLONE_S3_PROVIDER": "Other" if endpoint else "AWS",
         "RCLONE_S3_ENDPOINT": endpoint,
         "RCLONE_S3_REGION": environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION", ""),
-        "RCLONE_CA_CERT": environ.get("AWS_CA_BUNDLE", ""),  # rclone 1.60 refuses to begin where the SDK reads that
+        "RCLONE_CA_CERT": environ.get("AWS_CA_BUNDLE", ""),  # rclone 1.60 fails to start if the SDK reads that variable
         "RCLONE_CONFIG": os.devnull,
     }
     return {**{name: value for name, value in own.items() if value}, **found}
@@ -91,6 +91,6 @@ def _said(log: int) -> str:
 def _unreachable(address: str, said: str) -> VoltforgeError:
     lines = [re.sub(r"^[\d/]+ [\d:]+ ", "", line) for line in said.splitlines() if "Failed to" not in line]
     return VoltforgeError(
-        f"{redacted(address)} cannot be reached: {' '.join(' '.join(lines).split())[:300] or 'rclone says nothing'}",
-        hint="AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL say who asks, and where",
+        f"{redacted(address)} cannot be reached: {' '.join(' '.join(lines).split())[:300] or 'rclone printed nothing'}",
+        hint="check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL",
     )

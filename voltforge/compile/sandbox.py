@@ -1,4 +1,4 @@
-"""What a build can see: its tree, environment and toolchain at fixed paths, a read-only system, no network."""
+"""The sandbox of a build: fixed paths, a read-only system, no network."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from voltforge.system.process import ProgramFailed, run
 
 CHOICES = ("auto", "require", "off")
 ROOT = Path("/build")
-"""Where a build finds its folders: nvcc writes a hash of the path into device code, so it must not vary."""
+"""The folder under which a build sees its folders. nvcc writes a hash of the path into device code, so it is fixed."""
 MOVED = "moved.json"
-"""The note in :data:`ROOT` that says where each folder was moved from; nothing for a copy."""
+"""A note in :data:`ROOT` that names the original place of each moved folder; empty for a copy."""
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/opt", "/nix", "/gnu")
-"""The parts of the machine that compilers and interpreters live in, shown read-only where they exist."""
+"""The parts of the system that compilers and interpreters live in, shown read-only if they exist."""
 UNSHARE = (
     *("setpriv", "--pdeathsig", "KILL", "--"),
     *("unshare", "--user", "--map-current-user", "--keep-caps", "--mount", "--net", "--ipc", "--uts"),
     *("--pid", "--fork", "--kill-child", "--"),
 )
-"""New namespaces by util-linux, and an end of all that is inside with whoever started it."""
+"""New namespaces by util-linux; everything inside ends with the process that started it."""
 VIEW = """\
 set -e
 mount -t tmpfs -o mode=755 view /sys
@@ -60,41 +60,41 @@ cwd=$2
 shift 2
 exec unshare --root=/sys --wd="$cwd" -- setpriv --inh-caps=-all --ambient-caps=-all --bounding-set=-all -- "$@"
 """
-"""What runs in them first: it shows the machine as it is, but for the folders at :data:`ROOT`.
+"""The script that runs first inside: it shows the machine as it is, with the folders at :data:`ROOT`.
 
-Its words are ROOT, each folder and its place, ``--``, where to start, and the program. The new root is put together
-at /sys, which every machine has and no build needs. Where parts of /proc are hidden, as in containers, the kernel
-allows no new one.
+Its arguments are ROOT, each folder and its place, ``--``, the working directory and the program. The new root is
+assembled at /sys, which every machine has and no build needs. The kernel refuses a new /proc where parts of it are
+hidden, as in containers.
 """
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """One way to run a build: with a view of its own, or only without the network, or as it is."""
+    """A way to run a build: fully isolated, without network only, or without isolation."""
 
     kind: str
     """``bubblewrap``, ``no network`` (util-linux's unshare) or ``none``."""
     moves: bool = False
-    """With ``none``: whether a build's folders are moved to :data:`ROOT` for the time of its run."""
+    """With ``none``: whether the build's folders are moved to :data:`ROOT` while it runs."""
 
     @property
     def hermetic(self) -> bool:
-        """Whether a build sees only what was declared."""
+        """True if a build sees only its declared inputs."""
         return self.kind == "bubblewrap"
 
     def place(self, name: str, real: Path) -> Path:
-        """Where the build will see the folder ``real``, which it knows as ``name``."""
+        """Return the path at which the build sees the folder ``real`` named ``name``."""
         return real if self.kind == "none" and not self.moves else ROOT / name
 
     @contextlib.contextmanager
     def shown(self, writable: Mapping[str, Path], readable: Mapping[str, Path]) -> Iterator[None]:
-        """For the time of the block the folders are where :meth:`place` says, if that takes more than a mount.
+        """Keep the folders at their places for the length of the block, where that needs more than a mount.
 
-        Those that are writable are moved there and back. The others, which may be in use elsewhere, are copied by
-        links. Two builds do not meet, the later one waits.
+        Writable folders are moved there and back. The others can be in use elsewhere and are copied by links.
+        Concurrent builds take turns.
 
         Raises:
-            OSError: a folder cannot be moved or copied; all are back in their places.
+            OSError: a folder cannot be moved or copied; all are back at their original places.
         """
         if not self.moves:
             yield
@@ -114,9 +114,9 @@ class Sandbox:
     def command(
         self, argv: Sequence[str | Path], *, writable: Mapping[str, Path], readable: Mapping[str, Path], cwd: Path
     ) -> list[str]:
-        """``argv`` wrapped so that it runs inside.
+        """Return ``argv`` wrapped to run inside.
 
-        The folders go by the names that :meth:`place` knows; ``cwd`` is as seen inside.
+        The folders have the names that :meth:`place` knows; ``cwd`` is a path inside.
         """
         words = [str(word) for word in argv]
         if self.kind == "none":
@@ -133,7 +133,10 @@ class Sandbox:
             elif Path(folder).is_dir():
                 view += ["--ro-bind", folder, folder]
         view += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--dir", "/tmp/home"]
-        for interpreter in {Path(sys.base_prefix), Path(sys.base_prefix).resolve()}:  # an environment may name either
+        for interpreter in {
+            Path(sys.base_prefix),
+            Path(sys.base_prefix).resolve(),
+        }:
             if not any(interpreter.is_relative_to(folder) for folder in SYSTEM):
                 view += ["--ro-bind", str(interpreter), str(interpreter)]
         for option, folders in (("--ro-bind", readable), ("--bind", writable)):
@@ -144,7 +147,7 @@ class Sandbox:
 
 @functools.cache
 def available() -> Sandbox:
-    """The strongest sandbox that this machine allows, found by trying."""
+    """Return the strongest sandbox that works on this machine, by trying them."""
     for sandbox in (Sandbox("bubblewrap"), Sandbox("no network")):
         tool = "bwrap" if sandbox.hermetic else "unshare"
         if shutil.which(tool):
@@ -157,26 +160,28 @@ def available() -> Sandbox:
 
 
 def choose(choice: str) -> Sandbox:
-    """The sandbox that ``sandbox=`` asks for.
+    """Return the sandbox for ``sandbox=``.
 
     Raises:
-        VoltforgeError: the choice is unknown, or ``require`` where bubblewrap cannot run.
+        VoltforgeError: the choice is unknown, or it is ``require`` and bubblewrap does not work.
     """
     if choice not in CHOICES:
-        raise VoltforgeError(f"sandbox={choice} is no choice", hint=f"one of {', '.join(CHOICES)}")
+        raise VoltforgeError(f"sandbox={choice} is not a valid choice", hint=f"one of {', '.join(CHOICES)}")
     if choice == "off":
         return Sandbox("none")
     sandbox = available()
     if choice == "require" and not sandbox.hermetic:
         raise VoltforgeError(
-            "sandbox=require, but bubblewrap cannot make a namespace here",
+            "sandbox=require: bubblewrap cannot create a namespace here",
             hint="apt-get install bubblewrap, and allow user namespaces (sysctl kernel.unprivileged_userns_clone=1)",
         )
     return sandbox
 
 
 def obstacle(work: Path, readable: Mapping[str, Path]) -> str:
-    """Why :meth:`Sandbox.shown` cannot move folders from ``work`` or link the others; empty if it can, as was tried."""
+    """Return why :meth:`Sandbox.shown` cannot move folders from ``work`` or link the others; empty if it can, by
+    trying.
+    """
     try:
         with _root():
             files.write_json(ROOT / MOVED, {"probe": ""})
@@ -200,23 +205,23 @@ def _try(work: Path, readable: Mapping[str, Path], probe: Path) -> None:
 
 
 def recover(work: Path) -> None:
-    """Give back what a killed run moved away from ``work``."""
+    """Move folders back to ``work`` that a killed run left at :data:`ROOT`."""
     origins = (files.read_json(ROOT / MOVED) or {}).values()
     if any(origin and Path(origin).is_relative_to(work.absolute()) for origin in origins):
-        with contextlib.suppress(OSError), _root():  # who looks on its own account at what else is there
+        with contextlib.suppress(OSError), _root():  # the caller reports foreign files itself
             pass
 
 
 @contextlib.contextmanager
 def _root() -> Iterator[None]:
-    """:data:`ROOT` for this process alone, made and empty; what a killed run left there is given back first.
+    """Create :data:`ROOT`, empty, for this process alone. Folders that a killed run left there are moved back first.
 
     Raises:
-        OSError: it cannot be made, belongs to another, or holds something else.
+        OSError: it cannot be created, belongs to another user, or holds foreign files.
     """
-    if not os.access(ROOT if ROOT.exists() else ROOT.parent, os.W_OK):  # no reason to wait, then
+    if not os.access(ROOT if ROOT.exists() else ROOT.parent, os.W_OK):  # no killed run left anything
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), ROOT)
-    with _locked(ROOT.parent):  # not itself, so that it can be removed
+    with _locked(ROOT.parent):  # flock a neighbour of ROOT, so that ROOT can be removed
         ROOT.mkdir(exist_ok=True)
         try:
             if ROOT.stat().st_uid != os.geteuid():
@@ -225,7 +230,7 @@ def _root() -> Iterator[None]:
                 _wait_for_the_orphaned()
                 _give_back()
             if strangers := [name for name in os.listdir(ROOT) if not name.startswith(f".{MOVED}")]:
-                raise FileExistsError(errno.EEXIST, f"{strangers[0]} is there", ROOT)
+                raise FileExistsError(errno.EEXIST, f"{strangers[0]} exists there", ROOT)
             yield
         finally:
             with contextlib.suppress(OSError):
@@ -247,19 +252,19 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _wait_for_the_orphaned() -> None:
-    """A run that was killed could not end its compilers; they would write into the next build's folders."""
+    """Wait for compilers that survived a killed run: they would write into the folders of the next build."""
     told = False
     while pids := [
         one.pid for one in psutil.process_iter(["cwd"]) if Path(one.info["cwd"] or "/").is_relative_to(ROOT)
     ]:
         if not told:
-            console.note(f"waiting for what a killed build left running at {ROOT}: {', '.join(map(str, pids))}")
+            console.note(f"waiting for processes of a killed build at {ROOT}: {', '.join(map(str, pids))}")
         told = True
         time.sleep(0.2)
 
 
 def _give_back() -> None:
-    """Move each folder of the note back, if its place is free; else remove it, as the copies."""
+    """Move each folder of the note back if its original place is free; remove it otherwise, and remove copies."""
     for name, origin in (files.read_json(ROOT / MOVED) or {}).items():
         if not (ROOT / name).exists():
             continue
@@ -271,9 +276,9 @@ def _give_back() -> None:
 
 
 def _copy(real: Path, place: Path) -> None:
-    """Copy a folder by links: CMake looks for the real path of folders, and gcc for that of headers.
+    """Copy a folder by links: CMake resolves the real path of folders, and gcc that of headers.
 
-    Those of compilers are symbolic, for the toolchain knows them by their ctime, which a hard link changes.
+    Links to compilers are symbolic, because the toolchain is recognized by their ctime, which a hard link changes.
     """
 
     def link(source: str, target: str) -> None:

@@ -1,4 +1,4 @@
-"""A CUDA_HOME whose compiler can target the archs wanted: found on the machine or put together, and its identity."""
+"""The CUDA toolkit that compiles for the wanted archs: found on this machine or assembled, with its identity."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMPILERS = (
     "bin/nvcc", "bin/cudafe++", "bin/ptxas", "bin/fatbinary", "bin/nvlink",
     "nvvm/bin/cicc", "nvvm/libdevice/libdevice.10.bc",
 )  # fmt: skip
-"""The files of a CUDA_HOME that decide which code comes out."""
+"""The files of a CUDA_HOME that decide the machine code."""
 LIBRARIES = (
     "include/cuda.h",
     "include/cuda_runtime.h",
@@ -36,7 +36,7 @@ LIBRARIES = (
     "include/cublas_v2.h",
     "lib64/libcudart.so",
 )
-"""The files that show that headers and libraries are there too."""
+"""Files that prove that headers and libraries exist."""
 HOST_PARTS = ("cc1plus", "as", "collect2", "ld")
 """The programs behind g++, by the names that ``-print-prog-name`` knows."""
 PLACES = (
@@ -46,9 +46,9 @@ PLACES = (
     (r"/bin/((?:crt/)?[^/]+)$", r"bin/\1"),
     (r"^.*?/include/(.+)$", r"include/\1"),
 )
-"""Where the files of archives and wheels go in a CUDA_HOME; the first pattern that matches the path decides."""
+"""The place in a CUDA_HOME for each file of an archive or a wheel, by the first pattern that matches its path."""
 NOT_PLACED = re.compile(r"/compute-sanitizer(?:/|$)|/usr/bin/nvcc$|/(?:gcc|g\+\+|nvcc\.profile|__init__\.py)$")
-"""Among them Debian's wrappers, which call trixie's compilers by absolute paths."""
+"""Files that are not placed, such as Debian's wrappers, which call trixie's compilers by absolute paths."""
 NVCC_PROFILE = """\
 TOP                = $(_HERE_)/..
 CICC_PATH          = $(TOP)/nvvm/bin
@@ -64,19 +64,19 @@ PTXAS_FLAGS       +=
 
 
 class ToolchainError(VoltforgeError):
-    """No toolkit can be had; ``reasons`` says of each that was looked at why not."""
+    """No toolkit works; ``reasons`` has one sentence for each that was tried."""
 
     def __init__(self, reasons: Iterable[str]) -> None:
         self.reasons = tuple(reasons)
         super().__init__(
             f"no CUDA toolkit can compile this:{listed(list(self.reasons))}",
-            hint="set CUDA_HOME to a CUDA 12 toolkit, or put what is named above into build/downloads/ or a mirror",
+            hint="set CUDA_HOME to a CUDA 12 toolkit, or put the files named above into build/downloads/ or a mirror",
         )
 
 
 @dataclass(frozen=True)
 class HostCompiler:
-    """The C++ compiler that nvcc drives, and its C companion."""
+    """The C++ compiler that nvcc runs, and its C compiler."""
 
     cxx: Path
     cc: Path
@@ -85,7 +85,7 @@ class HostCompiler:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """A CUDA toolkit and the C++ compiler behind it."""
+    """A CUDA toolkit and its host compiler."""
 
     home: CheckoutPath
     origin: str
@@ -102,7 +102,7 @@ class Toolchain:
 
     @property
     def tag(self) -> str:
-        """The release in a version's local part: ``cu124``."""
+        """The local part of a version: ``cu124``."""
         major, minor = Version(self.version).release[:2]
         return f"cu{major}{minor}"
 
@@ -113,15 +113,15 @@ class Toolchain:
 def select(
     recipe: CudaRecipe, choice: str, store: Store, folder: Path, environ: Mapping[str, str] = os.environ
 ) -> Toolchain:
-    """The first toolkit that will do: the machine's own, NVIDIA's archives, the distribution's package.
+    """Return the first toolkit that works: the machine's own, NVIDIA's archives, the distribution's package.
 
-    ``choice`` picks one of them by name, or ``auto`` for this order. What is passed over is said, with the reason.
+    ``choice`` is one of them, or ``auto`` for this order. Rejected toolkits are reported with the reason.
 
     Raises:
-        ToolchainError: none will do; it says why of each.
+        ToolchainError: none works.
     """
     if choice not in CHOICES:
-        raise VoltforgeError(f"cuda={choice} is no choice", hint=f"one of {', '.join(CHOICES)}")
+        raise VoltforgeError(f"cuda={choice} is not a valid choice", hint=f"one of {', '.join(CHOICES)}")
     makers: dict[str, Callable[[], Toolchain]] = {
         "system": lambda: _system(recipe, environ),
         "redist": lambda: _provided(recipe, recipe.redist, "redist", store, folder, environ),
@@ -133,19 +133,19 @@ def select(
             return makers[origin]()
         except NotFetchedError as error:
             first = error.missing[0]
-            why = first.attempts[-1].outcome if first.attempts else "is not here"
-            reasons.append(f"{origin}: {first.artifact.file} could not be fetched, {why}")
+            why = first.attempts[-1].outcome if first.attempts else "is missing"
+            reasons.append(f"{origin}: {first.artifact.file} could not be downloaded, {why}")
         except ToolchainError as error:
             reasons += [f"{origin}: {reason}" for reason in error.reasons]
         except VoltforgeError as error:
             reasons.append(f"{origin}: {error.what}")
         if origin != CHOICES[-1] and choice == "auto":
-            console.note(f"passed over: {reasons[-1].splitlines()[0]}")
+            console.note(f"skipped: {reasons[-1].splitlines()[0]}")
     raise ToolchainError(reasons)
 
 
 def candidates(environ: Mapping[str, str]) -> Iterator[Path]:
-    """The toolkits that a machine has of its own: CUDA_HOME, then the one whose nvcc is on PATH."""
+    """Yield the toolkits of this machine: CUDA_HOME, then the one with the nvcc on PATH."""
     seen: set[Path] = set()
     named = [Path(environ[key]) for key in ("CUDA_HOME", "CUDA_PATH") if environ.get(key)]
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
@@ -156,7 +156,7 @@ def candidates(environ: Mapping[str, str]) -> Iterator[Path]:
 
 
 def unsuitable(recipe: CudaRecipe, home: Path) -> str | None:
-    """Why the toolkit at ``home`` cannot be used, or ``None`` if it can."""
+    """Return why the toolkit at ``home`` cannot be used, or ``None`` if it can."""
     if not (home / "bin" / "nvcc").exists():
         return f"{home} has no bin/nvcc"
     try:
@@ -172,10 +172,10 @@ def unsuitable(recipe: CudaRecipe, home: Path) -> str | None:
 
 
 def nvcc_version(home: Path) -> str:
-    """nvcc's own version, ``12.4.131``.
+    """Return nvcc's version: ``12.4.131``.
 
     Raises:
-        VoltforgeError: it does not run, or says no version.
+        VoltforgeError: it does not run, or prints no version.
     """
     try:
         output = run([home / "bin" / "nvcc", "--version"]).output
@@ -183,15 +183,15 @@ def nvcc_version(home: Path) -> str:
         raise VoltforgeError(f"{home}/bin/nvcc does not run: {error.output or error.what}") from error
     match = re.search(r"\bV(\d+\.\d+\.\d+)", output)
     if not match:
-        raise VoltforgeError(f"{home}/bin/nvcc does not say its version")
+        raise VoltforgeError(f"{home}/bin/nvcc prints no version")
     return match[1]
 
 
 def host_compiler(home: Path, environ: Mapping[str, str] = os.environ) -> HostCompiler:
-    """The first g++ that the toolkit's headers accept: CXX, g++, then numbered ones from the newest.
+    """Return the first g++ that the toolkit's headers accept: CXX, g++, then g++-N from the newest.
 
     Raises:
-        ToolchainError: there is none; it names those found and the newest that would do.
+        ToolchainError: there is none; the error names those found and the newest that works.
     """
     text = (home / "include/crt/host_config.h").read_text(errors="replace")
     match = re.search(r"#\s*if\s+__GNUC__\s*>\s*(\d+)", text)
@@ -216,7 +216,7 @@ def host_compiler(home: Path, environ: Mapping[str, str] = os.environ) -> HostCo
 
 
 def state(toolchain: Toolchain) -> dict[str, list[int]]:
-    """Return size, time (ns) and inode of every compiler: while they stay, the compilers need not be hashed again.
+    """Return size, time (ns) and inode of every compiler. While they stay, the compilers are not hashed again.
 
     Raises:
         OSError: a compiler is missing.
@@ -232,24 +232,22 @@ def _system(recipe: CudaRecipe, environ: Mapping[str, str]) -> Toolchain:
             reasons.append(reason)
         else:
             return _described(home, "system", f"toolkit {nvcc_version(home)}", host_compiler(home, environ))
-    raise ToolchainError(reasons or ["neither CUDA_HOME nor an nvcc on PATH"])
+    raise ToolchainError(reasons or ["CUDA_HOME is not set, and there is no nvcc on PATH"])
 
 
 def _provided(
     recipe: CudaRecipe, provision: Provision, origin: str, store: Store, folder: Path, environ: Mapping[str, str]
 ) -> Toolchain:
-    """Put a CUDA_HOME together from archives and wheels; one that is there already is used as it is."""
+    """Assemble a CUDA_HOME from archives and wheels, or reuse the one that was assembled before."""
     lock = recipe.beside(provision.lock)
     libraries = files.sha256(lock)
     key = files.digest([[archive.sha256 for archive in provision.archives], libraries, NVCC_PROFILE])[:12]
     home = folder / f"{origin}-{provision.version}-{key}"
     if not home.is_dir():
         archives = [archive.artifact for archive in provision.archives]
-        # A host that cannot be reached is asked once, not for every archive: for the one that costs the others least.
+        # Smallest archive first, so that a dead host fails early.
         store.get(min(archives, key=lambda archive: archive.size or MOST))
-        console.note(
-            f"putting CUDA {provision.version} together from {', '.join(archive.file for archive in archives)}"
-        )
+        console.note(f"assembling CUDA {provision.version} from {', '.join(archive.file for archive in archives)}")
         with files.replacing_folder(home) as beside:
             _assemble(archives, lock, store, beside)
     host = host_compiler(home, environ)
@@ -261,7 +259,7 @@ def _provided(
 
 def _assemble(archives: Sequence[Artifact], lock: Path, store: Store, home: Path) -> None:
     parts = home / "parts"
-    with contextlib.closing(store.arriving(archives)) as arriving:  # one is unpacked while others are on their way
+    with contextlib.closing(store.arriving(archives)) as arriving:  # unpack one archive while others are downloading
         for archive, path in arriving:
             part = parts / str(archives.index(archive))
             part.mkdir(parents=True)
@@ -273,20 +271,20 @@ def _assemble(archives: Sequence[Artifact], lock: Path, store: Store, home: Path
             (home / place).parent.mkdir(parents=True, exist_ok=True)
             os.link(path.resolve(), home / place)
     files.remove(parts)
-    for folder in ("bin", "lib64"):  # which archives that are not a toolkit's may not have brought
+    for folder in ("bin", "lib64"):  # archives of other origins can lack them
         (home / folder).mkdir(exist_ok=True)
     (home / "lib").symlink_to("lib64")
     elf.link_libraries(home / "lib64")
     (home / "bin/nvcc.profile").write_text(NVCC_PROFILE)
     device_runtime = home / "lib64/libcudadevrt.a"
     if not device_runtime.exists():
-        device_runtime.write_bytes(b"!<arch>\n")  # an empty archive: nothing here launches kernels from kernels
+        device_runtime.write_bytes(b"!<arch>\n")  # an empty archive: no kernel here launches kernels
     if missing := [name for name in (*COMPILERS, *LIBRARIES) if not (home / name).exists()]:
         raise ToolchainError([f"the archives lack {', '.join(missing)}"])
 
 
 def _place(name: str) -> str | None:
-    """Where in a CUDA_HOME a file of an archive or a wheel belongs, by its path there."""
+    """Return the place in a CUDA_HOME for a file of an archive or a wheel; ``None`` for files that are not needed."""
     if NOT_PLACED.search(name):
         return None
     for pattern, place in PLACES:

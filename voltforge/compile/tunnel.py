@@ -1,8 +1,8 @@
-"""Carries connections to one address and nowhere else: ``tunnel.py PORT SOCKET COMMAND …``, for want of a network.
+"""Forward TCP connections of a sandbox without network to one server: ``tunnel.py PORT SOCKET COMMAND …``.
 
-In a sandbox it hands what comes to 127.0.0.1:PORT to a socket that the sandbox shows, and becomes the command beside
-that. It stands alone, for it runs in the build's own Python; the other end of the socket is
-:mod:`voltforge.compile.object_cache`.
+The child forwards connections to 127.0.0.1:PORT to a Unix socket that the sandbox shows; the parent becomes the
+command. This file imports nothing of voltforge, because it runs in the build's own Python.
+:mod:`voltforge.compile.object_cache` is at the other end of the socket.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ BLOCK = 1 << 16
 
 
 def join(one: socket.socket, other: socket.socket) -> bool:
-    """Carry both ways between two connections until either ends; gives whether the last that was said is an answer.
+    """Forward data both ways between two connections until one ends. Return True if ``other`` sent the last data.
 
-    It is not where ``other`` hangs up before it was asked anything.
+    That is False if ``other`` hangs up before it answers.
     """
     last: list[socket.socket] = []
 
@@ -40,7 +40,7 @@ def join(one: socket.socket, other: socket.socket) -> bool:
 
 
 def serve(door: socket.socket, path: str) -> None:
-    """Join each that comes in at a door to the socket at ``path``."""
+    """Connect each client of a listening socket to the Unix socket at ``path``."""
     while True:
         one, _ = door.accept()
         other = socket.socket(socket.AF_UNIX)
@@ -54,7 +54,7 @@ def serve(door: socket.socket, path: str) -> None:
 
 
 def main(words: list[str]) -> None:
-    """Serve in a child, and become the command."""
+    """Start the forwarding child, and become the command."""
     port, path, *command = words
     with socket.socket() as door:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
