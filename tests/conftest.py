@@ -15,10 +15,10 @@ from hypothesis import settings
 from uv import find_uv_bin
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.support.beside import Beside
 from tests.support.checkouts import ROOT, doit, small_checkout
 from tests.support.images import small_image
 from tests.support.tally import Tally
+from tests.support.vllm_python import VllmPython
 from voltforge.compile.driver_stub import DriverStub
 from voltforge.compile.toolchain import Toolchain
 from voltforge.errors import VoltforgeError
@@ -126,7 +126,7 @@ def installed(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A fresh environment into which uv installed the wheel from the wheelhouse's own index."""
     recipe = vllm.recipes["vllm"]
     folder = tmp_path_factory.mktemp("installed") / "fresh"
-    fresh = create(recipe.beside(recipe.expect.lock), folder, vllm.store.indexes)
+    fresh = create(recipe.vllm_python(recipe.expect.lock), folder, vllm.store.indexes)
     simple = (vllm.wheelhouse.path / "simple").as_uri()
     words = ["pip", "install", "--python", str(fresh.python), "--default-index", simple, "--no-deps", "vllm==0.12.0"]
     subprocess.run([find_uv_bin(), *words], check=True, capture_output=True)
@@ -135,10 +135,10 @@ def installed(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="session")
-def beside(vllm: Pipeline, installed: Environment, tmp_path_factory: pytest.TempPathFactory) -> Beside:
+def vllm_python(vllm: Pipeline, installed: Environment, tmp_path_factory: pytest.TempPathFactory) -> VllmPython:
     """That environment's Python, on a machine without a GPU."""
     home = {"HOME": str(tmp_path_factory.mktemp("home")), "OMP_NUM_THREADS": "1"}
-    return Beside(installed.python, {**triton_kernels.variables(vllm), **home})
+    return VllmPython(installed.python, {**triton_kernels.variables(vllm), **home})
 
 
 @pytest.fixture

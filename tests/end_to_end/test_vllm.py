@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.beside import Beside
 from tests.support.checkouts import ROOT, doit
+from tests.support.vllm_python import VllmPython
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import environment, tree
 from voltforge.sources.environment import Environment, unmet_requirements
@@ -132,9 +132,9 @@ def test_nothing_that_it_requires_is_missing(installed: Environment) -> None:
         "the_command_line_explains_itself",
     ],
 )
-def test_on_a_pretended_volta(check: str, beside: Beside) -> None:
+def test_on_a_pretended_volta(check: str, vllm_python: VllmPython) -> None:
     """No GPU is here: the platform only says that it is one of capability 7.0, and no kernel runs."""
-    beside.run(ROOT / "tests" / "scripts" / "pretended_volta.py", check)
+    vllm_python.run(ROOT / "tests" / "scripts" / "pretended_volta.py", check)
 
 
 def test_nothing_on_cuda_reaches_the_kernels_that_were_left_out(patched: Tree) -> None:

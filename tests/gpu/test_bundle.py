@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.image.test_stages import pipeline as checkout
-from tests.support.beside import Beside
 from tests.support.checkouts import ROOT, doit, small_checkout
+from tests.support.vllm_python import VllmPython
 from tests.volta.test_run import has_driver
 from voltforge.compile.toolchain import Toolchain
 from voltforge.errors import VoltforgeError
@@ -139,8 +139,8 @@ def test_bundle_without_a_wheel_is_an_error(tmp_path: Path, toolchain: Toolchain
         bundle.bundle(pipeline).run()
 
 
-def test_recorded_row_passes_its_check(beside: Beside, tmp_path: Path) -> None:
-    beside.run(
+def test_recorded_row_passes_its_check(vllm_python: VllmPython, tmp_path: Path) -> None:
+    vllm_python.run(
         "-m", "volta.gpu_rows.record_triton", tmp_path / "made.zip", "--only", "Experts(zeros=True)", "--jobs", "1"
     )
     with zipfile.ZipFile(tmp_path / "made.zip") as archive:

@@ -1,6 +1,7 @@
-"""Runs one check inside an environment where the wheel is installed: what a chosen kernel is then called with.
+"""Check the arguments with which vLLM calls a selected kernel. Usage: chosen_kernels.py CHECK
 
-The card is a pretended one of capability 7.0, the kernels are replaced by recorders. Usage: chosen_kernels.py CHECK
+It runs in an environment where the wheel is installed. The card is a pretended card of capability 7.0, and functions
+that record their arguments replace the kernels.
 """
 
 import sys
@@ -40,6 +41,6 @@ if __name__ == "__main__":
     pretended_gpu.capability()
     import vllm.model_executor.parameter as parameter
 
-    # One card, which nothing has joined to others.
+    # There is one card and no process group.
     parameter.get_tensor_model_parallel_rank, parameter.get_tensor_model_parallel_world_size = lambda: 0, lambda: 1
     globals()[sys.argv[1]]()

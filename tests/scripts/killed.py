@@ -1,7 +1,7 @@
-"""Runs doit in this process and ends it, or fills its disk, at one exact moment: python killed.py POINT WORDS…
+"""Run doit in this process and kill it, or fill its disk, at one exact moment. Usage: killed.py POINT WORDS…
 
-POINT is a :class:`Point` as JSON. Python tells an audit hook of every file that it opens, renames or removes and of
-every program that it starts, before it does so (PEP 578); that makes the moment exact.
+POINT is a :class:`Point` as JSON. Python calls an audit hook before it opens, renames or removes a file and before it
+starts a program (PEP 578), so the moment is exact.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ CHANGES = {
     "os.truncate": ("write", 0, None),
     "shutil.rmtree": ("remove", 0, 1),
 }
-"""Audit events that change files: what a point calls them, and which arguments are the path and its folder's number."""
+"""Audit events that change files: the name in a point, and the positions of the path and its directory descriptor."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A moment of a run, and what happens then."""
+    """A moment of a run and the action at that moment."""
 
     event: str
     """``write``, ``rename``, ``remove``, ``mkdir``, ``chmod``, ``link``, ``change`` for any of these, or ``start``."""
     what: str = "*"
-    """A pattern of the path that is changed, below the checkout, or of the words of the program that is started."""
+    """A pattern for the changed path, relative to the checkout, or for the command of the started program."""
     nth: int = 1
-    """Which of these events."""
+    """The number of the event among those that match, from 1."""
     after: bool = False
-    """Wait for the next event of any sort: then this one has happened."""
+    """If true, act at the next event of any kind, when this one is complete."""
     program: str = ""
-    """Wait besides until a program of this name runs below this one."""
+    """Also wait until a program of this name runs as a descendant."""
     file: str = ""
-    """Wait besides until such a file is there: a pattern below the checkout."""
+    """Also wait until a file that matches this pattern exists in the checkout."""
     seconds: float = 0
-    """Wait besides for so long."""
+    """Also wait this many seconds."""
     way: str = "SIGKILL"
-    """The signal that ends it, ``fill`` for a disk that is full from now on, or ``count`` for nothing."""
+    """The signal to send, ``fill`` to fill the disk, or ``count`` to do nothing."""
     journal: str = ""
-    """A file outside the checkout for what the harness must know: see :meth:`Watch.tell`."""
+    """A file outside the checkout for the report to the test; see :meth:`Watch.tell`."""
     trace: bool = False
-    """Whether to print each event, for who looks for new points."""
+    """If true, print each event, to find new points."""
 
 
 class Watch:
@@ -77,10 +77,10 @@ class Watch:
         self.everything = 0
 
     def hook(self, event: str, words: tuple[Any, ...]) -> None:
-        """Take in one audit event."""
+        """Handle one audit event."""
         if self.over or self.busy:
             return
-        self.busy = True  # what is done here is not part of the run
+        self.busy = True  # ignore events of this handler
         try:
             self.take(event, words)
         finally:
@@ -110,7 +110,7 @@ class Watch:
                 return
 
     def changes(self, event: str, words: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
-        """What an audit event changes in the checkout, or which program it starts."""
+        """Yield the changes of an audit event in the checkout, or the program that it starts."""
         if event == "subprocess.Popen":
             yield "start", " ".join(os.fsdecode(word) for word in words[1])
         elif event == "open":
@@ -122,7 +122,7 @@ class Watch:
                 yield kind, path
 
     def inside(self, path: Any, folder: int | None) -> str | None:
-        """The path below the checkout, or nothing if it is elsewhere."""
+        """Return the path relative to the checkout; empty if it is elsewhere."""
         if not isinstance(path, (str, bytes, os.PathLike)):
             return None
         if isinstance(folder, int) and folder >= 0:
@@ -131,7 +131,7 @@ class Watch:
         return None if name.startswith("..") else name
 
     def wait(self) -> None:
-        """Wait until the program runs, the file is there, the time is over; then strike."""
+        """Wait until the program runs, the file exists and the time has passed; then act."""
         deadline = time.monotonic() + 60
         while not self.ready() and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -139,16 +139,16 @@ class Watch:
         self.strike()
 
     def ready(self) -> bool:
-        """Whether what is waited for has come."""
+        """Return True if the program runs and the file exists."""
         if self.point.program:
             return runs(self.point.program, psutil.Process())
         try:
             return not self.point.file or any(Path(self.root).glob(self.point.file))
-        except OSError:  # a folder went while it was looked into
+        except OSError:  # a folder was removed during the search
             return False
 
     def strike(self) -> None:
-        """Do what the point is for."""
+        """Perform the point's action."""
         self.over = True
         self.tell()
         if self.point.way == "fill":
@@ -157,12 +157,12 @@ class Watch:
             os.kill(os.getpid(), getattr(signal, self.point.way))
 
     def tell(self) -> None:
-        """Write the journal: what was reached, how often, and which files were synced in which state."""
+        """Write the journal: the event that was reached, the count, and the synced files with their state."""
         found = {"reached": self.reached, "events": self.seen, "synced": self.synced, "everything": self.everything}
         Path(self.point.journal).write_text(json.dumps(found))
 
     def listen_to_fsync(self) -> None:
-        """Remember what was synced, of which Python tells no hook: what a power cut then leaves alone."""
+        """Record synced files, for which Python has no audit event: a power cut does not change them."""
         fsync, sync = os.fsync, os.sync
 
         def synced(file: Any) -> None:
@@ -179,7 +179,7 @@ class Watch:
 
 
 def runs(program: str, parent: psutil.Process) -> bool:
-    """Whether a program of that name runs below a process."""
+    """Return True if a program of this name is a descendant of a process."""
     for one in parent.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if one.name() == program:
@@ -188,7 +188,7 @@ def runs(program: str, parent: psutil.Process) -> bool:
 
 
 def fill(path: Path) -> None:
-    """Write into ``path`` until the disk has no room."""
+    """Write to ``path`` until the disk is full."""
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         for block in (1 << 20, 1 << 12, 1):
             with contextlib.suppress(OSError):
@@ -197,7 +197,7 @@ def fill(path: Path) -> None:
 
 
 def main() -> None:
-    """Run doit with the words, watched."""
+    """Run doit with these words under the watch."""
     from doit.doit_cmd import DoitMain
 
     point = Point(**json.loads(sys.argv[1]))
@@ -211,7 +211,7 @@ def main() -> None:
 
 
 def as_json(point: Point) -> str:
-    """The point as :func:`main` takes it."""
+    """Return the point in the form that :func:`main` reads."""
     return json.dumps(asdict(point))
 
 

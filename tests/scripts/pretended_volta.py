@@ -8,11 +8,11 @@ import sys
 
 from volta import pretended_gpu
 
-import torch  # isort: skip - after pretended_gpu, which settles what imports find
+import torch  # isort: skip - after pretended_gpu, which sets the environment
 
 
 def refusal(call):
-    # ValueError is how vLLM refuses a choice, NotImplementedError how our patches refuse a call.
+    # vLLM refuses a choice with ValueError; our patches refuse a call with NotImplementedError.
     try:
         call()
     except (ValueError, NotImplementedError) as error:

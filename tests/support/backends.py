@@ -1,7 +1,7 @@
-"""A small server with OpenAI's interface, in a process of its own, that can be killed, frozen and started again.
+"""Run a small server with OpenAI's interface in a process that can be killed, frozen and restarted.
 
-It stands where vLLM stands behind nginx. It is not vLLM: there is no GPU here, and its answers are counted words. What
-is real is what nginx sees of it: sockets, HTTP/1.1, chunks sent one by one, and a process that dies.
+It replaces vLLM behind nginx. Its answers are numbered words, and there is no model. The sockets, HTTP/1.1, the single
+chunks and a process that dies are real.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
-    """A port that nobody listens on, and that no outgoing connection is given.
+    """Return a port on which no process listens and that the kernel does not assign to outgoing connections.
 
     The kernel gives those their ports from 32768 up. One of them would otherwise take the port of a server that is
     down, or be connected to itself: then the port would seem to answer.
@@ -43,7 +43,7 @@ def free_port() -> int:
 
 @dataclass
 class Backend:
-    """The server's process, by the name that it gives in its answers (``system_fingerprint``)."""
+    """The server's process; its answers contain its name (``system_fingerprint``)."""
 
     name: str
     port: int = field(default_factory=free_port)
@@ -54,14 +54,14 @@ class Backend:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start it, and wait until it takes requests."""
+        """Start the process and wait until it accepts requests."""
         command = [sys.executable, "-m", "tests.support.backends", str(self.port), self.name]
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         assert self.process.stdout.readline() == "ready\n", f"{self.name} did not start on port {self.port}"
 
     def kill(self) -> None:
-        """End it at once, whatever it is doing, as the kernel does with a process that is out of memory."""
+        """Kill the process, as the kernel does when memory is exhausted."""
         if self.process:
             self.process.kill()
             self.process.wait(10)
@@ -71,25 +71,25 @@ class Backend:
             self.process = None
 
     def freeze(self) -> None:
-        """Let it hang: the kernel still takes connections for it, and nobody answers them."""
+        """Stop the process: the kernel still accepts connections, and they get no answer."""
         assert self.process
         self.process.send_signal(signal.SIGSTOP)
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """Its answer to a request that does not go through nginx."""
+        """Send a request directly, not through nginx, and return the answer."""
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)) as connection:
             connection.request(method, path, None if body is None else json.dumps(body))
             return json.loads(connection.getresponse().read())
 
     def behave(self, **manner: float) -> None:
-        """From now on: ``delay`` before an answer, ``pace`` between its words, both in seconds; status ``health``.
+        """Set the ``delay`` before an answer and the ``pace`` between its words, in seconds, and the ``health`` status.
 
-        ``chunked=0``: the end of a stream is that of the connection, as servers do that know no chunks.
+        ``chunked=0``: a stream ends with its connection, as with servers that do not support chunks.
         """
         self.ask("POST", "/behave", manner)
 
     def seen(self) -> dict[str, Any]:
-        """The ``user`` of each request it was ``asked``, in order, and how many clients are ``gone`` before the end."""
+        """Return the ``user`` of each request in order (``asked``) and how many clients left early (``gone``)."""
         return self.ask("GET", "/seen")
 
 
@@ -109,7 +109,7 @@ class State:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # each chunk is a packet, as uvicorn sends it
+    disable_nagle_algorithm = True  # each chunk is a packet, as with uvicorn
     state: State
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -149,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
         return {
             "id": "chatcmpl-1", "object": kind, "created": int(time.time()), "model": "tiny",
             "system_fingerprint": self.state.name,
-            "sent": time.monotonic(),  # one clock for all processes of a machine
+            "sent": time.monotonic(),  # all processes of a machine share this clock
             "choices": [{"index": 0, **choice}],
         }  # fmt: skip
 
@@ -165,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"error": {"message": message, "type": "Refused", "param": None, "code": status}}, status)
 
     def stream(self, count: int) -> None:
-        """Server-sent events, each in a chunk of its own (RFC 9112, section 7.1), or one after the other."""
+        """Send server-sent events, each in its own chunk (RFC 9112, section 7.1), or without chunks."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         chunked = bool(self.state.chunked) and self.request_version == "HTTP/1.1"
@@ -196,7 +196,7 @@ class Listener(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # clients hang up here, on purpose
+        pass  # the tests close connections on purpose
 
 
 def main(port: int, name: str) -> None:
@@ -204,7 +204,7 @@ def main(port: int, name: str) -> None:
     with Listener(("127.0.0.1", port), Handler) as listener:
         threading.Thread(target=listener.serve_forever, daemon=True).start()
         print("ready", flush=True)
-        sys.stdin.read()  # until the test that started it closes the pipe, or dies
+        sys.stdin.read()  # until the test closes the pipe or exits
 
 
 if __name__ == "__main__":

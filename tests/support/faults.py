@@ -1,6 +1,7 @@
-"""Rows that do not come out well, with kernels written by hand: what the runner of a bundle says on a real card.
+"""Make rows with faults, with kernels written by hand, to test the messages of a bundle's runner on a real card.
 
-``python -m tests.faults FILE.zip`` writes them; ``python -m volta.gpu.run --bundle FILE.zip --patience 10`` runs them.
+``python -m tests.support.faults FILE.zip`` writes them;
+``python -m volta.gpu.run --bundle FILE.zip --patience 10`` runs them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ RIGHT = np.arange(COUNT, dtype=np.float64)
 
 
 def image(name: str, version: str = "7.0") -> Image:
-    """A kernel of that name, in PTX of that version; it has no cubin that a card would take."""
+    """Return a kernel of this name in PTX of this version, without a cubin."""
     return Image(HEAD.format(version=version, name=name) + BODIES[name])
 
 
@@ -39,7 +40,7 @@ def row(
     name: str, kernel: str = "fill", *, size: int = 4 * COUNT, right: rows.Array = RIGHT, version: str = "7.0",
     symbol: str = "", before: rows.Array | None = None,
 ) -> Row:  # fmt: skip
-    """A row with one launch; ``fill`` writes 0, 1, 2, … to the buffer."""
+    """Return a row with one launch; the kernel ``fill`` writes 0, 1, 2, … to the buffer."""
     launch = Launch(
         image(kernel, version), symbol or kernel, (1, 1, 1), (COUNT, 1, 1), [Pointer(0), Number("u32", COUNT)]
     )
@@ -48,7 +49,7 @@ def row(
 
 
 def every() -> list[Row]:
-    """A good row after each bad one: it must still run."""
+    """Return the rows with faults, each followed by a good row, which must still run."""
     bad = [
         row("wrong number", right=RIGHT + (RIGHT == 5)),
         row("hangs", "spin", before=np.full(COUNT, 7, np.int32)),
@@ -57,9 +58,9 @@ def every() -> list[Row]:
         row("no such kernel", symbol="missing"),
     ]
     good = row("good")
-    return [one for pair in zip(bad, [good] * len(bad), strict=True) for one in pair]
+    return [row for pair in zip(bad, [good] * len(bad), strict=True) for row in pair]
 
 
 if __name__ == "__main__":
-    with zipfile.ZipFile(Path(sys.argv[1]), "w") as made:
-        rows.write(every(), made)
+    with zipfile.ZipFile(Path(sys.argv[1]), "w") as archive:
+        rows.write(every(), archive)

@@ -1,7 +1,7 @@
-"""vLLM's GPTQ matrix product run on the CPU, from the very source text that nvcc compiles, and its exact answer.
+"""Run vLLM's GPTQ matrix product on the CPU, from the source text that nvcc compiles.
 
-The .cu and .cuh files of a tree are compiled by g++ against tests/native/cuda_on_cpu.h. Two things in their text are no
-C++ and are rewritten: launches, ``kernel<<<grid, block, 0, stream>>>(...)``, and declarations of shared memory.
+g++ compiles the .cu and .cuh files of a tree against tests/native/cuda_on_cpu.h. Two things in the text are no C++ and
+are rewritten: launches, ``kernel<<<grid, block, 0, stream>>>(...)``, and declarations of shared memory.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ HEADERS = (
     "cuda_runtime.h",
     "cuda_fp16.h",
 )
-"""What q_gemm.cu includes, and cuda_on_cpu.h stands in for."""
+"""Headers that q_gemm.cu includes and that cuda_on_cpu.h replaces."""
 
 Array = NDArray[np.generic]
 
 
-class Told(ctypes.Structure):
-    """What a call says beside its result."""
+class CallReport(ctypes.Structure):
+    """Counters that a call returns in addition to its result."""
 
     _fields_ = (("rows_by_cublas", ctypes.c_int32), ("overruns", ctypes.c_int32))
     rows_by_cublas: int
@@ -39,7 +39,7 @@ class Told(ctypes.Structure):
 
 
 def plain(text: str) -> str:
-    """CUDA C++ as C++ that does the same with cuda_on_cpu.h."""
+    """Translate CUDA C++ to C++ for cuda_on_cpu.h."""
     text = re.sub(r"(\w+)<<<(\w+), (\w+), 0, stream>>>\(", r"launch(\1, \2, \3, ", text)
     return re.sub(r"__shared__ (\w+ (\w+)(?:\[\w+\])+);", r"static \1; shared_memory(\2, sizeof(\2));", text)
 
@@ -47,7 +47,7 @@ def plain(text: str) -> str:
 def layer(
     rng: np.random.Generator, inputs: int, outputs: int, bits: int = 4, group: int = 128, *, act_order: bool = False
 ) -> Layer:
-    """A random layer; with ``act_order`` its inputs belong to the groups in no order."""
+    """Return a random layer; with ``act_order`` the groups of its inputs are in random order."""
     count = inputs // group
     groups = np.arange(inputs) // group
     return Layer(
@@ -60,22 +60,22 @@ def layer(
 
 
 def packed(values: NDArray[np.int64], bits: int) -> NDArray[np.uint32]:
-    """Rows of small numbers as rows of 32-bit words, the first number lowest: GPTQ's order, also for 3 bits."""
+    """Pack rows of small numbers into 32-bit words in GPTQ's order, first number lowest, also for 3 bits."""
     one = (values[:, :, None] >> np.arange(bits)) & 1
     flat = one.reshape(values.shape[0], -1, 32).astype(np.uint64)
     return np.asarray((flat << np.arange(32, dtype=np.uint64)).sum(axis=2), dtype=np.uint32)
 
 
 def columns(layer: Layer) -> NDArray[np.uint32]:
-    """The weights as a checkpoint stores them: packed along the inputs."""
+    """Return the weights as a checkpoint stores them: packed along the inputs."""
     return np.ascontiguousarray(packed(layer.values.T, layer.bits).T)
 
 
 class Kernels:
-    """gptq_gemm and gptq_shuffle of one tree."""
+    """The functions gptq_gemm and gptq_shuffle of one tree."""
 
     def __init__(self, tree: Path, folder: Path) -> None:
-        """Compile the sources of ``tree`` in ``folder``, which is made."""
+        """Compile the sources of ``tree`` in ``folder``, which is created."""
         for header in HEADERS:
             stand_in = folder / header
             stand_in.parent.mkdir(parents=True, exist_ok=True)
@@ -86,10 +86,10 @@ class Kernels:
         library = folder / "gptq.so"
         subprocess.run(["g++", *words, "-o", library, NATIVE / "gptq_on_cpu.cpp"], check=True, timeout=600)
         self._library = ctypes.CDLL(str(library))
-        self._library.gemm.restype = Told
+        self._library.gemm.restype = CallReport
 
     def shuffled(self, layer: Layer) -> tuple[NDArray[np.uint32], NDArray[np.int32] | None]:
-        """The weights as vLLM lays them out for these kernels after loading, and the order of the inputs."""
+        """Return the weights in vLLM's layout for these kernels, and the order of the inputs."""
         words = columns(layer)
         order = layer.order
         inputs, outputs = layer.values.shape
@@ -98,11 +98,11 @@ class Kernels:
 
     def gemm(
         self, a: NDArray[np.float16], layer: Layer, *, v2: bool = False, exllama: bool = True, order: int = 0
-    ) -> tuple[NDArray[np.float16], Told]:
-        """``a`` times the layer's weights, by the tree's gptq_gemm.
+    ) -> tuple[NDArray[np.float16], CallReport]:
+        """Return ``a`` times the layer's weights, computed by the tree's gptq_gemm, and the call's counters.
 
-        ``v2``: the checkpoint's format, which says how zeros are stored. ``exllama``: as vLLM calls it but for layers
-        with act-order that are split over their inputs. ``order`` of blocks: 0 as CUDA counts, 1 backwards, or a seed.
+        ``v2`` selects the checkpoint format of zero points. ``exllama`` is False only for layers with act-order that
+        are split over their inputs. ``order`` is the order of blocks: 0 as in CUDA, 1 backwards, otherwise a seed.
         """
         rows, inputs = a.shape
         outputs = layer.values.shape[1]
@@ -115,15 +115,15 @@ class Kernels:
         return result, told
 
     def add(self, a: NDArray[np.float16], b: NDArray[np.float16]) -> NDArray[np.float16]:
-        """The stand-in's ``__hadd``."""
+        """Call ``__hadd`` of cuda_on_cpu.h."""
         return self._each("add", a, b)
 
     def fused(self, a: NDArray[np.float16], b: NDArray[np.float16], c: NDArray[np.float16]) -> NDArray[np.float16]:
-        """The stand-in's ``__hfma``."""
+        """Call ``__hfma`` of cuda_on_cpu.h."""
         return self._each("fused", a, b, c)
 
     def narrowed(self, values: NDArray[np.float32]) -> NDArray[np.float16]:
-        """The stand-in's ``__float2half_rn``."""
+        """Call ``__float2half_rn`` of cuda_on_cpu.h."""
         return self._each("narrowed", values)
 
     def _each(self, function: str, *arrays: Array) -> NDArray[np.float16]:

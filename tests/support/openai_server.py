@@ -1,7 +1,7 @@
-"""A small OpenAI-compatible server on loopback that makes tokens at a known rate, and fails only when it is told to.
+"""Run a small OpenAI-compatible server on loopback that produces tokens at a set rate and fails on request.
 
-It is real as far as HTTP and server-sent events go; its model is the word ``token``. By itself, for load runs:
-``python -m tests.openai_server --port 8000 --delay 0.02``.
+HTTP and server-sent events are real; the model is the word ``token``. As a program, for load tests:
+``python -m tests.support.openai_server --port 8000 --delay 0.02``.
 """
 
 from __future__ import annotations
@@ -20,48 +20,48 @@ from aiohttp import web
 
 @dataclass
 class Server:
-    """How it behaves, and what it saw."""
+    """The settings of a server, and a record of its requests."""
 
     url: str = ""
     models: tuple[str, ...] = ("small",)
     key: str = ""
-    """If set, what has to be shown (RFC 6750)."""
+    """The bearer token that requests must have (RFC 6750); empty for none."""
     delay: float = 0.0
     """Seconds before each token."""
     usage: bool = True
-    """Whether it counts tokens for the client."""
+    """True if answers contain the number of tokens."""
     bundle: int = 1
     """Tokens in each chunk."""
     status: int = 500
-    """What it answers where it fails."""
+    """The HTTP status of a failure."""
     fail_every: int = 0
-    """Every so manieth completion gets ``status`` instead of an answer."""
+    """Every n-th completion gets ``status`` instead of an answer; 0 for none."""
     break_every: int = 0
-    """Every so manieth stream has its connection dropped half way."""
+    """Every n-th stream has its connection dropped half way; 0 for none."""
     stop_every: int = 0
-    """Every so manieth stream ends half way, in good order but for ``[DONE]``."""
+    """Every n-th stream ends half way, without ``[DONE]``; 0 for none."""
     error_every: int = 0
-    """Every so manieth stream has an error in it half way, as vLLM sends one."""
+    """Every n-th stream contains an error half way, as vLLM sends it; 0 for none."""
     empty: bool = False
-    """Whether answers have no token at all."""
+    """True if answers contain no token."""
     die_after: int = 0
-    """Completions after which every connection is dropped at once."""
+    """The number of completions after which every connection is dropped at once."""
     asked: list[dict[str, Any]] = field(default_factory=list)
     """The bodies of all requests for completions, in order."""
     keys: set[str] = field(default_factory=set)
-    """The Authorization of each request of any kind."""
+    """The Authorization header of each request."""
     now: int = 0
-    """Completions under way."""
+    """The number of current completions."""
     most: int = 0
-    """The most that were under way at once."""
+    """The largest number of simultaneous completions."""
 
     def measured(self, tokens: int) -> list[dict[str, Any]]:
-        """The requests for that many new tokens."""
+        """Return the requests for this number of new tokens."""
         return [body for body in self.asked if body["max_tokens"] == tokens]
 
 
 def application(server: Server) -> web.Application:
-    """The server as an application of aiohttp."""
+    """Return the server as an aiohttp application."""
 
     async def models(_: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": name} for name in server.models]})
@@ -95,7 +95,7 @@ def application(server: Server) -> web.Application:
 
 
 async def answered(server: Server, request: web.Request, body: dict[str, Any], number: int) -> web.StreamResponse:
-    """One completion, good or bad."""
+    """Answer a request for a completion, or fail as set."""
 
     def turn(every: int) -> bool:
         return bool(every) and number % every == 0
@@ -136,7 +136,7 @@ async def event(stream: web.StreamResponse, data: dict[str, Any]) -> None:
 
 
 def dropped(request: web.Request) -> web.StreamResponse:
-    """Nothing more: the connection is gone."""
+    """Drop the connection."""
     if request.transport:
         request.transport.abort()
     return web.Response()
@@ -144,7 +144,7 @@ def dropped(request: web.Request) -> web.StreamResponse:
 
 @contextlib.contextmanager
 def serving(**behaviour: Any) -> Iterator[Server]:
-    """A server on a free port of the loopback interface, in a thread of its own that is gone when the block ends."""
+    """Run a server on a free port of the loopback interface, in a thread that ends with the block."""
     server, loop, runners = Server(**behaviour), asyncio.new_event_loop(), []
     ready = threading.Event()
 
@@ -168,7 +168,7 @@ def serving(**behaviour: Any) -> Iterator[Server]:
 
 
 async def started(server: Server, port: int) -> web.AppRunner:
-    """The server, listening."""
+    """Start to listen."""
     runner = web.AppRunner(application(server), shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()

@@ -1,4 +1,4 @@
-"""Counts what the tests tried, for the table in docs/trust.md."""
+"""Count the attempts of the tests, for the table in docs/trust.md."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ HEAD = "| tried by the tests | times |\n|---|---|\n"
 
 
 class Tally:
-    """How often something was tried and went as it must, by what it was."""
+    """The number of successful attempts for each row of the table."""
 
     def __init__(self) -> None:
         self.rows: Counter[str] = Counter()
 
     def __call__(self, row: str, count: int = 1) -> None:
-        """Count ``count`` more for a row of the table."""
+        """Add ``count`` to a row of the table."""
         self.rows[row] += count
 
     def keep(self, folder: Path) -> None:
-        """Lay the rows over those of earlier sessions in ``trust.json``, and write the table beside it."""
+        """Replace the rows in ``trust.json`` with those of this session, and write the table to ``trust.md``."""
         if not self.rows:
             return
         folder.mkdir(exist_ok=True)

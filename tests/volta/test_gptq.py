@@ -1,4 +1,4 @@
-"""4-bit GPTQ with few rows (vllm#10656): vLLM's own kernels, executed on the CPU thread by thread, against float64.
+"""4-bit GPTQ with few rows (vllm#10656): vLLM's own kernels, run on the CPU, compared with float64.
 
 What stands in for CUDA is tests/native/cuda_on_cpu.h; the kernels, their launches and the choice between them are the
 source text of the tree, with the patch and without it. No GPU was involved, and cuBLAS is a stand-in.
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.support.gptq import Kernels, Told, layer
+from tests.support.gptq import CallReport, Kernels, layer
 from volta.gpu_rows.gptq import Layer
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
@@ -29,7 +29,7 @@ ROUNDING = 2.0**-11
 
 @pytest.fixture(scope="module")
 def trees(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The sources that our series leaves, and those without the patch for GPTQ."""
+    """The patched sources, and the same without the patch for GPTQ."""
     pipeline = Pipeline.load(repository, Settings())
     archive = pipeline.store.get(pipeline.recipes["vllm"].source.artifact)
     series = tree.series(repository / "patches" / "vllm")
@@ -62,14 +62,14 @@ def ordinary(rng: np.random.Generator, rows: int, inputs: int) -> NDArray[np.flo
 
 
 def with_outliers(rng: np.random.Generator, rows: int, inputs: int, size: float) -> NDArray[np.float16]:
-    """Two channels of the first row are huge, as a model's first token has them; the rest is ordinary."""
+    """Return activations with two huge channels in the first row, as in a model's first token."""
     a = ordinary(rng, rows, inputs)
     a[0, [inputs // 7, inputs // 2]] = size, -size
     return a
 
 
 def assert_right(result: NDArray[np.float16], a: NDArray[np.float16], layer: Layer) -> None:
-    """Within what rounding can do in whatever order: each result, and all of them on average."""
+    """Check the error of each result, and of all on average, against the rounding errors for any order of sums."""
     exact = a.astype(np.float64) @ layer.weights
     assert np.isfinite(result).all(), f"{np.count_nonzero(~np.isfinite(result))} of {result.size} are infinite or NaN"
     blocks = -(-a.shape[1] // 128)
@@ -82,15 +82,15 @@ def assert_right(result: NDArray[np.float16], a: NDArray[np.float16], layer: Lay
     assert np.sqrt(np.mean(error**2) / np.mean(exact**2)) < 2e-3
 
 
-def right(kernels: Kernels, a: NDArray[np.float16], layer: Layer, **how: int) -> Told:
-    """Check one product, and that nothing was written behind it."""
+def right(kernels: Kernels, a: NDArray[np.float16], layer: Layer, **how: int) -> CallReport:
+    """Check a product, and that nothing was written past its end."""
     result, told = kernels.gemm(a, layer, **how)
     assert_right(result, a, layer)
     assert told.overruns == 0
     return told
 
 
-def test_the_stand_ins_half_rounds_as_numpys_does(patched: Kernels, rng: np.random.Generator) -> None:
+def test_half_of_the_cpu_stand_in_rounds_like_numpy(patched: Kernels, rng: np.random.Generator) -> None:
     a, b = rng.integers(0, 1 << 16, (2, 300_000)).astype(np.uint16).view(np.float16)
     near = (-a.view(np.int16) + rng.integers(-40, 40, a.size)).astype(np.int16).view(np.float16)
     values = rng.integers(0, 1 << 32, 300_000).astype(np.uint32).view(np.float32)
@@ -100,7 +100,7 @@ def test_the_stand_ins_half_rounds_as_numpys_does(patched: Kernels, rng: np.rand
         np.testing.assert_array_equal(patched.narrowed(values), values.astype(np.float16))
 
 
-def test_the_stand_ins_fused_product_and_sum_is_rounded_once(patched: Kernels, rng: np.random.Generator) -> None:
+def test_fused_multiply_add_of_the_cpu_stand_in_rounds_once(patched: Kernels, rng: np.random.Generator) -> None:
     halves = rng.integers(0, 1 << 16, (3, 20_000)).astype(np.uint16).view(np.float16)
     halves = np.ascontiguousarray(halves[:, np.isfinite(halves).all(axis=0)])
     for a, b, c, result in zip(*halves, patched.fused(*halves), strict=True):
@@ -117,7 +117,7 @@ def test_the_stand_ins_fused_product_and_sum_is_rounded_once(patched: Kernels, r
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(4, 50), (8, 24)])
-def test_one_to_64_rows_are_right(patched: Kernels, rng: np.random.Generator, bits: int, limit: int) -> None:
+def test_products_of_1_to_64_rows_are_right(patched: Kernels, rng: np.random.Generator, bits: int, limit: int) -> None:
     """The layer ends in the middle of a block in both directions, and groups are shorter than a block."""
     some = layer(rng, 288, 520, bits, group=32)
     for rows in range(1, 65):
@@ -126,7 +126,7 @@ def test_one_to_64_rows_are_right(patched: Kernels, rng: np.random.Generator, bi
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_both_ways_to_store_zeros_are_right(patched: Kernels, rng: np.random.Generator, bits: int) -> None:
+def test_both_formats_of_zero_points_are_right(patched: Kernels, rng: np.random.Generator, bits: int) -> None:
     some = layer(rng, 288, 520, bits, group=32)
     some.zeros[:] %= 1 << bits  # the second format has no zero of 2^bits
     for rows in (1, 8, 13, 51):
@@ -135,7 +135,7 @@ def test_both_ways_to_store_zeros_are_right(patched: Kernels, rng: np.random.Gen
 
 @pytest.mark.parametrize("size", [1000, 2048, 4096, 8192, 20_000, LARGEST])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_huge_activations_are_right_at_any_number_of_rows(
+def test_huge_activations_are_right_for_any_number_of_rows(
     patched: Kernels, rng: np.random.Generator, bits: int, size: float
 ) -> None:
     some = layer(rng, 512, 512, bits)
@@ -146,7 +146,7 @@ def test_huge_activations_are_right_at_any_number_of_rows(
 def test_without_the_patch_huge_activations_are_infinite_or_nan_up_to_50_rows(
     unpatched: Kernels, rng: np.random.Generator
 ) -> None:
-    """What users saw, and that this harness sees it: 4-bit, few rows, and neither more rows nor 8-bit."""
+    """The fault appears with 4 bits and few rows, and not with more rows or 8 bits."""
     some, eight = layer(rng, 512, 512), layer(rng, 512, 512, bits=8)
     for rows in (1, 8, 50):
         result, _ = unpatched.gemm(with_outliers(rng, rows, 512, 20_000), some)
@@ -159,7 +159,7 @@ def test_without_the_patch_huge_activations_are_infinite_or_nan_up_to_50_rows(
 
 
 @pytest.mark.parametrize(("weight", "size"), [(-8, 8192), (7, 9360), (-16, 4096), (15, 4368)])
-def test_without_the_patch_one_product_beyond_half_is_enough(
+def test_without_the_patch_one_overflowing_product_gives_infinity(
     patched: Kernels, unpatched: Kernels, weight: int, size: float
 ) -> None:
     """The result itself is small, 0.01 times the product; the next smaller activation is fine."""
@@ -179,7 +179,7 @@ def test_without_the_patch_one_product_beyond_half_is_enough(
     right(unpatched, a, some, v2=zero == 0)
 
 
-def test_no_activations_and_weights_make_a_sum_infinite_that_is_not(patched: Kernels) -> None:
+def test_finite_sums_never_overflow(patched: Kernels) -> None:
     """All activations are the largest half and all weights -16: each partial sum is as large as it can be."""
     some = Layer(
         values=np.zeros((384, 8), np.int64),
@@ -193,7 +193,7 @@ def test_no_activations_and_weights_make_a_sum_infinite_that_is_not(patched: Ker
     assert_right(result, a, some)
 
 
-def test_ordinary_results_have_the_same_bits_as_without_the_patch(
+def test_patch_keeps_the_bits_of_ordinary_results(
     patched: Kernels, unpatched: Kernels, rng: np.random.Generator
 ) -> None:
     some = layer(rng, 1024, 512)
@@ -203,24 +203,26 @@ def test_ordinary_results_have_the_same_bits_as_without_the_patch(
 
 
 @pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3])
-def test_small_activations_are_as_right_as_large_ones(patched: Kernels, rng: np.random.Generator, size: float) -> None:
+def test_small_activations_are_as_precise_as_large_ones(
+    patched: Kernels, rng: np.random.Generator, size: float
+) -> None:
     right(patched, (ordinary(rng, 8, 1024) * size).astype(np.float16), layer(rng, 1024, 512))
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 @pytest.mark.parametrize("exllama", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_blocks_may_run_in_any_order(
+def test_result_does_not_depend_on_the_order_of_blocks(
     patched: Kernels, rng: np.random.Generator, bits: int, exllama: bool, order: int
 ) -> None:
-    """Inputs in the order of activations too, with and without exllama's order of weights."""
+    """Also with act-order, with and without exllama's order of weights."""
     some = layer(rng, 512, 256, bits, act_order=True)
     told = right(patched, ordinary(rng, 7, 512), some, exllama=exllama, order=order)
     assert told.rows_by_cublas == 0
 
 
 @pytest.mark.parametrize("exllama", [True, False])
-def test_without_the_patch_a_block_that_runs_late_clears_what_others_added(
+def test_without_the_patch_a_late_block_clears_sums(
     unpatched: Kernels, rng: np.random.Generator, exllama: bool
 ) -> None:
     some, a = layer(rng, 512, 256), ordinary(rng, 7, 512)
@@ -231,7 +233,7 @@ def test_without_the_patch_a_block_that_runs_late_clears_what_others_added(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_nothing_is_written_behind_a_result_of_any_width(
+def test_kernel_does_not_write_past_results_of_any_width(
     patched: Kernels, unpatched: Kernels, rng: np.random.Generator, bits: int
 ) -> None:
     """The kernels without exllama's order have blocks of 128 columns."""
@@ -240,7 +242,7 @@ def test_nothing_is_written_behind_a_result_of_any_width(
     assert unpatched.gemm(a, some, exllama=False)[1].overruns > 0
 
 
-def test_no_warning_says_any_more_that_the_kernel_is_buggy(trees: dict[str, Path]) -> None:
+def test_vllm_does_not_warn_that_the_kernel_is_buggy(trees: dict[str, Path]) -> None:
     source = Path("vllm/model_executor/layers/quantization/gptq.py")
     assert "gptq_gemm kernel for GPTQ is buggy" in (trees["unpatched"] / source).read_text()
     assert "buggy" not in (trees["patched"] / source).read_text()

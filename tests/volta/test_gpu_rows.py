@@ -1,4 +1,4 @@
-"""The rows of vLLM's own kernels, as far as can be seen without a GPU: their launches, references and bounds."""
+"""The rows of vLLM's own CUDA kernels, checked without a GPU: launches, references and bounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 from numpy.typing import NDArray
 
-from tests.support.gptq import Kernels, Told
+from tests.support.gptq import CallReport, Kernels
 from tests.support.gptq import packed as packed_by_bits
 from volta.gpu import rows as gpu
 from volta.gpu.rows import Array, Bundle, Image, Launch, Number, Pointer, Result, Row
@@ -28,7 +28,7 @@ from voltforge.sources import tree
 LARGEST = 4 << 20
 """Bytes of a row's memory."""
 SHARED = 48 << 10
-"""Bytes of shared memory that a block has unless it asks for more."""
+"""Bytes of shared memory that a block has without the opt-in for more."""
 NAMES = (
     *(f"gptq_gemm bits=4 rows={rows}" for rows in (1, 2, 3, 4, 5, 8, 13, 24, 33, 50)),
     *(f"gptq_gemm bits=8 rows={rows}" for rows in (1, 2, 3, 4, 5, 8, 13, 24)),
@@ -40,7 +40,7 @@ NAMES = (
     *(f"moe_wna16_gemm bits={bits}" for bits in (4, 8)),
     *("rms_norm", "fused_add_rms_norm", "silu_and_mul", "gelu_and_mul", "moe_align_block_size", "moe_sum"),
 )  # fmt: skip
-"""What there must be rows of, by how they begin."""
+"""Prefixes of the names of required rows."""
 TINY = Image(
     ".target sm_70\n.visible .entry _Z4pairPfib(\n.param .u64 a_0,\n.param .u32 a_1,\n.param .u8 a_2\n)\n{\n}\n"
 )
@@ -49,7 +49,7 @@ TINY = Image(
 # Without a build.
 
 
-def test_a_launch_is_given_what_its_kernel_takes() -> None:
+def test_launch_has_the_arguments_of_its_kernel() -> None:
     right = builder.launch(TINY, "pair", (2,), (32,), [Pointer(0), builder.i32(1), builder.boolean(True)])
     assert (right.symbol, right.grid, right.block) == ("_Z4pairPfib", (2, 1, 1), (32, 1, 1))
 
@@ -62,33 +62,33 @@ def test_a_launch_is_given_what_its_kernel_takes() -> None:
         [builder.i32(1), Pointer(0), builder.boolean(True)],
     ],
 )
-def test_a_launch_with_other_arguments_is_refused(arguments: list[Pointer | Number]) -> None:
-    with pytest.raises(ValueError, match="takes"):
+def test_launch_with_wrong_arguments_is_refused(arguments: list[Pointer | Number]) -> None:
+    with pytest.raises(ValueError, match="has parameters"):
         builder.launch(TINY, "pair", (1,), (32,), arguments)
 
 
-def test_a_launch_of_no_kernel_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 kernels are called triple"):
+def test_launch_of_an_unknown_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 kernels match triple"):
         builder.launch(TINY, "triple", (1,), (32,), [])
 
 
-def test_a_source_that_is_not_there_has_no_rows() -> None:
+def test_missing_source_has_no_rows() -> None:
     assert not list(cuda_rows.rows({}))
 
 
-def test_numbers_of_16_bits_stay_what_they_are_on_their_way_through_json() -> None:
+def test_uint16_arguments_survive_json() -> None:
     for value in range(0x7C00):
         made = json.loads(json.dumps(builder.u16(value).value))
         assert gpu.KINDS["f16"](made).view(np.uint16) == value
 
 
-def test_words_are_packed_as_gptq_packs_them() -> None:
+def test_words_are_packed_like_gptq() -> None:
     for bits in (4, 8):
         values = np.random.default_rng(1).integers(0, 1 << bits, (5, 64))
         np.testing.assert_array_equal(gptq.packed(values, bits), packed_by_bits(values, bits))
 
 
-def test_e5m2_is_the_nearest_of_all_its_numbers() -> None:
+def test_e5m2_rounds_to_the_nearest_number() -> None:
     codes = np.arange(0x7C, dtype=np.uint8)
     numbers = (codes.astype(np.uint16) << 8).view(np.float16).astype(np.float64)
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
@@ -100,14 +100,14 @@ def test_e5m2_is_the_nearest_of_all_its_numbers() -> None:
     assert kv_cache.e5m2(np.array([1e9, -1e9])).tolist() == [0x7B, 0xFB]
 
 
-def test_the_error_function_is_the_standard_librarys() -> None:
+def test_error_function_equals_the_standard_library() -> None:
     x = np.linspace(-4, 8, 2001)
     np.testing.assert_allclose(activations._erf(x), [math.erf(one) for one in x], rtol=0, atol=3e-8)
     x = np.linspace(-2.2, 2.2, 501)
     np.testing.assert_allclose(activations._erf(x), [math.erf(one) for one in x], rtol=1e-12)
 
 
-def test_what_is_written_beside_an_array_is_an_error() -> None:
+def test_write_next_to_an_array_is_an_error() -> None:
     for measure in ("row", "each", "equal"):
         memory = builder.Memory()
         right = np.ones((3, 4), np.float16)
@@ -122,7 +122,7 @@ def test_what_is_written_beside_an_array_is_an_error() -> None:
             assert gpu.error(result, bytes(bad)) == np.inf
 
 
-# With the images of the wheel's kernels.
+# With the wheel's kernels.
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def launches(rows: Sequence[Row]) -> list[tuple[str, Row, Launch]]:
 
 
 def declared(text: str, symbol: str) -> list[int]:
-    """The bytes of each parameter of a kernel, read line by line."""
+    """Return the bytes of each parameter of a kernel, from the lines of its PTX."""
     begin = text.index(f".entry {symbol}(")
     lines = text[begin : text.index(")", begin)].splitlines()[1:]
     return [int(re.search(r"\.[usbf](\d+)", line)[1]) // 8 for line in lines if ".param" in line]
@@ -151,7 +151,7 @@ def numbers(row: Row, at: Pointer, kind: str, count: int) -> Array:
 
 
 def inner(row: Row, result: Result, kind: str) -> Array:
-    """A result without its guards, whose sizes are those of the buffer's."""
+    """Return a result without its guards, which have the sizes of the buffer's guards."""
     whole = result.right.reshape(-1)
     if result.measure == "equal":
         whole = np.frombuffer(whole.tobytes(), kind)
@@ -161,27 +161,27 @@ def inner(row: Row, result: Result, kind: str) -> Array:
 
 
 @pytest.mark.slow
-def test_there_are_rows_of_all_that_is_promised(rows: list[Row]) -> None:
+def test_every_documented_kernel_has_rows(rows: list[Row]) -> None:
     assert not [name for name in NAMES if not any(row.name.startswith(name) for row in rows)]
     assert len({row.name for row in rows}) == len(rows)
 
 
 @pytest.mark.slow
-def test_every_launch_gives_its_kernel_what_the_ptx_declares(rows: list[Row]) -> None:
+def test_every_launch_has_the_parameters_of_the_ptx(rows: list[Row]) -> None:
     for name, _, one in launches(rows):
         given = [8 if isinstance(each, Pointer) else np.dtype(gpu.KINDS[each.kind]).itemsize for each in one.arguments]
         assert given == declared(one.image.ptx, one.symbol), name
 
 
 @pytest.mark.slow
-def test_the_code_is_for_7_0_and_in_the_cubin_too(rows: list[Row]) -> None:
+def test_ptx_and_cubin_are_for_7_0(rows: list[Row]) -> None:
     for name, _, one in launches(rows):
         assert ".target sm_70\n" in one.image.ptx, name
         assert one.symbol in cuda_kernels.cubin_kernels(one.image.cubin), name
 
 
 @pytest.mark.slow
-def test_blocks_and_shared_memory_are_what_a_card_has(rows: list[Row]) -> None:
+def test_blocks_and_shared_memory_fit_a_card(rows: list[Row]) -> None:
     for name, _, one in launches(rows):
         assert 1 <= np.prod(one.block) <= 1024, name
         assert min(one.grid) >= 1, name
@@ -193,7 +193,7 @@ def test_blocks_and_shared_memory_are_what_a_card_has(rows: list[Row]) -> None:
 
 
 @pytest.mark.slow
-def test_addresses_are_in_their_buffers_and_aligned_as_cudas(rows: list[Row]) -> None:
+def test_addresses_are_inside_their_buffers_and_aligned(rows: list[Row]) -> None:
     for name, row, one in launches(rows):
         for each in one.arguments:
             if isinstance(each, Pointer):
@@ -202,7 +202,7 @@ def test_addresses_are_in_their_buffers_and_aligned_as_cudas(rows: list[Row]) ->
 
 
 @pytest.mark.slow
-def test_arrays_are_small_and_begin_and_end_with_guards(rows: list[Row]) -> None:
+def test_arrays_are_small_and_have_guards(rows: list[Row]) -> None:
     for row in rows:
         assert sum(one.nbytes for one in row.buffers) < LARGEST, row.name
         for one in row.buffers:
@@ -212,7 +212,7 @@ def test_arrays_are_small_and_begin_and_end_with_guards(rows: list[Row]) -> None
 
 
 @pytest.mark.slow
-def test_references_are_finite_and_bounds_are_small(rows: list[Row]) -> None:
+def test_references_are_finite_and_bounds_small(rows: list[Row]) -> None:
     for row in rows:
         assert 0 <= row.bound <= 5 * builder.HALF, row.name
         for one in row.results:
@@ -222,14 +222,14 @@ def test_references_are_finite_and_bounds_are_small(rows: list[Row]) -> None:
 
 
 @pytest.mark.slow
-def test_no_part_of_a_row_is_right_before_it_was_launched(rows: list[Row]) -> None:
+def test_no_result_passes_before_the_launch(rows: list[Row]) -> None:
     for row in rows:
         for one in row.results:
             assert gpu.error(one, row.buffers[one.buffer].tobytes()) > max(10 * row.bound, 1e-3), row.name
 
 
 @pytest.mark.slow
-def test_rows_are_the_same_each_time_and_after_a_bundle(images: dict[str, Image], rows: list[Row]) -> None:
+def test_rows_are_reproducible_and_survive_a_bundle(images: dict[str, Image], rows: list[Row]) -> None:
     packed = []
     for some in (rows, cuda_rows.rows(images)):
         sink = io.BytesIO()
@@ -245,12 +245,12 @@ def test_rows_are_the_same_each_time_and_after_a_bundle(images: dict[str, Image]
         assert all(np.array_equal(a, b) for a, b in zip(back.buffers, row.buffers, strict=True))
 
 
-# What the kernels make of the very inputs, by another way.
+# The kernels' results for the same inputs, computed on the CPU.
 
 
 @pytest.fixture(scope="module")
 def on_cpu(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """The sources with our patches, executed by the CPU."""
+    """The patched sources, run on the CPU."""
     archive = vllm.store.get(vllm.recipes["vllm"].source.artifact)
     series = tree.series(vllm.root / "patches" / "vllm")
     folder = tmp_path_factory.mktemp("vllm")
@@ -262,7 +262,7 @@ def values(arguments: Sequence[Pointer | Number]) -> list[int]:
 
 
 def executed(kernels: Kernels, row: Row) -> NDArray[np.float16]:
-    """What gptq_shuffle and gptq_gemm make of a row's buffers on the CPU."""
+    """Return the results of gptq_shuffle and gptq_gemm for a row's buffers, on the CPU."""
     products = [one for one in row.launches if "gemm_half" in one.symbol]
     shuffles = [one for one in row.launches if "shuffle" in one.symbol]
     exllama = bool(shuffles)
@@ -294,7 +294,7 @@ def executed(kernels: Kernels, row: Row) -> NDArray[np.float16]:
     if exllama:
         library.shuffle(at["words"], at["order"], outputs, inputs, bits)
     pointers = [at[name] for name in ("a", "words", "zeros", "scales", "order", "result")]
-    told: Told = library.gemm(*pointers, rows, outputs, inputs, groups, int(exllama), v2, bits, 0)
+    told: CallReport = library.gemm(*pointers, rows, outputs, inputs, groups, int(exllama), v2, bits, 0)
     assert told.overruns == told.rows_by_cublas == 0
     result = held["result"]
     assert result is not None
@@ -303,7 +303,7 @@ def executed(kernels: Kernels, row: Row) -> NDArray[np.float16]:
 
 @pytest.mark.slow
 def test_gptq_products_on_the_cpu_are_within_half_of_their_bounds(rows: list[Row], on_cpu: Kernels) -> None:
-    """So the references are right, and a card whose sums come in another order has room."""
+    """The references are right, and the bounds allow for a card that sums in another order."""
     tried = [row for row in rows if any("gemm_half" in one.symbol for one in row.launches)]
     assert len(tried) == 34
     for row in tried:
@@ -316,7 +316,7 @@ def test_gptq_products_on_the_cpu_are_within_half_of_their_bounds(rows: list[Row
 
 
 @pytest.mark.slow
-def test_gptq_products_cover_each_row_once(rows: list[Row]) -> None:
+def test_gptq_products_write_each_row_once(rows: list[Row]) -> None:
     for row in rows:
         if match := re.fullmatch(r"gptq_gemm bits=\d rows=(\d+)", row.name):
             covered: list[int] = []
@@ -330,7 +330,7 @@ def test_gptq_products_cover_each_row_once(rows: list[Row]) -> None:
 
 
 def experts_product(row: Row) -> tuple[Launch, NDArray[np.float64]]:
-    """A product of experts from the row's own bytes, each weight found by the kernel's own indices."""
+    """Compute a product of experts from the row's bytes, with the kernel's indices of each weight."""
     one = row.launches[-1]
     x, _, words, scales, zeros, share = one.arguments[:6]
     given = one.arguments[9:]
@@ -361,7 +361,7 @@ def experts_product(row: Row) -> tuple[Launch, NDArray[np.float64]]:
 
 
 @pytest.mark.slow
-def test_products_of_experts_are_those_of_the_packed_bytes(rows: list[Row]) -> None:
+def test_products_of_experts_match_the_packed_bytes(rows: list[Row]) -> None:
     tried = [row for row in rows if row.name.startswith("moe_wna16_gemm")]
     assert len(tried) == 8
     for row in tried:
@@ -376,7 +376,7 @@ def test_products_of_experts_are_those_of_the_packed_bytes(rows: list[Row]) -> N
 def sorted_by_threads(
     ids: Array, experts: int, block: int, threads: int, room: int
 ) -> tuple[list[int], list[int], int]:
-    """moe_align_block_size_small_batch_expert_kernel, one thread after another."""
+    """Run moe_align_block_size_small_batch_expert_kernel, one thread after another."""
     counts = np.zeros((threads + 1, experts), int)
     for thread in range(threads):
         for number in range(thread, len(ids), threads):
@@ -395,7 +395,7 @@ def sorted_by_threads(
 
 
 @pytest.mark.slow
-def test_tokens_are_sorted_as_the_kernels_threads_do_it(rows: list[Row]) -> None:
+def test_tokens_are_sorted_like_the_kernels_threads(rows: list[Row]) -> None:
     tried = [row for row in rows if row.name.startswith("moe_align") and "small_batch" in row.kernels]
     assert len(tried) == 3
     for row in tried:
@@ -410,7 +410,7 @@ def test_tokens_are_sorted_as_the_kernels_threads_do_it(rows: list[Row]) -> None
 
 
 @pytest.mark.slow
-def test_the_two_kernels_for_many_experts_have_their_order_checked_where_there_is_one(rows: list[Row]) -> None:
+def test_order_of_many_experts_is_checked_if_it_is_deterministic(rows: list[Row]) -> None:
     (row,) = (row for row in rows if row.name.startswith("moe_align_block_size tokens=64 experts=512"))
     ids = inner(row, row.results[2], "<i4")
     given = row.launches[0].arguments[0]

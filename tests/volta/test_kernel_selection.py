@@ -1,4 +1,4 @@
-"""What vLLM, with our series, decides on a pretended Volta: what it takes, what it refuses and in which words."""
+"""The kernels that the patched vLLM selects on a pretended Volta, and the messages with which it refuses."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.beside import Beside
 from tests.support.checkouts import ROOT
+from tests.support.vllm_python import VllmPython
 from voltforge.sources import tree
 from voltforge.sources.environment import Environment
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.build
 
 Answers = Mapping[tuple[str, str, str, str], Mapping[str, str]]
 FIRST_CHOICE = 7
-"""The series up to 0006 makes vLLM build and start; from here on it changes what vLLM chooses."""
+"""Patches 0001 to 0006 make vLLM build and start; the first patch that changes the selection."""
 
 
 def read(lines: str) -> Answers:
@@ -32,14 +32,14 @@ def read(lines: str) -> Answers:
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tables for the documentation are written."""
+    """The file for the tables of the documentation."""
     return tmp_path_factory.mktemp("choices") / "tables.md"
 
 
 @pytest.fixture(scope="module")
-def answers(beside: Beside, tables: Path) -> Answers:
+def answers(vllm_python: VllmPython, tables: Path) -> Answers:
     """The whole table at 7.0."""
-    return read(beside.run("-m", "volta.kernel_selection", "--markdown", tables))
+    return read(vllm_python.run("-m", "volta.kernel_selection", "--markdown", tables))
 
 
 def of(
@@ -48,20 +48,20 @@ def of(
     return answers[quantization, family, kv_cache, cards]
 
 
-def test_experts_never_get_marlin(answers: Answers) -> None:
+def test_experts_never_use_marlin(answers: Answers) -> None:
     """0007-moe-without-marlin."""
     assert of(answers, "AWQ", "Mixtral")["experts"] == "MoeWNA16Method"
     assert of(answers, "compressed-tensors W4A16", "Qwen3 MoE")["experts"] == "CompressedTensorsWNA16MoEMethod"
     assert not [one for one in answers.values() if "Marlin" in one["experts"] + one["linear"]]
 
 
-def test_awq_is_taken_and_its_layers_are_tritons(answers: Answers) -> None:
+def test_awq_layers_use_triton(answers: Answers) -> None:
     """0008-awq-from-7.0."""
     assert of(answers, "AWQ", "Llama")["linear"] == "AWQLinearMethod (Triton)"
     assert of(answers, "AWQ", "Mixtral")["linear"] == "AWQLinearMethod (Triton)"
 
 
-def test_w4a16_is_taken_and_its_layers_are_exllamas(answers: Answers) -> None:
+def test_w4a16_layers_use_exllama(answers: Answers) -> None:
     """0009-w4a16-from-7.0."""
     for quantization in ("W4A16", "W4A16, per channel", "W8A16"):
         assert of(answers, f"compressed-tensors {quantization}", "Qwen2")["linear"] == "ExllamaLinearKernel"
@@ -74,13 +74,13 @@ def test_w4a16_is_taken_and_its_layers_are_exllamas(answers: Answers) -> None:
         "exllama_has_one_row_of_zero_points_for_weights_per_channel",
     ],
 )
-def test_the_chosen_kernels_are_called_as_they_must_be(check: str, beside: Beside) -> None:
+def test_selected_kernels_are_called_correctly(check: str, vllm_python: VllmPython) -> None:
     """0008-awq-from-7.0 and 0009-w4a16-from-7.0."""
-    beside.run(ROOT / "tests" / "scripts" / "chosen_kernels.py", check)
+    vllm_python.run(ROOT / "tests" / "scripts" / "chosen_kernels.py", check)
 
 
 @pytest.mark.parametrize("kv_cache", ["fp8", "fp8_e4m3"])
-def test_an_e4m3_cache_is_refused_at_the_start_in_a_sentence_that_names_e5m2(answers: Answers, kv_cache: str) -> None:
+def test_e4m3_cache_is_refused_at_the_start_with_a_hint_to_e5m2(answers: Answers, kv_cache: str) -> None:
     """0010-kv-cache-dtype."""
     said = of(answers, "none, float16", "Llama", kv_cache)
     assert said["when"] == "start"
@@ -89,15 +89,15 @@ def test_an_e4m3_cache_is_refused_at_the_start_in_a_sentence_that_names_e5m2(ans
     )
 
 
-def test_an_e5m2_cache_changes_no_choice_whatever_the_quantization(answers: Answers) -> None:
-    """0010-kv-cache-dtype: it was refused for every compressed-tensors checkpoint."""
+def test_e5m2_cache_changes_no_selection(answers: Answers) -> None:
+    """0010-kv-cache-dtype: upstream refuses it for every compressed-tensors checkpoint."""
     for (quantization, family, kv_cache, cards), choice in answers.items():
         if kv_cache == "fp8_e5m2":
             assert choice == of(answers, quantization, family, cards=cards), (quantization, family)
     assert not of(answers, "compressed-tensors W4A16", "Mixtral", "fp8_e5m2")["refused"]
 
 
-def test_two_cards_take_the_custom_all_reduce_with_nvlink_or_when_told_to_and_say_so(answers: Answers) -> None:
+def test_custom_all_reduce_needs_nvlink_or_the_option_and_is_logged(answers: Answers) -> None:
     """0011-all-reduce."""
 
     def said(cards: str) -> str:
@@ -134,7 +134,7 @@ def test_two_cards_take_the_custom_all_reduce_with_nvlink_or_when_told_to_and_sa
         ("AWQ, per channel", "Qwen3 MoE", "experts with one group.* with groups"),
     ],
 )
-def test_what_cannot_run_is_refused_at_the_start_in_one_sentence(
+def test_unsupported_models_are_refused_at_the_start_with_one_message(
     answers: Answers, quantization: str, family: str, words: str
 ) -> None:
     """0013-refusals."""
@@ -144,8 +144,8 @@ def test_what_cannot_run_is_refused_at_the_start_in_one_sentence(
     assert re.fullmatch(r"[^.]*(?:\.\d[^.]*)*\.", said["refused"]), "one sentence"
 
 
-def test_act_order_of_compressed_tensors_is_for_one_card_or_a_pipeline(answers: Answers) -> None:
-    """0013-refusals: the kernel for it, Exllama's, wants all inputs on one card."""
+def test_compressed_tensors_act_order_needs_one_card_or_a_pipeline(answers: Answers) -> None:
+    """0013-refusals: Exllama's kernel requires all inputs on one card."""
 
     def said(cards: str) -> Mapping[str, Any]:
         return of(answers, "compressed-tensors W4A16, act-order", "Llama", cards=cards)
@@ -155,7 +155,7 @@ def test_act_order_of_compressed_tensors_is_for_one_card_or_a_pipeline(answers: 
     assert re.search("activation order on several cards.* --pipeline-parallel-size", said("2, PCIe")["refused"])
 
 
-def test_nothing_else_fails_when_layers_are_built(answers: Answers) -> None:
+def test_no_other_case_fails_while_layers_are_built(answers: Answers) -> None:
     late = {one["refused"] for one in answers.values() if one["when"] == "building"}
     assert all("install bitsandbytes" in sentence for sentence in late), late
     assert not [one for one in answers.values() if one["dtype"] == "bfloat16"]
@@ -163,7 +163,7 @@ def test_nothing_else_fails_when_layers_are_built(answers: Answers) -> None:
 
 
 def stock(site_packages: Path, patches: Path, folder: Path) -> Path:
-    """A folder with the environment's vllm, its Python as it was before the series began to change choices."""
+    """Return a folder with the environment's vllm, without the patches that change the selection."""
     shutil.copytree(site_packages / "vllm", folder / "vllm")
     for patch in reversed(tree.series(patches)):
         if int(patch.path.name[:4]) >= FIRST_CHOICE:
@@ -176,14 +176,14 @@ def stock(site_packages: Path, patches: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_card_of_8_0_is_answered_as_without_the_patches_that_change_choices(
-    beside: Beside, installed: Environment, repository: Path, tmp_path: Path
+def test_patches_do_not_change_the_selection_on_8_0(
+    vllm_python: VllmPython, installed: Environment, repository: Path, tmp_path: Path
 ) -> None:
-    """On 8.0, the same table with and without; only an e4m3 cache differs, which Triton cannot compile below 8.9."""
+    """On 8.0 only the answers for an e4m3 cache differ, which Triton cannot compile below 8.9."""
     folder = stock(installed.site_packages, repository / "patches" / "vllm", tmp_path)
 
     def ask(before: Path | None) -> Answers:
-        return read(beside.run("-m", "volta.kernel_selection", "--capability", "8.0", before=before))
+        return read(vllm_python.run("-m", "volta.kernel_selection", "--capability", "8.0", before=before))
 
     with ThreadPoolExecutor() as both:
         with_ours, without = both.map(ask, (None, folder))
@@ -192,7 +192,7 @@ def test_a_card_of_8_0_is_answered_as_without_the_patches_that_change_choices(
     assert all("needs compute capability 8.9" in with_ours[case]["refused"] for case in differ)
 
 
-def test_the_document_has_these_tables(answers: Answers, tables: Path, repository: Path) -> None:
-    """`python -m volta.kernel_selection --markdown` writes them; the lines around them are ours."""
+def test_documentation_has_these_tables(answers: Answers, tables: Path, repository: Path) -> None:
+    """`python -m volta.kernel_selection --markdown` writes the tables; the text around them is written by hand."""
     assert answers
     assert tables.read_text() in (repository / "docs" / "volta.md").read_text()

@@ -1,4 +1,4 @@
-"""What the kernels on a Volta's way compute: vLLM's own calls under Triton's interpreter, held against float64."""
+"""The results of vLLM's Triton kernels, run by Triton's interpreter, compared with float64."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.support.beside import Beside, Workbench
+from tests.support.vllm_python import VllmPython, Workbench
 
 pytestmark = pytest.mark.build
 
 Row = Mapping[str, Any]
 
-# An example is worth a second of the interpreter.
+# An example takes about a second in the interpreter.
 searching = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 PRELUDE = """
 import json, unittest.mock
@@ -33,29 +33,29 @@ from vllm.model_executor.layers.quantization import awq_triton
 
 
 class Bench(Workbench):
-    """Where cases of volta.numerics are tried."""
+    """A process that runs cases of volta.numerics."""
 
-    def __init__(self, beside: Beside, *words: str) -> None:
-        super().__init__(beside, *words, prelude=PRELUDE)
+    def __init__(self, vllm_python: VllmPython, *words: str) -> None:
+        super().__init__(vllm_python, *words, prelude=PRELUDE)
 
     def row(self, case: str) -> Row:
-        """What became of a case."""
+        """Run a case and return its row."""
         row: Row = json.loads(self.does(f"row = attempt({case})\nprint(json.dumps(vars(row) | {{'fine': row.fine}}))"))
         return row
 
 
 @pytest.fixture(scope="module")
-def bench(beside: Beside) -> Iterator[Bench]:
-    """Where kernels are interpreted."""
-    made = Bench(beside)
+def bench(vllm_python: VllmPython) -> Iterator[Bench]:
+    """A process that interprets kernels."""
+    made = Bench(vllm_python)
     yield made
     made.end()
 
 
 @pytest.fixture(scope="module")
-def compiling(beside: Beside) -> Iterator[Bench]:
-    """Where kernels are compiled for sm_70."""
-    made = Bench(beside, "compile")
+def compiling(vllm_python: VllmPython) -> Iterator[Bench]:
+    """A process that compiles kernels for sm_70."""
+    made = Bench(vllm_python, "compile")
     yield made
     made.end()
 
@@ -64,8 +64,8 @@ def called(kind: str, fields: Mapping[str, object]) -> str:
     return f"{kind}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
 
 
-def test_every_row_of_the_table_is_within_its_bound(beside: Beside) -> None:
-    said = beside.run("-m", "volta.numerics")
+def test_every_row_of_the_table_is_within_its_bound(vllm_python: VllmPython) -> None:
+    said = vllm_python.run("-m", "volta.numerics")
     kernels = (
         "kernel_unified_attention_2d",
         "kernel_unified_attention_3d + reduce_segments",
@@ -77,8 +77,8 @@ def test_every_row_of_the_table_is_within_its_bound(beside: Beside) -> None:
         assert f" ok   {kernel}: " in said
 
 
-def test_whatever_is_computed_here_compiles_for_sm_70(beside: Beside) -> None:
-    assert "compile for sm_70" in beside.run("-m", "volta.numerics", "compile").splitlines()[-1]
+def test_every_case_compiles_for_sm_70(vllm_python: VllmPython) -> None:
+    assert "compile for sm_70" in vllm_python.run("-m", "volta.numerics", "compile").splitlines()[-1]
 
 
 FAULTS = {
@@ -113,7 +113,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_kernel_that_does_not_do_its_work_is_found(fault: str, bench: Bench) -> None:
+def test_faulty_kernel_is_found(fault: str, bench: Bench) -> None:
     name, instead, case = FAULTS[fault]
     module, function = name.split(".")
     said = bench.does(
@@ -130,8 +130,8 @@ def test_a_kernel_that_does_not_do_its_work_is_found(fault: str, bench: Bench) -
 IN_FLOAT16 = "with unittest.mock.patch.object(awq_triton, 'ACCUMULATES_IN_FLOAT32', False):\n    "
 
 
-def test_the_awq_product_in_float16_is_over_its_bound_and_its_code_shows_it(bench: Bench, compiling: Bench) -> None:
-    """As the kernel was: the interpreter rounds once in 32 multiply-adds, sm_70 after each."""
+def test_awq_product_in_float16_exceeds_its_bound_and_is_found_in_the_ptx(bench: Bench, compiling: Bench) -> None:
+    """The unpatched kernel: the interpreter rounds once in 32 multiply-adds, sm_70 after each."""
     case = "Multiply(rows=2, inputs=4096, group=128, outputs=32, parts=1)"
     assert "False" in bench.does(f"{IN_FLOAT16}print(attempt({case}).fine)")
     assert "awq_gemm_kernel sums in float16" in compiling.does(f"{IN_FLOAT16}print(attempt(Multiply()).problem)")
@@ -142,7 +142,7 @@ def test_the_awq_product_in_float16_is_over_its_bound_and_its_code_shows_it(benc
     assert "True" in said
 
 
-def test_without_its_patch_a_window_hides_low_logits(bench: Bench) -> None:
+def test_without_the_patch_a_window_hides_low_logits(bench: Bench) -> None:
     """0017-window-maximum, in prefill and in decode."""
     said = bench.does(
         "from vllm.attention.ops import triton_unified_attention as module\n"
@@ -158,9 +158,7 @@ def test_without_its_patch_a_window_hides_low_logits(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("capability", "answer"), [((7, 0), True), ((7, 5), False), ((9, 0), False)])
-def test_only_below_7_5_does_the_awq_product_add_up_in_float32(
-    capability: tuple[int, int], answer: bool, bench: Bench
-) -> None:
+def test_awq_product_sums_in_float32_only_below_7_5(capability: tuple[int, int], answer: bool, bench: Bench) -> None:
     said = bench.does(
         "import importlib\n"
         f"with unittest.mock.patch.object(pretended_gpu.Platform, 'capability', {capability}):\n"
@@ -180,7 +178,7 @@ def test_e4m3_does_not_compile_for_sm_70_and_e5m2_does(case: str, compiling: Ben
     assert compiling.row(case.format("fp8_e5m2"))["fine"]
 
 
-def test_a_layer_with_e5m2_leaves_its_queries_as_they_are(bench: Bench) -> None:
+def test_layer_with_e5m2_does_not_quantize_queries(bench: Bench) -> None:
     said = bench.does(
         "from vllm.attention.layer import Attention\n"
         "from vllm.config import CacheConfig, VllmConfig, set_current_vllm_config\n"
@@ -192,12 +190,12 @@ def test_a_layer_with_e5m2_leaves_its_queries_as_they_are(bench: Bench) -> None:
     assert "TritonAttentionImpl None" in said
 
 
-def test_a_layer_with_e5m2_goes_on_where_the_scale_of_its_queries_was_calculated(bench: Bench) -> None:
+def test_layer_with_e5m2_ignores_a_calculated_query_scale(bench: Bench) -> None:
     said = bench.does("print(attempt(Layer(Attention(new=(5,), old=(0,), cache='fp8_e5m2'), query_scale=0.7)))")
     assert "problem=''" in said
 
 
-def test_other_caches_are_seen_as_they_were(bench: Bench) -> None:
+def test_types_of_other_caches_are_unchanged(bench: Bench) -> None:
     said = bench.does(
         "from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl\n"
         "for kind in ('auto', 'fp8', 'fp8_e4m3', 'fp8_e5m2'):\n"
@@ -208,8 +206,8 @@ def test_other_caches_are_seen_as_they_were(bench: Bench) -> None:
     assert said.splitlines() == [*e4m3, "fp8_e5m2 torch.float8_e5m2 False"]
 
 
-def test_the_ways_to_e5m2_agree_over_all_numbers_of_float16(bench: Bench) -> None:
-    """The reference from the definition, the steps in Triton's PTX, torch; and the way back."""
+def test_conversions_to_e5m2_agree_for_every_float16(bench: Bench) -> None:
+    """The reference, the steps of Triton's PTX and torch agree, and so do the conversions back."""
     said = bench.does(
         "every = torch.arange(-2**15, 2**15).short().view(torch.float16)\n"
         "every = every[every.isfinite()].float()\n"
@@ -247,7 +245,7 @@ sequences = st.lists(st.tuples(st.integers(1, 24), st.integers(0, 50)), min_size
     sinks=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_attention_is_within_its_bound_whatever_the_batch(
+def test_attention_is_within_its_bound_for_any_batch(
     bench: Bench,
     sequences: list[tuple[int, int]],
     decode: bool,
@@ -256,8 +254,9 @@ def test_attention_is_within_its_bound_whatever_the_batch(
     **rest: object,
 ) -> None:
     new = [1 if decode else count for count, _ in sequences]
-    assume(sum(new) * heads[0] <= 60)  # the interpreter's time
-    # A level shifts every logit of a row, and so does alibi's zero, which is vLLM's to choose: beside these it shows.
+    assume(sum(new) * heads[0] <= 60)  # limits the time
+    # A level shifts every logit of a row, as does the zero of ALiBi, which vLLM chooses. With a soft cap or sinks such
+    # a shift changes the result.
     assume(not rest["level"] or not (rest["softcap"] or rest["sinks"]))
     assume(not rest["alibi"] or not rest["sinks"])
     kv_heads, group = heads
@@ -277,9 +276,7 @@ def test_attention_is_within_its_bound_whatever_the_batch(
     scales=st.tuples(st.floats(0.01, 50), st.floats(0.01, 50)),
     seed=st.integers(0, 1000),
 )
-def test_each_token_goes_to_its_slot_and_nothing_else_changes(
-    bench: Bench, tokens: int, padding: set[int], **rest: object
-) -> None:
+def test_each_token_is_written_to_its_slot_only(bench: Bench, tokens: int, padding: set[int], **rest: object) -> None:
     padding = {token for token in padding if token < tokens}
     assume(len(padding) < tokens)
     row = bench.row(called("Store", rest | {"tokens": tokens, "padding": sorted(padding)}))
@@ -295,7 +292,7 @@ def test_each_token_goes_to_its_slot_and_nothing_else_changes(
     parts=st.sampled_from([1, 2, 8, 32]),
     seed=st.integers(0, 1000),
 )
-def test_awq_matrices_are_unpacked_and_multiplied_whatever_their_shape(
+def test_awq_kernels_are_within_their_bounds_for_any_shape(
     bench: Bench, rows: int, groups: int, group: int, outputs: int, parts: int, seed: int
 ) -> None:
     shape = {"inputs": groups * group, "outputs": outputs, "group": group, "seed": seed}

@@ -1,4 +1,4 @@
-"""Rows for a GPU: what is kept comes back as it was, and what is wrong in memory is seen."""
+"""Rows survive their archive, and errors in memory are measured."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def kept(content: list[Row]) -> Bundle:
 
 
 def plain(value: Any) -> Any:
-    """Arrays as type, shape and bytes, in which NaN is equal to itself."""
+    """Return arrays as type, shape and bytes, in which NaN is equal to itself."""
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes()
     if isinstance(value, (list, tuple)):
@@ -59,12 +59,12 @@ def plain(value: Any) -> Any:
 
 
 @given(st.lists(somewhat(), max_size=3))
-def test_rows_come_back_as_they_were_kept(content: list[Row]) -> None:
+def test_rows_are_read_as_they_were_written(content: list[Row]) -> None:
     bundle = kept(content)
     assert [plain(bundle.row(number)) for number in range(len(bundle.listed))] == plain(content)
 
 
-def test_fresh_memory_takes_no_room_and_an_array_that_two_rows_have_is_kept_once() -> None:
+def test_uninitialized_memory_is_not_stored_and_shared_arrays_are_stored_once() -> None:
     noise = np.random.default_rng(7).integers(0, 255, 50_000).astype(np.uint8)
     row = Row("row", "kernel", [noise, rows.fresh(1 << 24)], [], [Result(0, noise, "|u1", measure="equal")], 0)
     bundle = kept([row, row, row])
@@ -72,14 +72,14 @@ def test_fresh_memory_takes_no_room_and_an_array_that_two_rows_have_is_kept_once
 
 
 @given(arrays.arrays(np.float16, (4, 8), elements=st.floats(-1000, 1000, width=16)))
-def test_the_right_numbers_have_no_error_by_any_measure(right: Any) -> None:
+def test_exact_numbers_have_no_error_by_any_measure(right: Any) -> None:
     for measure in ("row", "each", "equal"):
         kind = right if measure == "equal" else right.astype(np.float64)
         assert rows.error(Result(0, kind, measure=measure), right.tobytes()) == 0
 
 
 @given(st.integers(0, 31), st.sampled_from(["row", "each"]))
-def test_a_number_that_was_not_written_is_an_infinite_error(at: int, measure: str) -> None:
+def test_unwritten_number_is_an_infinite_error(at: int, measure: str) -> None:
     right = np.arange(32, dtype=np.float64).reshape(4, 8)
     made = right.astype(np.float16)
     made.flat[at] = np.nan
@@ -93,7 +93,7 @@ def test_the_error_of_a_row_is_relative_to_the_row_and_that_of_a_number_to_the_n
     assert rows.error(Result(0, right, measure="each"), made.tobytes()) == pytest.approx(0.125)
 
 
-def test_memory_that_nobody_may_write_must_be_nan_still() -> None:
+def test_write_to_protected_memory_is_an_infinite_error() -> None:
     right = np.array([[1.0, np.nan]])
     for measure in ("row", "each"):
         result = Result(0, right, measure=measure)
@@ -101,7 +101,7 @@ def test_memory_that_nobody_may_write_must_be_nan_still() -> None:
         assert rows.error(result, np.array([1, 2], np.float16).tobytes()) == np.inf
 
 
-def test_a_result_may_lie_anywhere_in_its_buffer_and_be_in_parts() -> None:
+def test_result_can_have_offset_strides_and_parts() -> None:
     memory = np.zeros((3, 2, 4), np.float32)
     memory[:, :, 1] = [[1, 2], [10, 20], [100, 200]]
     summed = Result(0, np.array([111.0, 222.0]), "<f4", offset=4, strides=(32, 16), parts=3)
@@ -110,7 +110,7 @@ def test_a_result_may_lie_anywhere_in_its_buffer_and_be_in_parts() -> None:
     assert rows.error(Result(0, np.array([10.0, 20.0]), "<f4", 32, (16,)), memory.tobytes()) > 0
 
 
-def test_numbers_of_eight_bits_are_read_as_e5m2() -> None:
+def test_eight_bit_numbers_are_read_as_e5m2() -> None:
     codes = np.array([0x3C, 0x40, 0xC2], np.uint8)  # 1, 2, -3
     assert rows.error(Result(0, np.array([1.0, 2.0, -3.0]), "e5m2"), codes.tobytes()) == 0
     assert rows.error(Result(0, np.array([1.0]), "e5m2"), bytes([0x7F])) == np.inf

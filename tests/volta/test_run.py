@@ -1,4 +1,4 @@
-"""The runner of a GPU bundle: every row gets a verdict, whatever the others do to the card.
+"""The runner of a GPU bundle: every row gets a verdict, even if other rows hang or crash the card.
 
 A stand-in takes the driver's place (tests/scripts/driver_stand_in), for there is no GPU here; what it does with the
 rows of tests/support/faults.py is what a real card did with them.
@@ -42,7 +42,7 @@ def bad(tmp_path: Path) -> Path:
 
 
 def ran(path: Path, *words: str | Path, driver: Path | None = STAND_IN, **pretended: str) -> tuple[int, str, str]:
-    """The exit status of the runner, and what it said on both streams."""
+    """Run the runner; return its exit status, standard output and standard error."""
     environ = {**os.environ, **{f"STAND_IN_{name}": value for name, value in pretended.items()}}
     environ["PYTHONPATH"] = os.pathsep.join(str(one) for one in (driver, ROOT) if one)
     command = [sys.executable, "-m", "volta.gpu.run", "--bundle", path, *words]
@@ -51,12 +51,12 @@ def ran(path: Path, *words: str | Path, driver: Path | None = STAND_IN, **preten
 
 
 def verdicts(path: Path, told: Path, *words: str | Path, **pretended: str) -> dict[str, dict[str, object]]:
-    """What became of each row, by its name; later rows of the same name replace earlier ones."""
+    """Return the verdict of each row by name; later rows replace earlier ones of the same name."""
     ran(path, "--json", told, *words, **pretended)
     return {one["name"]: one for one in json.loads(told.read_text())["rows"]}
 
 
-def test_rows_that_are_right_are_a_table_and_status_0(tmp_path: Path) -> None:
+def test_passing_rows_give_a_table_and_status_0(tmp_path: Path) -> None:
     path = bundle(tmp_path / "good.zip", [faults.row("one"), faults.row("another")])
     status, said, _ = ran(path, "--markdown", tmp_path / "table.md")
     assert status == 0
@@ -66,7 +66,7 @@ def test_rows_that_are_right_are_a_table_and_status_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_each_fault_is_named_and_the_good_rows_between_them_still_run(bad: Path, tmp_path: Path) -> None:
+def test_each_fault_is_reported_and_the_other_rows_run(bad: Path, tmp_path: Path) -> None:
     status, said, _ = ran(bad, "--patience", "3", "--json", tmp_path / "told.json", CAPABILITY="9.0")
     assert status == 1
     told = json.loads((tmp_path / "told.json").read_text())["rows"]
@@ -82,7 +82,7 @@ def test_each_fault_is_named_and_the_good_rows_between_them_still_run(bad: Path,
         assert words in said
 
 
-def test_a_driver_older_than_the_ptx_is_told_with_both_versions(tmp_path: Path) -> None:
+def test_driver_older_than_the_ptx_is_reported_with_both_versions(tmp_path: Path) -> None:
     path = bundle(tmp_path / "new.zip", [faults.row("new", version="8.7"), faults.row("old", version="7.0")])
     told = verdicts(path, tmp_path / "told.json", CAPABILITY="8.6", CUDA="12.4")
     assert told["new"]["said"] == (
@@ -91,7 +91,7 @@ def test_a_driver_older_than_the_ptx_is_told_with_both_versions(tmp_path: Path) 
     assert told["old"]["error"] == 0
 
 
-def test_a_card_of_7_0_takes_the_cubin_whatever_the_ptx_is(tmp_path: Path) -> None:
+def test_card_of_7_0_loads_the_cubin(tmp_path: Path) -> None:
     path = bundle(tmp_path / "cubin.zip", [with_cubin(faults.row("shipped", version="8.7"))])
     assert verdicts(path, tmp_path / "told.json", CUDA="12.0")["shipped"]["error"] == 0
     assert verdicts(path, tmp_path / "told.json", CUDA="12.0", CAPABILITY="7.5")["shipped"]["error"] is None
@@ -104,7 +104,7 @@ def with_cubin(row: Row) -> Row:
     return Row(row.name, row.kernels, row.buffers, [made], row.results, row.bound)
 
 
-def test_a_row_too_large_for_the_card_says_both_sizes_and_the_next_one_runs(tmp_path: Path) -> None:
+def test_row_too_large_for_the_card_is_reported_and_the_next_runs(tmp_path: Path) -> None:
     large = faults.row("large", size=64 << 20)
     path = bundle(tmp_path / "large.zip", [large, faults.row("small")])
     told = verdicts(path, tmp_path / "told.json", FREE=str(16 << 20))
@@ -119,14 +119,14 @@ def test_a_row_too_large_for_the_card_says_both_sizes_and_the_next_one_runs(tmp_
         ({"CAPABILITY": "6.1"}, "x Stand-in has compute capability 6.1; 7.0 or newer is needed"),
     ],
 )
-def test_no_usable_card_is_a_sentence_and_status_5(bad: Path, pretended: dict[str, str], words: str) -> None:
+def test_no_usable_card_gives_a_message_and_status_5(bad: Path, pretended: dict[str, str], words: str) -> None:
     status, said, complained = ran(bad, **pretended)
     assert (status, said) == (5, "")
     assert complained.startswith(words)
     assert complained.count("\n") == 1
 
 
-def test_a_machine_without_the_bindings_of_the_driver_is_told_how_to_get_them(bad: Path) -> None:
+def test_missing_driver_bindings_give_a_hint_to_install_them(bad: Path) -> None:
     if has_driver():
         pytest.skip("this machine has a driver; CI has none")
     status, _, complained = ran(bad, driver=None)
@@ -134,7 +134,7 @@ def test_a_machine_without_the_bindings_of_the_driver_is_told_how_to_get_them(ba
     assert "pip install cuda-bindings" in complained or "no NVIDIA driver" in complained
 
 
-def test_what_is_no_bundle_is_a_sentence_and_status_2(tmp_path: Path) -> None:
+def test_invalid_bundle_gives_a_message_and_status_2(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no bundle")
     for path in (tmp_path / "notes.txt", tmp_path / "missing.pyz"):
         status, _, complained = ran(path)
@@ -143,7 +143,7 @@ def test_what_is_no_bundle_is_a_sentence_and_status_2(tmp_path: Path) -> None:
         assert "make one with ./doit gpu-bundle" in complained
 
 
-def test_rows_are_picked_by_a_word_and_an_unknown_word_is_told(bad: Path) -> None:
+def test_only_selects_rows_by_text_and_rejects_unknown_text(bad: Path) -> None:
     assert ran(bad, "--only", "wrong number", "--list")[1] == "fill: wrong number\n"
     assert ran(bad, "--only", "fill: wrong", "--list")[1] == "fill: wrong number\n"
     status, _, complained = ran(bad, "--only", "nonsense")
@@ -161,7 +161,7 @@ def test_rows_are_picked_by_a_word_and_an_unknown_word_is_told(bad: Path) -> Non
         (["--markdown", "/"], "x / cannot be written: Is a directory"),
     ],
 )
-def test_what_cannot_be_done_as_asked_is_told_before_anything_runs(bad: Path, words: list[str], complaint: str) -> None:
+def test_wrong_arguments_are_reported_before_a_row_runs(bad: Path, words: list[str], complaint: str) -> None:
     status, said, complained = ran(bad, *words)
     assert (status, said) == (2, "")
     assert complaint in complained
@@ -169,13 +169,13 @@ def test_what_cannot_be_done_as_asked_is_told_before_anything_runs(bad: Path, wo
 
 
 @pytest.mark.parametrize("number", ["-1", "7"])
-def test_a_card_that_is_not_there_is_told_with_how_many_there_are(bad: Path, number: str) -> None:
+def test_missing_card_number_is_reported_with_the_number_of_cards(bad: Path, number: str) -> None:
     status, _, complained = ran(bad, "--device", number)
     assert status == 5
     assert complained == f"x this machine has no NVIDIA card number {number}: it has 1, numbered from 0\n"
 
 
-def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii_are_no_trouble(tmp_path: Path) -> None:
+def test_closed_pipe_and_ascii_terminal_are_handled(tmp_path: Path) -> None:
     path = bundle(tmp_path / "many.zip", [faults.row(f"row {number}") for number in range(3000)])
     command = f"{sys.executable} -m volta.gpu.run --bundle {path} --list | head -1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
@@ -186,7 +186,7 @@ def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii_are_no_trouble(tm
     assert subprocess.run(command_words, env=environ, capture_output=True).returncode == 0
 
 
-def test_nothing_is_left_in_the_temporary_folder(bad: Path, tmp_path: Path) -> None:
+def test_temporary_folder_is_empty_afterwards(bad: Path, tmp_path: Path) -> None:
     folder = tmp_path / "temporary"
     folder.mkdir()
     with zipfile.ZipFile(bad, "a") as archive:
@@ -204,7 +204,7 @@ def test_nothing_is_left_in_the_temporary_folder(bad: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_kernel_that_hangs_ends_with_a_runner_that_was_killed(bad: Path) -> None:
+def test_hanging_kernel_ends_when_the_runner_is_killed(bad: Path) -> None:
     environ = {**os.environ, "PYTHONPATH": f"{STAND_IN}:{ROOT}"}
     command = [sys.executable, "-m", "volta.gpu.run", "--bundle", bad, "--only", "hangs"]
     runner = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
@@ -227,11 +227,11 @@ def has_driver() -> bool:
 
 
 def whole(**changed: object) -> Row:
-    """A row in which nothing can be seen to be wrong, but for what is changed."""
+    """Return a valid row with changes."""
     return with_cubin(faults.row("row", **changed))  # type: ignore[arg-type]
 
 
-def test_a_row_in_order_has_no_flaws() -> None:
+def test_valid_row_has_no_flaws() -> None:
     assert list(check.flaws(whole())) == []
 
 
@@ -244,7 +244,7 @@ def test_a_row_in_order_has_no_flaws() -> None:
         (faults.row("row"), "fill has no cubin for 7.0"),
     ],
 )
-def test_what_can_be_seen_without_a_gpu_is_named(row: Row, flaw: str) -> None:
+def test_flaws_visible_without_a_gpu_are_reported(row: Row, flaw: str) -> None:
     assert flaw in list(check.flaws(row))
 
 
@@ -255,21 +255,21 @@ def arguments(*given: rows.Pointer | rows.Number) -> Row:
     return Row(row.name, row.kernels, row.buffers, [made], row.results, row.bound)
 
 
-def test_arguments_of_other_sizes_than_the_kernel_takes_are_a_flaw() -> None:
+def test_arguments_of_wrong_sizes_are_a_flaw() -> None:
     wrong = arguments(rows.Pointer(0), rows.Number("i64", 1))
     assert "fill has parameters of [8, 4] bytes, but the launch has arguments of [8, 8]" in list(check.flaws(wrong))
     beyond = arguments(rows.Pointer(0, 10_000), rows.Number("u32", 1))
     assert "fill has an argument with an address outside its buffer" in list(check.flaws(beyond))
 
 
-def test_parameters_are_read_in_every_form_that_ptx_has() -> None:
+def test_parameters_are_read_in_every_form_of_ptx() -> None:
     ptx = ".visible .entry k(\n.param .u64 .ptr .global .align 1 a,\n.param .f32 b,\n.param .align 4 .b8 c[12]\n)"
     assert check.parameters(ptx, "k") == [8, 4, 12]
     assert check.parameters(ptx, "other") is None
     assert check.parameters(".visible .entry none()", "none") == []
 
 
-def test_a_damaged_bundle_is_told_by_its_check(bad: Path) -> None:
+def test_check_reports_a_damaged_bundle(bad: Path) -> None:
     with zipfile.ZipFile(bad) as archive:
         member = next(one for one in archive.infolist() if one.filename.startswith("arrays/"))
     data = bytearray(bad.read_bytes())
@@ -280,7 +280,7 @@ def test_a_damaged_bundle_is_told_by_its_check(bad: Path) -> None:
     assert "is damaged: make or copy the bundle again" in complained
 
 
-def test_the_release_of_the_driver_is_read_from_either_kernel_module(tmp_path: Path) -> None:
+def test_driver_release_is_read_from_both_kernel_modules(tmp_path: Path) -> None:
     version = tmp_path / "version"
     for words in ("Kernel Module for x86_64  580.159.04  Release", "x86_64 Kernel Module  535.183.01  Sun May 12"):
         version.write_text(f"NVRM version: NVIDIA UNIX {words}\nGCC version: 12.2.0\n")
@@ -290,13 +290,13 @@ def test_the_release_of_the_driver_is_read_from_either_kernel_module(tmp_path: P
 
 @pytest.fixture
 def sleeping(tmp_path: Path) -> Path:
-    """A program in the worker's place that never says anything."""
+    """A program that replaces the worker and never prints."""
     path = tmp_path / "sleeping.py"
     path.write_text("import time\ntime.sleep(600)\n")
     return path
 
 
-def test_a_card_that_never_answers_is_no_card(bad: Path, sleeping: Path) -> None:
+def test_card_that_never_answers_is_reported_as_no_card(bad: Path, sleeping: Path) -> None:
     made = run.Run(rows.Bundle.open(bad), [sys.executable, str(sleeping)], start=0.5)
     with pytest.raises(run.NoCardError, match="the card did not answer within 0 s"):
         list(made.verdicts([0]))

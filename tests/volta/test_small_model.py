@@ -1,4 +1,4 @@
-"""The small Llama of `volta.small_model`: vLLM takes its folders, and the comparison finds what is wrong."""
+"""The small Llama of `volta.small_model`: vLLM loads its checkpoints, and the comparison finds faults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.beside import Beside, Workbench
+from tests.support.vllm_python import VllmPython, Workbench
 from volta.torch_operations.operation import NO_GPU, Row
 
 pytestmark = [pytest.mark.slow, pytest.mark.build]
@@ -144,10 +144,10 @@ def last(lines: str) -> Any:
     return json.loads(lines.splitlines()[-1])
 
 
-def test_vllm_on_a_pretended_volta_takes_each_folder_and_reads_the_weights_that_the_reference_has(
-    beside: Beside,
+def test_vllm_on_a_pretended_volta_loads_the_reference_weights_of_each_variant(
+    vllm_python: VllmPython,
 ) -> None:
-    assert last(beside.run("-c", LOADED)) == {
+    assert last(vllm_python.run("-c", LOADED)) == {
         "float16": ["UnquantizedLinearMethod", "auto", True, True],
         "float16, fp8_e5m2 cache": ["UnquantizedLinearMethod", "fp8_e5m2", True, True],
         "GPTQ 4 bit": ["GPTQLinearMethod", "auto", True, True],
@@ -155,8 +155,8 @@ def test_vllm_on_a_pretended_volta_takes_each_folder_and_reads_the_weights_that_
     }
 
 
-def test_float16_on_the_cpu_in_vllms_place_is_within_half_of_every_bound(beside: Beside) -> None:
-    about, *rows = map(json.loads, beside.run(*PROGRAM, "--device", "cpu", "--json").splitlines())
+def test_transformers_in_float16_are_within_half_of_every_bound(vllm_python: VllmPython) -> None:
+    about, *rows = map(json.loads, vllm_python.run(*PROGRAM, "--device", "cpu", "--json").splitlines())
     assert about["device"] == "CPU"
     assert len(rows) == 8
     for row in (Row(**one) for one in rows):
@@ -168,31 +168,31 @@ def test_float16_on_the_cpu_in_vllms_place_is_within_half_of_every_bound(beside:
 
 
 @pytest.fixture(scope="module")
-def bench(beside: Beside) -> Iterator[Workbench]:
-    """Where models are spoilt."""
-    made = Workbench(beside)
+def bench(vllm_python: VllmPython) -> Iterator[Workbench]:
+    """A process that runs models with faults."""
+    made = Workbench(vllm_python)
     yield made
     made.end()
 
 
 @pytest.mark.parametrize("wrong", WRONGS)
-def test_what_is_wrong_is_found(bench: Workbench, wrong: str) -> None:
+def test_wrong_model_is_found(bench: Workbench, wrong: str) -> None:
     variant, spoil, after, tokens, logarithms = WRONGS[wrong]
     found = last(bench.does(SPOILT.format(variant=variant, spoil=spoil, after=after)))
     assert found[1] == logarithms
     assert tokens in {None, found[0]}
 
 
-def test_what_vllm_answers_is_written_read_and_compared(beside: Beside) -> None:
-    """A stand-in for vllm.LLM, which needs a GPU, gives vLLM's own kinds of answers."""
-    tokens, logarithms = (Row(**one) for one in last(beside.run("-c", GLUE)))
+def test_answers_of_vllm_are_written_read_and_compared(vllm_python: VllmPython) -> None:
+    """vllm.LLM needs a GPU; a replacement returns vLLM's own output types."""
+    tokens, logarithms = (Row(**one) for one in last(vllm_python.run("-c", GLUE)))
     assert (tokens.verdict, logarithms.verdict) == ("right", "right")
     assert tokens.microseconds
     assert "64 tokens" in tokens.said
 
 
-def test_without_a_gpu_it_says_so_in_a_sentence_and_exits_with_5(beside: Beside) -> None:
-    done = subprocess.run([beside.python, *PROGRAM], env=dict(beside.environ), capture_output=True, text=True)
+def test_missing_gpu_gives_a_message_and_status_5(vllm_python: VllmPython) -> None:
+    done = subprocess.run([vllm_python.python, *PROGRAM], env=dict(vllm_python.environ), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (NO_GPU, "")
     assert "finds no GPU" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""PyTorch's operations against float64: every bound is tried on the CPU, and a wrong answer does not pass."""
+"""PyTorch's operations compared with float64: every bound holds on the CPU, and a wrong answer does not pass."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import elftools
 import psutil
 import pytest
 
-from tests.support.beside import Beside
 from tests.support.checkouts import ROOT
+from tests.support.vllm_python import VllmPython
 from volta.torch_operations.operation import NO_GPU, Operation, Row
 from volta.torch_operations.table import line
 
@@ -43,14 +43,14 @@ def told(lines: str) -> tuple[dict[str, Any], dict[str, Row]]:
 
 
 @pytest.fixture(scope="module")
-def on_the_cpu(beside: Beside) -> tuple[dict[str, Any], dict[str, Row]]:
-    """What the program says of the CPU, in the types that a GPU is tested in."""
-    return told(beside.run(*PROGRAM, "--device", "cpu", "--json"))
+def on_the_cpu(vllm_python: VllmPython) -> tuple[dict[str, Any], dict[str, Row]]:
+    """The program's rows for the CPU, in the types that are tested on a GPU."""
+    return told(vllm_python.run(*PROGRAM, "--device", "cpu", "--json"))
 
 
 @pytest.mark.slow
 @pytest.mark.build
-def test_in_the_very_types_the_cpu_is_right_in_every_operation(on_the_cpu: tuple[Any, dict[str, Row]]) -> None:
+def test_every_operation_is_right_on_the_cpu_in_the_tested_types(on_the_cpu: tuple[Any, dict[str, Row]]) -> None:
     about, rows = on_the_cpu
     assert "sm_70" in about["archs"]
     assert {name: row.verdict for name, row in rows.items() if row.verdict != "right"} == {
@@ -64,7 +64,7 @@ def test_in_the_very_types_the_cpu_is_right_in_every_operation(on_the_cpu: tuple
 
 @pytest.mark.slow
 @pytest.mark.build
-def test_what_is_rounded_is_off_by_a_rounding_so_that_the_short_types_are_tested(
+def test_errors_are_large_enough_to_show_that_short_types_are_tested(
     on_the_cpu: tuple[Any, dict[str, Row]],
 ) -> None:
     for name, row in on_the_cpu[1].items():
@@ -88,17 +88,17 @@ def test_what_is_rounded_is_off_by_a_rounding_so_that_the_short_types_are_tested
          "rand, seeded", "rand, seeded"),
     ],
 )  # fmt: skip
-def test_a_wrong_answer_is_found(beside: Beside, real: str, wrong: str, only: str, wronged: str) -> None:
+def test_wrong_answer_is_found(vllm_python: VllmPython, real: str, wrong: str, only: str, wronged: str) -> None:
     text = PATCHED.format(real=real, wrong=wrong, only=only, guarded=real != "torch.rand")
-    rows = told(beside.run("-c", text, status=1))[1]
+    rows = told(vllm_python.run("-c", text, status=1))[1]
     assert {name for name, row in rows.items() if row.verdict == "wrong"} == {wronged}
 
 
 @pytest.mark.slow
 @pytest.mark.build
-def test_an_operation_without_a_kernel_is_a_row_in_its_own_words_and_the_others_still_run(beside: Beside) -> None:
+def test_operation_without_a_kernel_is_a_failed_row_and_the_others_run(vllm_python: VllmPython) -> None:
     text = PATCHED.format(real="torch.cumsum", wrong=f"torch._assert(False, '{NO_KERNEL}')", only="cum", guarded=True)
-    rows = told(beside.run("-c", text, status=1))[1]
+    rows = told(vllm_python.run("-c", text, status=1))[1]
     assert rows["cumsum, float32"].verdict == "failed"
     assert rows["cumsum, float32"].said == NO_KERNEL
     assert rows["cumprod, float32"].verdict == "right"
@@ -106,22 +106,22 @@ def test_an_operation_without_a_kernel_is_a_row_in_its_own_words_and_the_others_
 
 @pytest.mark.slow
 @pytest.mark.build
-def test_without_a_gpu_it_says_so_in_a_sentence_and_exits_with_5(beside: Beside) -> None:
-    done = subprocess.run([beside.python, *PROGRAM], env=dict(beside.environ), capture_output=True, text=True)
+def test_missing_gpu_gives_a_message_and_status_5(vllm_python: VllmPython) -> None:
+    done = subprocess.run([vllm_python.python, *PROGRAM], env=dict(vllm_python.environ), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (NO_GPU, "")
     assert done.stderr.startswith("PyTorch 2.9.0")
     assert "finds no GPU" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_without_torch_it_says_so_too() -> None:
+def test_missing_torch_gives_a_message_and_status_5() -> None:
     words = [sys.executable, "-S", *PROGRAM]
     done = subprocess.run(words, cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (NO_GPU, "")
     assert "no torch" in done.stderr
 
 
-def test_a_row_reads_as_a_line() -> None:
+def test_row_is_printed_as_a_line() -> None:
     assert line(Row("sort", 0.0, 0.0, 12.34, "right", "nothing is computed")).split() == [
         "sort", "0.0e+00", "0.0e+00", "12.3", "right"
     ]  # fmt: skip
@@ -144,7 +144,7 @@ def thin_gpu() -> ModuleType:
 
 @pytest.fixture
 def needs(tmp_path: Path) -> Path:
-    """The two packages that it needs beside torch, and nothing else of this environment."""
+    """A folder with the two packages that the program needs in addition to torch."""
     folder = tmp_path / "needs"
     folder.mkdir()
     for module in (elftools, psutil):
@@ -168,24 +168,26 @@ def row(**others: Any) -> Mapping[str, Any]:
         (row(verdict="left out", error=None, said="not on this card", bits=""), "off"),
     ],
 )
-def test_other_bits_and_failures_of_a_thin_torch_are_told_apart(
+def test_different_bits_and_failures_of_a_thin_torch_are_distinguished(
     thin_gpu: ModuleType, after: Mapping[str, Any], where: str
 ) -> None:
     found = dict(zip(("same", "loose", "off"), thin_gpu.compare({"sort": row()}, {"sort": after}), strict=True))
     assert [name for name, some in found.items() if some] == [where]
 
 
-def test_an_operation_that_is_missing_with_the_thin_torch_does_not_pass(thin_gpu: ModuleType) -> None:
+def test_operation_missing_with_the_thin_torch_does_not_pass(thin_gpu: ModuleType) -> None:
     assert [name for name, _ in thin_gpu.compare({"sort": row()}, {})[2]] == ["sort"]
 
 
 @pytest.mark.slow
 @pytest.mark.build
-def test_a_torch_is_copied_thinned_and_run_beside_the_stock_one(beside: Beside, needs: Path, tmp_path: Path) -> None:
-    said = beside.run(THIN, tmp_path / "thin", "--device", "cpu", "--arch", "7.0", before=needs)
+def test_torch_is_copied_thinned_and_compared_with_the_stock_torch(
+    vllm_python: VllmPython, needs: Path, tmp_path: Path
+) -> None:
+    said = vllm_python.run(THIN, tmp_path / "thin", "--device", "cpu", "--arch", "7.0", before=needs)
     before, after = (float(one) for one in said.split("| libtorch_cuda.so |")[1].split("|")[:2])
     assert after < before / 4
     assert "| differ, or wrong, or failed | 0 |" in said
-    stock = Path(str(beside.python)).parent.parent
+    stock = Path(str(vllm_python.python)).parent.parent
     libraries = next(stock.glob("lib/python*/site-packages/torch/lib/libtorch_cuda.so"))
     assert libraries.stat().st_size == pytest.approx(before * 1e6, rel=1e-3), "the stock one is as it was"

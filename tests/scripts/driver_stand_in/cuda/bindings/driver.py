@@ -1,9 +1,10 @@
-"""A stand-in for the CUDA driver where there is none, for tests/volta/test_run.py.
+"""Replace the CUDA driver on a machine without one, for tests/volta/test_run.py.
 
-It knows the kernels of tests/support/faults.py.
+It implements the kernels of tests/support/faults.py.
 
-Variables say what it pretends: STAND_IN_CAPABILITY (7.0), STAND_IN_CUDA (12.4), STAND_IN_FREE (bytes), STAND_IN_CARDS.
-The very same rows were also run on a real card, where they came out as here.
+Environment variables set its properties: STAND_IN_CAPABILITY (7.0), STAND_IN_CUDA (12.4), STAND_IN_FREE (bytes) and
+STAND_IN_CARDS.
+The same rows were also run on a real card, with the same results.
 """
 
 import ctypes
@@ -98,7 +99,7 @@ def cuMemcpyDtoH(target, address, size):
 
 
 def cuModuleLoadDataEx(ptx, count, options, values):
-    assert isinstance(values[0], bytes)  # as the real binding wants it
+    assert isinstance(values[0], bytes)  # as the real binding requires
     if b"no.such" in ptx:
         text = b"ptxas: Unknown modifier '.such'\0"
         ctypes.memmove(values[0], text, len(text))

@@ -1,4 +1,4 @@
-"""A Python that has our vLLM and no GPU: programs run beside it, and snippets in a process that keeps its imports."""
+"""Run programs with the Python of an environment that has our vLLM, on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ PATIENCE = 1800
 
 
 @dataclass(frozen=True)
-class Beside:
+class VllmPython:
     """The interpreter of an environment into which the wheel was installed, and the variables that it needs here."""
 
     python: Path
     environ: Mapping[str, str]
 
     def run(self, *words: str | Path, before: Path | None = None, status: int = 0) -> str:
-        """What a program prints; a folder that is given goes before its packages."""
+        """Run a program and return its standard output; the folder ``before`` precedes the environment's packages."""
         environ = dict(self.environ)
         if before:
             environ["PYTHONPATH"] = os.pathsep.join([str(before), environ["PYTHONPATH"]])
-        done = subprocess.run([self.python, *words], env=environ, capture_output=True, text=True, timeout=PATIENCE)
-        assert done.returncode == status, done.stdout[-4000:] + done.stderr[-4000:]
-        return done.stdout
+        process = subprocess.run([self.python, *words], env=environ, capture_output=True, text=True, timeout=PATIENCE)
+        assert process.returncode == status, process.stdout[-4000:] + process.stderr[-4000:]
+        return process.stdout
 
 
 class Workbench:
-    """A process of that interpreter, which runs snippets and keeps what it has imported."""
+    """A process of that Python, which runs snippets and keeps its imports."""
 
-    def __init__(self, beside: Beside, *words: str, prelude: str = "") -> None:
+    def __init__(self, vllm_python: VllmPython, *words: str, prelude: str = "") -> None:
         self.prelude = prelude
         self.process = subprocess.Popen(
-            [beside.python, ROOT / "tests" / "scripts" / "workbench.py", *words],
-            env=dict(beside.environ),
+            [vllm_python.python, ROOT / "tests" / "scripts" / "workbench.py", *words],
+            env=dict(vllm_python.environ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -47,16 +47,16 @@ class Workbench:
         )
 
     def does(self, snippet: str) -> str:
-        """What a snippet printed, which must end well."""
+        """Run a snippet, which must not fail, and return its output."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(json.dumps(self.prelude + snippet) + "\n")
         self.process.stdin.flush()
-        fine, printed = json.loads(self.process.stdout.readline())
-        assert fine, printed
+        succeeded, printed = json.loads(self.process.stdout.readline())
+        assert succeeded, printed
         assert isinstance(printed, str)
         return printed
 
     def end(self) -> None:
-        """No more snippets."""
+        """End the process."""
         self.process.communicate()
