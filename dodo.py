@@ -1,12 +1,12 @@
-"""PyTorch and vLLM wheels for NVIDIA Volta, from source: the graph. `./doit list` is its table of contents."""
+"""PyTorch and vLLM for NVIDIA Volta: every task of `./doit`, in the order of `./doit list`."""
 
-import sys
 from pathlib import Path
 
 from doit import get_var
 
 from voltforge.commands import (
     bench,
+    command_line,
     doctor,
     farm,
     gc,
@@ -14,6 +14,7 @@ from voltforge.commands import (
     keys,
     lock,
     push,
+    reporter,
     reproduce,
     serve,
     tasks,
@@ -26,31 +27,31 @@ from voltforge.gpu import bundle, triton_kernels
 from voltforge.image.stages import Runtime
 
 ROOT = Path(__file__).parent
-PIPELINE = tasks.loaded(ROOT, get_var)
+PIPELINE = command_line.load_pipeline(ROOT, get_var)
 RUNTIME = Runtime(PIPELINE)
 DOIT_CONFIG = {
     "default_tasks": ["about"],
-    "reporter": tasks.Reporter,
+    "reporter": reporter.Reporter,
     "verbosity": 2,
-    "continue": PIPELINE.store.offline,  # then all that is missing is told at once
+    "continue": PIPELINE.store.offline,  # so that one run reports every missing file
 }
 
 
 def task_wheels():
-    """compile, check and keep the wheels: all of them, or one as wheels:vllm"""
-    yield {"name": None, "task_dep": ["downloads"]}
-    yield from tasks.each(PIPELINE, "wheels")
+    """make the wheels in wheelhouse/: all, or one with wheels:vllm (torch=source compiles PyTorch too)"""
+    yield {"name": None, "doc": task_wheels.__doc__, "task_dep": ["downloads"]}
+    yield from tasks.wheels(PIPELINE)
 
 
 def task_image():
-    """put the wheels together to a slim runtime image: an OCI archive in build/image/ (base=IMAGE)"""
-    base, sizes = (
-        "make a base of the distribution's packages, where no registry can be reached",
-        "print what weighs what",
-    )
-    yield {**tasks.of(RUNTIME.image, PIPELINE), "basename": "image"}
+    """make the wheels and a slim runtime image of them: an OCI archive in build/image/ (base=IMAGE)"""
+    image = tasks.of(RUNTIME.image, PIPELINE)
+    base, sizes = "make a base of the distribution's packages", "print the sizes in the image, and what was left out"
+    held = "make the image of the wheels that the wheelhouse holds; make no wheels"
+    yield {**image, "basename": "image", "task_dep": ["wheels", *image["task_dep"]]}
+    yield {**image, "basename": "image:of-wheelhouse", "doc": held}
     yield {**tasks.of(RUNTIME.base, PIPELINE), "basename": "image:base", "doc": base}
-    yield {**tasks.action(RUNTIME.why), "basename": "image:why", "doc": f"{sizes} in the image, and what was left out"}
+    yield {**tasks.action(RUNTIME.why), "basename": "image:why", "doc": sizes}
 
 
 def task_serve():
@@ -59,14 +60,14 @@ def task_serve():
 
 
 def task_why():
-    """say which inputs of a stage changed since its result was kept: why wheels:vllm"""
+    """print which inputs of a stage changed since its last run: why wheels:vllm"""
     return tasks.action(why.explain, PIPELINE, RUNTIME, takes_names=True)
 
 
 def task_verify():
-    """hold the wheels that were kept to their recipes again, or any wheel with file=PATH.whl"""
-    triton = "compile vLLM's Triton kernels for 7.0 and hold them to a Volta's limits"
-    card = "run the kernels of 7.0 on this machine's NVIDIA card, whichever it is, and compare with float64"
+    """check the wheels of the wheelhouse against their recipes, or any wheel with file=PATH.whl"""
+    triton = "compile vLLM's Triton kernels for 7.0 and check them against Volta's limits"
+    card = "run the kernels of 7.0 on this machine's NVIDIA card, and compare the results with float64"
     yield {**tasks.action(verify.verify_wheels, PIPELINE, turn=PIPELINE.turn), "basename": "verify"}
     yield {
         **tasks.action(triton_kernels.verify, PIPELINE, turn=PIPELINE.turn),
@@ -78,12 +79,12 @@ def task_verify():
 
 
 def task_gpu_bundle():
-    """put the kernels of 7.0, inputs and references into one file, to be run on a machine with a card and no network"""
+    """pack the kernels of 7.0, inputs and references into one file, for a machine with a card and no network"""
     return {**tasks.of(bundle.bundle(PIPELINE), PIPELINE), "basename": "gpu-bundle"}
 
 
 def task_reproduce():
-    """build again, elsewhere and under other conditions, and compare the bytes: reproduce:vllm, reproduce:image"""
+    """build again in another place and environment, and compare the bytes: reproduce:vllm, reproduce:image"""
     for name in PIPELINE.recipes:
         again = tasks.action(reproduce.wheel, PIPELINE, name, turn=PIPELINE.turn)
         yield {"name": name, "task_dep": [f"wheels:{name}"], **again}
@@ -92,97 +93,97 @@ def task_reproduce():
 
 
 def task_key():
-    """show the key that wheels are signed with; the first time it makes one"""
+    """print the public key that signs the wheels; the first call makes it"""
     return tasks.action(keys.show_key, PIPELINE, turn=PIPELINE.turn)
 
 
 def task_push():
-    """give the wheels to the shared cache that VOLTFORGE_CACHE names: a folder or an address"""
+    """upload the wheels to the shared cache that VOLTFORGE_CACHE names: a folder or a URL"""
     return tasks.action(push.push_wheels, PIPELINE, turn=PIPELINE.turn)
 
 
 def task_farm():
-    """show the hosts that build together at a redis server: ccache=redis://HOST"""
-    helping = "help whoever builds at that server, until Ctrl-C: each object is compiled by one host, for all"
+    """list the hosts that build together at a Redis server: ccache=redis://HOST"""
+    helping = "build what the other hosts build, until Ctrl-C: each object is compiled by one host, for all"
     yield {**tasks.action(farm.show_hosts, PIPELINE), "basename": "farm"}
     yield {**tasks.action(farm.help_hosts, PIPELINE), "basename": "farm:help", "doc": helping}
 
 
 def task_gc():
-    """list what no recipe needs any more, and its size; gc=delete removes it"""
+    """list files that no recipe needs, with sizes; gc=delete removes them"""
     return tasks.action(gc.collect, PIPELINE, RUNTIME, turn=PIPELINE.turn)
 
 
 def task_thin():
-    """take the device code of other GPUs out of any wheel: file=PATH.whl arch=7.0"""
+    """remove the device code of other GPUs from any wheel: file=PATH.whl arch=7.0"""
     return tasks.action(thin.thin_wheel, PIPELINE)
 
 
 def task_doctor():
-    """say what this machine lacks, and the command that gets it"""
+    """list what this machine lacks, with the commands that install it"""
     return tasks.action(doctor.report, PIPELINE)
 
 
 def task_test():
-    """run the tests, slow ones included"""
+    """run linter, type checker and all tests, slow ones included"""
     return tasks.action(test.run_tests, ROOT)
 
 
 def task_lock():
-    """pin every requirement anew, with hashes, for Python 3.10 to 3.13"""
+    """pin every requirement to its newest version, with hashes, for Python 3.10 to 3.13"""
     return tasks.action(lock.write_locks, PIPELINE)
 
 
 def task_bench():
-    """make the README's numbers (hours)"""
-    chart = "chart the last build from ninja's log: critical path, what more cores would give; build/profile/"
+    """run all benchmarks: the source of the README's numbers (hours)"""
+    chart = "chart the last build from ninja's log: critical path, gain of more cores; build/profile/"
     yield {**tasks.action(bench.run_benchmarks, ROOT), "basename": "bench"}
     yield {**tasks.action(bench.chart_builds, PIPELINE), "basename": "bench:profile", "doc": chart}
 
 
 def task_about():
-    """say what voltforge can do (also: ./doit list, ./doit help)"""
-    return tasks.action(help.print_tasks, sys.modules[__name__])
+    """list the tasks (also: ./doit help, ./doit list)"""
+    return tasks.action(help.print_tasks, ROOT)
 
 
-# The stages, in the order that the data takes; `wheels` runs what it needs of them.
+# The stages of a wheel, in order. `wheels` runs them.
 
 
 def task_downloads():
-    """stage 0: the sources of all packages, downloaded at once"""
+    """stage 0: download the sources of all packages at once"""
     return tasks.downloads(PIPELINE)
 
 
 def task_fetch():
-    """stage 1: the source, by its hash"""
+    """stage 1: download the source and check its hash"""
     yield from tasks.each(PIPELINE, "fetch")
 
 
 def task_tree():
-    """stage 2: the source unpacked, with the patch series applied"""
+    """stage 2: unpack the source and apply the patches"""
     yield from tasks.each(PIPELINE, "tree")
 
 
 def task_toolchain():
-    """stage 3: a CUDA 12 toolkit that can target the arch (cuda=system|redist|distro picks one)"""
+    """stage 3: find or fetch a CUDA 12 toolkit that can target 7.0 (cuda=system|redist|distro)"""
     return tasks.of(PIPELINE.toolchain, PIPELINE)
 
 
 def task_driver_stub():
-    """a stand-in for the driver's library, for machines without a GPU"""
+    """make a stub of the driver's library, for machines without a GPU"""
     return {**tasks.of(PIPELINE.driver_stub, PIPELINE), "basename": "driver-stub"}
 
 
 def task_environment():
-    """stage 4: the locked Python environment that it is compiled in"""
+    """stage 4: install the locked Python environment of the build"""
     yield from tasks.each(PIPELINE, "environment")
 
 
 def task_build():
-    """stage 5: the wheel, compiled and finished (jobs=N, sandbox=auto|require|off)"""
+    """stage 5: compile the wheel (jobs=N, sandbox=auto|require|off)"""
     yield from tasks.each(PIPELINE, "build")
 
 
 def task_check():
-    """stage 6: what the wheel holds, and whether it imports in a fresh environment"""
+    """stage 6: check the wheel's content, and import it in a fresh environment"""
     yield from tasks.each(PIPELINE, "check")

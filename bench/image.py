@@ -28,7 +28,7 @@ def main():
         for tag in runtime.image.result().tags[:1]:
             run([engine.kind, "rmi", "--force", f"{NAME}:{tag}"], ok=(0, 1, 125))
     runtime.image.path.unlink(missing_ok=True)
-    done = run([ROOT / "doit", "torch=thin", "image"], cwd=ROOT)
+    done = run([ROOT / "doit", "image"], cwd=ROOT)
     image = runtime.image.result()
     layers = [layer_size for _, layer_size in image.compressed]
     size = image.base_size + sum(image.layers.values())

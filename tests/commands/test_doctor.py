@@ -82,7 +82,7 @@ def test_offline_the_index_is_not_asked(pipeline: Pipeline, monkeypatch: pytest.
 
 
 def upstream(pipeline: Pipeline, url: str) -> Check:
-    recipe = Pipeline.load(pipeline.root, Settings()).recipes["torch"]
+    recipe = Pipeline.load(pipeline.root, Settings(torch="source")).recipes["torch"]
     changed = {"url": url, "sha256": "ab" * 32}
     elsewhere = recipe.model_copy(update={"source": recipe.source.model_copy(update=changed)})
     return found(Pipeline(pipeline.root, Settings(), {"torch": elsewhere}, cuda=pipeline.cuda), "upstream")

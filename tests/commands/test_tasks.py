@@ -167,20 +167,40 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_variable_that_is_misspelt_is_refused_with_the_ones_there_are(checkout):
+def test_unknown_variable_is_refused_with_the_nearest_and_all_variables(checkout):
     said = complaint(checkout.doit("jbos=3", "tree:thing"))
-    assert "jbos: no such variable; there are cuda=, jobs=, memory=, ccache=, sandbox=, file=" in said
+    assert "jbos= is not a variable; did you mean jobs=?" in said
+    assert "try: one of cuda=, jobs=, memory=, ccache=, sandbox=, file=" in said
     assert not (checkout.root / "build" / "trees").exists()
 
 
-def test_a_task_that_does_not_exist_is_refused(checkout):
-    assert "wheel:thing" in complaint(checkout.doit("wheel:thing"))
+@pytest.mark.parametrize(("word", "nearest"), [("weels", "wheels"), ("wheel:thing", "wheels:thing")])
+def test_unknown_task_is_refused_with_the_nearest_names(checkout, word, nearest):
+    said = complaint(checkout.doit(word))
+    assert said.startswith(f"x {word} is not a task; did you mean {nearest}")
+    assert said.endswith("\n  try: ./doit help lists the tasks\n")
+    assert "Type" not in said
+
+
+def test_unknown_task_unlike_any_other_is_refused_without_a_suggestion(checkout):
+    assert complaint(checkout.doit("qqq")).startswith("x qqq is not a task\n  try: ")
+
+
+@pytest.mark.parametrize("words", [("--foo",), ("tree:thing", "--foo")])
+def test_unknown_option_is_refused(checkout, words):
+    assert complaint(checkout.doit(*words)) == "x unknown option or missing value: --foo\n  try: ./doit help\n"
+
+
+def test_python_m_doit_still_runs_the_tasks(checkout):
+    done = checkout.doit("-m", "doit", "fetch:thing", script=".venv/bin/python")
+    assert done.returncode == 0, done.stderr
+    assert "fetch thing-1.0.tar.gz" in done.stdout
 
 
 def test_a_broken_recipe_is_one_message_with_all_its_problems(checkout):
     path = checkout.recipe("ftp://example.org", "short")
     said = complaint(checkout.doit("list"))
-    assert said.startswith(f"ERROR: {path} cannot be used:\n  - source.sha256: ")
+    assert said.startswith(f"x {path} cannot be used:\n  - source.sha256: ")
     assert "\n  - source.url: " in said
     assert said.endswith("docs/recipes.md lists all\n")
 
@@ -249,7 +269,7 @@ def test_an_interrupted_run_exits_130_and_the_next_goes_on(checkout, server, num
     os.killpg(child.pid, number)
     output = child.communicate(timeout=60)[0]
     assert child.returncode == INTERRUPTED
-    assert "interrupted: what was finished is kept" in output
+    assert "interrupted: finished stages are kept" in output
     assert "Traceback" not in output
     assert checkout.doit("tree:thing").returncode == 0
 
@@ -329,7 +349,7 @@ def test_on_a_terminal_a_download_is_a_row_and_ctrl_c_leaves_nothing_of_it(check
             interrupted = True
     assert interrupted
     assert last.transcript[0] == "* fetch thing-1.0.tar.gz"
-    assert last.transcript[-1].startswith("! interrupted: what was finished is kept")
+    assert last.transcript[-1].startswith("! interrupted: finished stages are kept")
     assert not any(map(row.match, last.transcript))
     assert not last.screen.cursor.hidden
 
@@ -429,9 +449,10 @@ def test_a_python_that_is_asked_for_is_not_silently_another(bare, tmp_path):
 @pytest.fixture
 def stocked(bare, tmp_path) -> Checkout:
     """One whose requirements are a single wheel on the disk: a doit that says so. A fake, for the real are many MB."""
-    module = "import sys; print('doit was given', sys.argv[1:])\n"
+    entry = bare.root / "voltforge" / "commands" / "__main__.py"
+    entry.write_text("import sys, doit; print('doit was given', sys.argv[1:])\n")
     shelf = tmp_path / "shelf"
-    path = samples.wheel(shelf, {"doit/__init__.py": "", "doit/__main__.py": module}, name="doit", version="0.37.0")
+    path = samples.wheel(shelf, {"doit/__init__.py": ""}, name="doit", version="0.37.0")
     (bare.root / "requirements.txt").write_text(f"doit==0.37.0 --hash=sha256:{files.sha256(path)}\n")
     own = ("PIP_", "UV_")
     bare.env = {key: value for key, value in bare.env.items() if not key.startswith(own)}

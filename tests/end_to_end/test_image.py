@@ -20,9 +20,8 @@ from voltforge.sources import distro, environment
 
 @pytest.fixture(scope="module")
 def results(repository: Path, vllm: Pipeline, engine_works: None) -> dict:
-    """What `./doit torch=thin wheels image` made: ten minutes on two cores, nothing if it ran before."""
-    doit("torch=thin", "wheels")
-    doit("torch=thin", "image")
+    """What `./doit image` made: ten minutes on two cores, nothing if it ran before."""
+    doit("image")
     return json.loads((repository / "build/stages/image.json").read_text())["results"]
 
 
@@ -201,6 +200,6 @@ def test_a_base_with_another_python_is_refused_in_words(results: dict, repositor
 
 @pytest.mark.build
 def test_why_tells_layers_projects_and_what_was_left_out(results: dict, repository: Path) -> None:
-    said = doit("torch=thin", "image:why")
+    said = doit("image:why")
     for word in ("nvidia-cudnn-cu12", "packages", "required by", "back end"):
         assert word in said

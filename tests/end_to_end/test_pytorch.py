@@ -38,7 +38,7 @@ KERNELS = (
 
 @pytest.fixture(scope="module")
 def pipeline(repository: Path) -> Pipeline:
-    return Pipeline.load(repository, Settings())
+    return Pipeline.load(repository, Settings(torch="source"))
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ LEFT_OUT = ('"torch.linalg.solve', "imports =")
 
 def torch_checkout(root: Path, settings: Settings | None = None) -> Pipeline:
     """A new checkout with PyTorch's recipe for a small package of its shape, beside the real one's environment."""
-    real = Pipeline.load(ROOT, Settings())
+    real = Pipeline.load(ROOT, Settings(torch="source"))
     real.package(real.recipes["torch"]).stages["environment"].run()
     small_checkout(root)
     for name in ("torch-build.txt", "torch-runtime.txt"):
@@ -52,7 +52,7 @@ def torch_checkout(root: Path, settings: Settings | None = None) -> Pipeline:
     text = text.replace("[expect]\n", '[expect]\nimports = ["torch", "functorch"]\n', 1)
     source = real.recipes["torch"].source.sha256
     (root / "recipes/torch.toml").write_text(text.replace(source, files.sha256(sdist)))
-    return Pipeline.load(root, settings or Settings())
+    return Pipeline.load(root, settings or Settings(torch="source"))
 
 
 def edited(pipeline: Pipeline, old: str, new: str) -> Pipeline:
@@ -150,7 +150,7 @@ def test_a_missing_source_is_reported_with_its_hash_its_place_and_the_thin_wheel
 ) -> None:
     monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
     files.remove(checkout.scratch / "downloads")
-    pipeline = Pipeline.load(checkout.root, Settings())
+    pipeline = Pipeline.load(checkout.root, Settings(torch="source"))
     with pytest.raises(NotFetchedError) as caught:
         run(pipeline)
     said = str(caught.value)

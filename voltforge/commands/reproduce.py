@@ -148,7 +148,7 @@ def image(pipeline: Pipeline, runtime: Runtime) -> Comparison:
     second = prepare(pipeline, "image", made=first.stat().st_mtime, same_user="the engine has a way of its own")
     shutil.copytree(pipeline.wheelhouse.path, second.root / "wheelhouse", copy_function=shutil.copy)
     with _store_apart(second) as apart:
-        _build(pipeline, apart, "image", "image")
+        _build(pipeline, apart, "image", "image:of-wheelhouse")
     again = Runtime(Pipeline.load(second.root, pipeline.settings)).image.result().path
     return _judged(pipeline, second, "image", first, again)
 

@@ -122,7 +122,7 @@ class Runtime:
         if missing := [name for name in PROJECTS if name not in found]:
             raise ImageError(
                 f"the wheelhouse has no {' and no '.join(missing)} for Python {PYTHON}",
-                hint="./doit torch=thin wheels, or ./doit wheels",
+                hint="./doit wheels",
             )
         return {name: found[name] for name in PROJECTS}
 

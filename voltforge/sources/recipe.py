@@ -30,7 +30,7 @@ PLACEHOLDERS = ("version", "arch", "cuda", "environment", "site", "cudaflags")
 The recipe's version and archs, the toolkit's tag (``cu124``), the environment and its site-packages as the build sees
 them, and the flags that every nvcc should have (for what sets CMAKE_CUDA_FLAGS itself and loses CUDAFLAGS so).
 """
-CHOICES = {"torch": "source", "cudnn": "1"}
+CHOICES = {"torch": "thin", "cudnn": "1"}
 """What a person may choose of the recipes, as ``name=value``, with what is taken if nothing is said."""
 SOURCE = "source"
 """The variant of a package that is compiled; others have their name in the recipe's file name: ``torch-thin.toml``."""
