@@ -53,7 +53,7 @@ def _attention() -> Iterator[Operation]:
     def inputs(r: Random) -> Sequence[Any]:
         return [r.half(2, 4, 160, 64) for _ in range(3)]
 
-    why = "scores below 8 rounded to float16 change what is raised by 4 roundings; then weights and sums are rounded"
+    why = "scores below 8 are rounded to float16, 4 roundings of their exponentials; weights and sums are rounded, too"
     for backend in backends:
         for causal in (False, True):
             name = f"attention, {backend}{', causal' if causal else ''}, float16"
@@ -66,7 +66,7 @@ def _rows() -> Iterator[Operation]:
     from torch.nn import functional
 
     sums = "an addition for each number of the row, and exp of at most 2 units in the last place"
-    twice = "float32 within, rounded to float16, and the scale before it"
+    twice = "computed in float32 and rounded to float16; the scale is rounded before"
     yield Operation("softmax, float16", lambda x: torch.softmax(x, -1), lambda r: [r.half(64, 1000)],
                     2 * HALF, twice)  # fmt: skip
     yield Operation("softmax, float32", lambda x: torch.softmax(x, -1), lambda r: [r.normal(64, 1000)],
@@ -84,10 +84,10 @@ def _rows() -> Iterator[Operation]:
     yield Operation("group_norm, float32", lambda x, w, b: functional.group_norm(x, 4, w, b),
                     lambda r: (r.normal(4, 16, 20, 20), r.uniform(0.5, 2, 16), r.normal(16)),
                     1600 * SINGLE, "an addition for each of a group's 1,600 numbers")  # fmt: skip
-    once = "float32 within, rounded to float16"
+    once = "computed in float32, rounded to float16"
     yield Operation("gelu, float16", lambda x: functional.gelu(x), lambda r: [r.half(64, 512)], 2 * HALF, once)
     yield Operation("silu, float16", lambda x: functional.silu(x), lambda r: [r.half(64, 512)], 2 * HALF, once)
-    two = "CUDA's functions are within 2 units in the last place, 4 roundings; half again for the double ones"
+    two = "CUDA's functions have errors of 2 units in the last place, 4 roundings; 2 more for the composed function"
     yield Operation("exp, sin, erf, rsqrt, float32",
                     lambda x: torch.stack([x.exp(), x.sin(), x.erf(), (x * x + 1).rsqrt()]),
                     lambda r: [r.normal(64, 512)], 6 * SINGLE, two)  # fmt: skip
@@ -97,10 +97,10 @@ def _orders() -> Iterator[Operation]:
     import torch
 
     def exact(name: str, call: Callable[..., Values], inputs: Callable[[Random], Sequence[Any]]) -> Operation:
-        return Operation(name, call, inputs, 0, "nothing is computed", "equal")
+        return Operation(name, call, inputs, 0, "exact: there is no arithmetic", "equal")
 
-    def pair(found: Any) -> list[Any]:
-        return [found[0], found[1]]
+    def pair(result: Any) -> list[Any]:
+        return [result[0], result[1]]
 
     yield exact("sort", lambda x: pair(torch.sort(x, descending=True)), lambda r: [r.distinct(16, 3000)])
     yield exact("sort, long rows", lambda x: pair(torch.sort(x, stable=True)), lambda r: [r.below(99, 1, 200_000)])
@@ -127,11 +127,11 @@ def _sums() -> Iterator[Operation]:
     import torch
 
     def many(count: int) -> tuple[float, str]:
-        return count * SINGLE, f"one rounding for each of {count:,} numbers of one sign, in whatever order"
+        return count * SINGLE, f"one rounding for each of {count:,} numbers of one sign, in any order"
 
     yield Operation("scatter_add, int64", lambda x, i: torch.zeros(256, 8, dtype=x.dtype, device=x.device)
                     .scatter_add(0, i, x), lambda r: (r.below(1000, 4096, 8), r.below(256, 4096, 8)),
-                    0, "whole numbers add up exactly", "equal")  # fmt: skip
+                    0, "integer sums are exact", "equal")  # fmt: skip
     yield Operation("scatter_add, float32", lambda x, i: torch.zeros(256, 8, dtype=x.dtype, device=x.device)
                     .scatter_add(0, i, x), lambda r: (r.uniform(0, 1, 4096, 8), r.below(256, 4096, 8)),
                     64 * SINGLE, "fewer than 64 numbers of one sign for each place")  # fmt: skip
@@ -148,7 +148,7 @@ def _sums() -> Iterator[Operation]:
 
 
 def _two(bound: tuple[float, str]) -> tuple[float, str]:
-    return 2 * bound[0], f"{bound[1]}, and as many again for what is added"
+    return 2 * bound[0], f"{bound[1]}, and as many for the combination"
 
 
 def _images() -> Iterator[Operation]:
@@ -174,7 +174,7 @@ def _images() -> Iterator[Operation]:
     yield Operation("interpolate, bilinear, float32",
                     lambda x: functional.interpolate(x, size=(45, 50), mode="bilinear", align_corners=False),
                     lambda r: [r.normal(2, 3, 32, 32)], 8 * 32 * SINGLE,
-                    "two places below 32, each rounded, between neighbours of two signs")  # fmt: skip
+                    "two rounded coordinates below 32, between neighbours of different signs")  # fmt: skip
     yield Operation("max_pool2d and avg_pool2d, float32",
                     lambda x: torch.stack([functional.max_pool2d(x, 2), functional.avg_pool2d(x, 2)]),
                     lambda r: [r.uniform(0, 1, 2, 8, 32, 32)], 4 * SINGLE, "four numbers of one sign")  # fmt: skip
@@ -233,11 +233,11 @@ def _others() -> Iterator[Operation]:
                 return draw(torch.Generator(device=like.device).manual_seed(seed), like.device)
 
             first, again, other = numbers(7), numbers(7), numbers(8)
-            said = [torch.equal(first, again), not torch.equal(first, other)]
+            checks = [torch.equal(first, again), not torch.equal(first, other)]
             about = first.double()
             if moments:
                 about = torch.stack([about.mean(), about.var()])
-            return torch.cat([torch.tensor(said, device=like.device).double(), about])
+            return torch.cat([torch.tensor(checks, device=like.device).double(), about])
 
         return call
 

@@ -53,7 +53,7 @@ class Attention(Case):
         keys, values = make.normal(*shape, dtype=DTYPES[self.kv or self.dtype]).unbind(1)
         table = make.exactly([[1 + row * each + column for column in range(each)] for row in range(self.sequences)])
         table = torch.nn.functional.pad(table, (0, self.blocks - each))
-        one = make.exactly(1.0, torch.float32).expand(self.sequences, self.kv_heads)
+        scale = make.exactly(1.0, torch.float32).expand(self.sequences, self.kv_heads)
         return {
             "q": qkv[:, : self.heads * size].view(tokens, self.heads, size), "k": keys, "v": values,
             "out": make.normal(tokens, self.heads, size, dtype=dtype),
@@ -61,7 +61,7 @@ class Attention(Case):
             "max_seqlen_q": self.query, "seqused_k": make.exactly([length] * self.sequences), "max_seqlen_k": length,
             "softmax_scale": self.scale or size**-0.5, "causal": True,
             "window_size": (self.window - 1, 0) if self.window else (-1, -1),
-            "block_table": table, "softcap": self.softcap, "q_descale": None, "k_descale": one, "v_descale": one,
+            "block_table": table, "softcap": self.softcap, "q_descale": None, "k_descale": scale, "v_descale": scale,
             "alibi_slopes": make.normal(self.heads, dtype=torch.float32, scale=0.1) if self.alibi else None,
             "sinks": make.normal(self.heads, dtype=dtype) if self.sinks else None,
         }  # fmt: skip
@@ -94,13 +94,13 @@ class Cache(Case):
         key, value = qkv[:, -2 * width : -width], qkv[:, -width:]
         shape = cdiv(self.tokens, self.block_size) + 1, 2, self.block_size, self.kv_heads, self.head_size
         keys, values = make.normal(*shape, dtype=DTYPES[self.kv or self.dtype]).unbind(1)
-        one = make.exactly(1.0, torch.float32)
+        scale = make.exactly(1.0, torch.float32)
         return {
             "key": key.view(self.tokens, self.kv_heads, self.head_size),
             "value": value.view(self.tokens, self.kv_heads, self.head_size),
             "key_cache": keys, "value_cache": values,
             "slot_mapping": make.exactly(list(range(self.tokens)), torch.int64),
-            "kv_cache_dtype": f"fp8_{self.kv}" if self.kv else "auto", "k_scale": one, "v_scale": one,
+            "kv_cache_dtype": f"fp8_{self.kv}" if self.kv else "auto", "k_scale": scale, "v_scale": scale,
         }  # fmt: skip
 
     def call(self, **arguments: Any) -> Any:

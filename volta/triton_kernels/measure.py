@@ -183,10 +183,10 @@ def _found(pattern: str, log: str) -> str:
 
 
 def _once(seen: Iterable[pretended_gpu.Launch]) -> list[pretended_gpu.Launch]:
-    found: dict[str, pretended_gpu.Launch] = {}
+    launches: dict[str, pretended_gpu.Launch] = {}
     for launch in seen:
-        found.setdefault(launch.kernel.hash, launch)
-    return list(found.values())
+        launches.setdefault(launch.kernel.hash, launch)
+    return list(launches.values())
 
 
 @contextlib.contextmanager
