@@ -35,7 +35,7 @@ KERNELS = (
 
 
 @pytest.fixture(scope="module")
-def made(vllm: Pipeline) -> Path:
+def bundle_file(vllm: Pipeline) -> Path:
     """The bundle of the wheel in the wheelhouse."""
     doit("gpu-bundle")
     return bundle.bundle(vllm).result().path
@@ -46,18 +46,20 @@ def run_bundle(path: Path, *words: str, cwd: Path) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, path, *words], cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
-def test_bundle_has_every_kernel_and_passes_its_check(made: Path, tmp_path: Path) -> None:
-    done = run_bundle(made, "--check", cwd=tmp_path)
+def test_bundle_has_every_kernel_and_passes_its_check(bundle_file: Path, tmp_path: Path) -> None:
+    done = run_bundle(bundle_file, "--check", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0 flaws. No kernel was run, since that needs a GPU." in done.stdout
-    listed = run_bundle(made, "--list", cwd=tmp_path).stdout
+    listed = run_bundle(bundle_file, "--list", cwd=tmp_path).stdout
     for kernel in KERNELS:
         assert kernel in listed
-    assert made.stat().st_size <= bundle.LARGEST
+    assert bundle_file.stat().st_size <= bundle.MAX_SIZE
 
 
-def test_bundle_has_driver_bindings_for_every_python_and_the_code_of_the_checkout(made: Path, repository: Path) -> None:
-    with zipfile.ZipFile(made) as archive:
+def test_bundle_has_driver_bindings_for_every_python_and_the_code_of_the_checkout(
+    bundle_file: Path, repository: Path
+) -> None:
+    with zipfile.ZipFile(bundle_file) as archive:
         names = archive.namelist()
         for tag in ("cp310", "cp311", "cp312", "cp313"):
             assert any(name.startswith(f"site/{tag}/cuda/bindings/driver.") for name in names)
@@ -65,21 +67,21 @@ def test_bundle_has_driver_bindings_for_every_python_and_the_code_of_the_checkou
             assert archive.read(f"volta/{name}") == (repository / "volta" / name).read_bytes()
 
 
-def test_bundle_without_a_gpu_ends_with_status_5(made: Path, tmp_path: Path) -> None:
+def test_bundle_without_a_gpu_ends_with_status_5(bundle_file: Path, tmp_path: Path) -> None:
     if has_driver():
         pytest.skip("this machine has a driver; CI has none")
-    done = run_bundle(made, cwd=tmp_path)
+    done = run_bundle(bundle_file, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (5, "")
     assert done.stderr == "x this machine has no NVIDIA driver: libcuda.so.1 is not found\n"
 
 
-def test_bundle_without_numpy_ends_with_status_2(made: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-S", made], cwd=tmp_path, capture_output=True, text=True)
+def test_bundle_without_numpy_ends_with_status_2(bundle_file: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-S", bundle_file], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "x this bundle needs numpy: pip install numpy\n"
 
 
-def test_verify_gpu_without_a_gpu_ends_with_status_5_and_a_hint(made: Path, repository: Path) -> None:
+def test_verify_gpu_without_a_gpu_ends_with_status_5_and_a_hint(bundle_file: Path, repository: Path) -> None:
     if has_driver():
         pytest.skip("this machine has a driver; CI has none")
     done = subprocess.run(["./doit", "verify:gpu"], cwd=repository, capture_output=True, text=True, timeout=1200)
@@ -89,7 +91,7 @@ def test_verify_gpu_without_a_gpu_ends_with_status_5_and_a_hint(made: Path, repo
 
 
 def test_bundle_is_current_until_a_module_that_makes_rows_changes(
-    made: Path, vllm: Pipeline, monkeypatch: pytest.MonkeyPatch
+    bundle_file: Path, vllm: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = bundle.bundle(vllm)
     assert stage.current()
@@ -101,7 +103,7 @@ ENDS = {
     "print('x no card at all'); sys.exit(5)": (NoGpuError, "no card at all"),
     "print('FAILED: a row'); sys.exit(1)": (GpuError, "a kernel has a wrong result"),
     "print('x the card was lost'); sys.exit(1)": (GpuError, "the card was lost"),
-    "print('x told.json cannot be written'); sys.exit(2)": (GpuError, "told.json cannot be written"),
+    "print('x verdicts.json cannot be written'); sys.exit(2)": (GpuError, "verdicts.json cannot be written"),
     "raise SystemExit(3)": (GpuError, "failed with status 3"),
 }
 

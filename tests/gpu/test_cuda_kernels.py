@@ -46,11 +46,11 @@ def test_launcher_of_the_scheduler_is_removed_from_the_command() -> None:
 
 
 def test_only_architecture_and_output_of_a_command_change() -> None:
-    made = cuda_kernels.fatbin_command(command_words(), Path("/build/home/x.fatbin"))
+    command = cuda_kernels.fatbin_command(command_words(), Path("/build/home/x.fatbin"))
     before = COMMAND.replace(" -gencode arch=compute_70,code=sm_70", "")
     kept = before[: before.index(" -MD")].split()
     source = ["-x", "cu", "-fatbin", "/build/tree/csrc/moe/moe_wna16.cu"]
-    assert made == [*kept, *source, cuda_kernels.GENCODE, "-o", "/build/home/x.fatbin"]
+    assert command == [*kept, *source, cuda_kernels.GENCODE, "-o", "/build/home/x.fatbin"]
 
 
 def test_changed_command_writes_no_file_of_the_build() -> None:
@@ -130,14 +130,14 @@ def test_same_command_gives_the_wheels_cubin_and_does_not_change_the_build(
 ) -> None:
     build = BuildCommands.of(vllm)
     before = files.folder_digest(build.workshop.folders["tree"]), sorted(build.workshop.folders["home"].iterdir())
-    made = cuda_kernels.compile_source(build, SMALL, tmp_path / "log")
+    image = cuda_kernels.compile_source(build, SMALL, tmp_path / "log")
     assert (
         files.folder_digest(build.workshop.folders["tree"]),
         sorted(build.workshop.folders["home"].iterdir()),
     ) == before
-    assert made.cubin in cubins
-    assert ".target sm_70" in made.ptx
-    assert set(cuda_kernels.ptx_kernels(made.ptx)) == cuda_kernels.cubin_kernels(made.cubin)
+    assert image.cubin in cubins
+    assert ".target sm_70" in image.ptx
+    assert set(cuda_kernels.ptx_kernels(image.ptx)) == cuda_kernels.cubin_kernels(image.cubin)
 
 
 @pytest.mark.slow
