@@ -12,30 +12,30 @@ import voltforge
 from voltforge.errors import VoltforgeError, listed, remedy
 
 
-def test_an_error_says_what_happened_and_what_to_try():
+def test_error_prints_problem_and_hint():
     error = VoltforgeError("the disk is full", hint="make room")
     assert (error.what, error.hint) == ("the disk is full", "make room")
     assert str(error) == "the disk is full\n  try: make room"
 
 
-def test_an_error_without_a_hint_is_its_one_sentence():
+def test_error_without_hint_prints_problem_alone():
     assert str(VoltforgeError("the disk is full")) == "the disk is full"
 
 
-def test_several_problems_stand_on_a_line_each():
+def test_problems_are_listed_one_a_line():
     assert listed(["one", "two"]) == "\n  - one\n  - two"
     assert listed([]) == ""
 
 
 @pytest.mark.parametrize("module", [module.name for module in pkgutil.walk_packages(voltforge.__path__, "voltforge.")])
-def test_every_error_of_the_pipeline_is_one_that_a_person_can_act_on(module):
+def test_public_errors_are_voltforge_errors(module):
     defined = vars(importlib.import_module(module)).values()
     errors = [one for one in defined if inspect.isclass(one) and issubclass(one, Exception)]
     ours = [one for one in errors if one.__module__.startswith("voltforge") and not one.__name__.startswith("_")]
     assert all(issubclass(one, VoltforgeError) for one in ours)
 
 
-def test_what_to_try_where_the_machine_refused_and_what_else_where_it_did_not():
+def test_system_errors_have_hints_and_others_the_default():
     assert "make room" in remedy("a.o: No space left on device", "look at the source")
     assert "make room" in remedy("processing tar file: write /opt/a: no space left on device")
     assert "read-only" in remedy("[Errno 30] Read-only file system: '/usr'")

@@ -106,7 +106,7 @@ def test_a_library_that_is_not_found_ends_the_build_before_anything_is_compiled(
     pipeline: Pipeline, patched: Tree, toolchain: Toolchain, tmp_path: Path
 ) -> None:
     made = debian.workshop(pipeline, patched, toolchain, tmp_path / "work", {"CUDNN_ROOT": "/nowhere"})
-    with pytest.raises(BuildError, match="configured with USE_CUDNN=OFF, where the recipe has 1"):
+    with pytest.raises(BuildError, match="configured with USE_CUDNN=OFF, but the recipe has 1"):
         build.compile(made, tmp_path / "log")
     assert not list((tmp_path / "work").rglob("*.cu.o"))
 

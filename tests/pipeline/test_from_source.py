@@ -140,7 +140,7 @@ def test_an_unknown_option_is_refused_before_anything_is_compiled(checkout: Pipe
 
 
 def test_a_missing_library_stops_the_build_at_configuration(checkout: Pipeline) -> None:
-    with pytest.raises(BuildError, match="configured with USE_CUDNN=OFF, where the recipe has 1"):
+    with pytest.raises(BuildError, match="configured with USE_CUDNN=OFF, but the recipe has 1"):
         run(edited(checkout, '"{site}/nvidia/cudnn"', '"/nowhere"'))
     assert not list(checkout.scratch.rglob("*.cu.o"))
 

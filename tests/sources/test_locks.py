@@ -69,7 +69,7 @@ def test_pin_applies_only_where_its_marker_holds(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "locks").glob("*.txt")), ids=lambda path: path.stem)
 def test_locks_of_the_recipes_are_read_completely(path):
     text, pins = path.read_text(), locks.read(path)
-    assert sum(line[:1].isalnum() for line in text.splitlines()) == len(pins) > 1
+    assert sum(line[:1].isalnum() for line in text.splitlines()) == len(pins) > 0
     assert text.count("--hash=sha256:") == sum(len(pin.sha256) for pin in pins)
     assert all(pin.text in text for pin in pins)
 

@@ -1,4 +1,4 @@
-"""What the distribution under this machine gives: its archive's mirrors, its name, how it installs a package."""
+"""The Linux distribution of this machine: its mirrors, proxies, name and package installer."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ INSTALLERS = (
 
 
 def mirrors(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The base URLs, without a slash at the end, below which the archive's ``pool/`` may be: as apt is configured.
+    """Return the base URLs of apt's archives, without a trailing slash; ``pool/`` is below them.
 
-    Each once, those of one scheme in apt's order. Archives of security updates alone are left out: they do not
-    hold the release's own files. Nothing without apt. They may hold credentials.
+    Each URL is listed once, those of one scheme in apt's order. Archives of security updates are left out, because
+    they lack the release's own files. Empty without apt. The URLs may hold credentials.
     """
-    # `apt-get indextargets` would be the tool for this, but it lists nothing before the first `apt-get update`.
-    # This prints what such an update would ask for, from either form of sources, as any user, and asks for nothing.
-    # Apt lists its queues from last to first, so all hosts of a scheme are put into one (apt.conf(5), Queue-Mode).
+    # `apt-get indextargets` lists nothing before the first `apt-get update`. --print-uris prints the URLs of an update
+    # without a request, for both formats of sources and any user. Apt prints its queues from last to first;
+    # Queue-Mode=access has one queue for each scheme (apt.conf(5)).
     bases: dict[str, None] = {}
-    for line in _asked(["apt-get", "update", "--print-uris", "-o", "Acquire::Queue-Mode=access"], environ):
+    for line in _output_lines(["apt-get", "update", "--print-uris", "-o", "Acquire::Queue-Mode=access"], environ):
         match = re.match(r"'([^']+?)/dists/([^']+)/InRelease'", line)
         if match and not re.search(r"-security$|/updates$", match[2]):
             bases.update(dict.fromkeys(_expanded(match[1])))
@@ -42,13 +42,13 @@ def mirrors(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
 
 
 def proxies(url: str, environ: Mapping[str, str] = os.environ) -> dict[str, str | None] | None:
-    """The proxies that apt uses for ``url``, as requests takes them; ``None`` where apt has no opinion.
+    """Return apt's proxies for ``url`` in the form of requests; ``None`` if apt has no proxy setting for it.
 
-    apt.conf(5): ``Acquire::http::Proxy``, ``Acquire::http::Proxy::<host>``, ``DIRECT`` for none, and https takes
-    http's where it has none of its own.
+    apt.conf(5): ``Acquire::http::Proxy``, ``Acquire::http::Proxy::<host>``, ``DIRECT`` for none. https
+    falls back to the setting of http.
     """
     settings: dict[str, str] = {}
-    for line in _asked(["apt-config", "dump", "--format", "%f %v%n", "Acquire"], environ):
+    for line in _output_lines(["apt-config", "dump", "--format", "%f %v%n", "Acquire"], environ):
         key, _, value = line.partition(" ")
         if value:
             settings[key.lower()] = value
@@ -61,7 +61,7 @@ def proxies(url: str, environ: Mapping[str, str] = os.environ) -> dict[str, str 
 
 
 def name() -> str:
-    """What the distribution calls itself (os-release(5)), or the kernel's name where it does not say."""
+    """Return the distribution's name (os-release(5)), or the kernel's without one."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
@@ -70,7 +70,7 @@ def name() -> str:
 
 
 def codename() -> str:
-    """The release's name in the archive, such as ``bookworm``; nothing where os-release(5) does not have one."""
+    """Return the release's name in the archive, such as ``bookworm``; empty if os-release(5) has none."""
     try:
         return platform.freedesktop_os_release().get("VERSION_CODENAME", "")
     except OSError:
@@ -78,7 +78,7 @@ def codename() -> str:
 
 
 def install_command(packages: Sequence[str], environ: Mapping[str, str] = os.environ) -> str:
-    """The command with which a person installs ``packages`` here; a plain sentence where no installer is known."""
+    """Return the command that installs ``packages`` here; a sentence if no installer is known."""
     words = shlex.join(packages)
     for program, command in INSTALLERS:
         if shutil.which(program, path=environ.get("PATH", "")):
@@ -86,7 +86,7 @@ def install_command(packages: Sequence[str], environ: Mapping[str, str] = os.env
     return f"install {words} with your distribution's package manager"
 
 
-def _asked(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+def _output_lines(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     try:
         return run(argv, env=environ, timeout=60).output.splitlines()
     except ProgramFailed:
@@ -94,11 +94,11 @@ def _asked(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
 
 
 def _expanded(base: str) -> list[str]:
-    """The base URLs behind one of apt's: itself, or those that a ``mirror+file:`` names (apt-transport-mirror(1))."""
+    """Return the base URL itself, or the URLs in the file of a ``mirror+file:`` URL (apt-transport-mirror(1))."""
     if base.startswith(("http://", "https://", "file:")):
         return [base]
     if not base.startswith("mirror+file:"):
-        return []  # cdrom:, tor+http:, …: nothing that can be asked for a file here
+        return []  # cdrom:, tor+http:, …: no file can be fetched over these
     listing = local_path(base.partition("+")[2])
     try:
         lines = Path(listing or "").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Everything a person sees: steps, notes, rows of what is under way, tables, and one red line for a problem."""
+"""Print to the terminal and the log: steps, notes, progress, tables, and errors with their hints."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from voltforge.system.files import size
 from voltforge.system.progress import Board, ProgressState
 
 PLAIN_INTERVAL = 10.0
-"""Seconds between two lines about the same work where there is no terminal to redraw."""
+"""Seconds between two progress lines for the same task if the output is not a terminal."""
 
 PLAIN_WIDTH = 120
-"""Columns of a table where there is no terminal that says how wide it is."""
+"""Columns of a table if the output is not a terminal."""
 
 _terminal = sys.stdout.isatty()
 screen = Console(
     highlight=False, soft_wrap=True, width=None if _terminal or "COLUMNS" in os.environ else PLAIN_WIDTH,
-    force_interactive=None if _terminal else False,  # FORCE_COLOR makes no terminal of a file that can be redrawn
+    force_interactive=None if _terminal else False,  # with FORCE_COLOR, rich would redraw a file
 )  # fmt: skip
-"""Where it is printed: standard output. rich honours NO_COLOR, FORCE_COLOR and TERM=dumb."""
+"""Standard output. rich honours NO_COLOR, FORCE_COLOR and TERM=dumb."""
 _board = Board()
 _log: Console | None = None
 
 
 def log_to(path: Path, title: str) -> None:
-    """Write all that is said from now on to a file too, with the time, and all that is told of work without a log.
+    """Copy all later output to a file, with the time, and all progress texts, which a terminal overwrites.
 
-    A line that is no longer on the terminal, or never was, is there. The first call in a process counts; where it
-    cannot be written, nothing is.
+    Only the first call in a process has an effect. A log that cannot be written is skipped.
     """
     global _log
     if _log is None:
@@ -49,34 +48,34 @@ def log_to(path: Path, title: str) -> None:
             _log = Console(
                 file=file, width=PLAIN_WIDTH, soft_wrap=True, highlight=False, force_terminal=False, color_system=None
             )
-            _keep(Text(f"$ {title}"))
+            _write_log(Text(f"$ {title}"))
 
 
 def step(text: str) -> None:
-    """A stage begins: ``* text``."""
-    _say(("*", "bold green"), f" {text}")
+    """Print the start of a stage: ``* text``."""
+    _print_and_log(("*", "bold green"), f" {text}")
 
 
 def note(text: str) -> None:
-    """A detail of the stage at hand."""
-    _say("  ", (text, "dim"))
+    """Print a detail of the current stage."""
+    _print_and_log("  ", (text, "dim"))
 
 
 def warn(text: str) -> None:
-    """Something that the person should know, but that stops nothing."""
-    _say((f"! {text}", "yellow"))
+    """Print a warning."""
+    _print_and_log((f"! {text}", "yellow"))
 
 
 def error(problem: VoltforgeError | str) -> None:
-    """What stopped the work, in red, and below it what to try."""
+    """Print an error in red, and its hint below."""
     what, hint = (problem.what, problem.hint) if isinstance(problem, VoltforgeError) else (problem, "")
-    _say((f"x {what}", "bold red"))
+    _print_and_log((f"x {what}", "bold red"))
     if hint:
-        _say(f"  try: {hint}")
+        _print_and_log(f"  try: {hint}")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Rows under headings."""
+    """Print a table."""
     sheet = Table(title=Text(title) if title else None, title_justify="left")
     for column in columns:
         sheet.add_column(Text(column), overflow="fold")
@@ -84,51 +83,51 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
         sheet.add_row(*(Text(cell) for cell in row))
     with _board.lock:
         screen.print(sheet)
-        _keep(sheet)
+        _write_log(sheet)
 
 
 @contextlib.contextmanager
 def download(label: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """ProgressState of bytes: yields a function to be told how many more have come.
+    """Show the progress of a download; yield a function that adds a number of received bytes.
 
-    A row with a bar, size, speed and time left on a terminal; a line every few seconds elsewhere.
+    A terminal shows a row with bar, size, speed and time left; other outputs get a line every few seconds.
     """
     if screen.is_interactive:
         with _board.row(screen, label, done=done, total=total, bytes=True) as row:
             yield lambda count: row.tell(replace(row.work, done=(row.work.done or 0) + count))
         return
-    came, said, start = done, time.monotonic(), time.monotonic()
+    received, printed, start = done, time.monotonic(), time.monotonic()
 
     def advance(count: int) -> None:
-        nonlocal came, said
-        came += count
+        nonlocal received, printed
+        received += count
         now = time.monotonic()
-        if now - said >= PLAIN_INTERVAL:
-            said = now
+        if now - printed >= PLAIN_INTERVAL:
+            printed = now
             of = f" of {size(total)}" if total else ""
-            note(f"{label}: {size(came)}{of}, {size((came - done) / (now - start))}/s")
+            note(f"{label}: {size(received)}{of}, {size((received - done) / (now - start))}/s")
 
     yield advance
 
 
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Callable[[str | ProgressState], None]]:
-    """Long work that changes as it goes on: yields a function to be told the newest text, or all that is known of it.
+    """Show the progress of a task; yield a function that takes its newest text or state.
 
-    A row on a terminal, a line every few seconds elsewhere.
+    A terminal shows a row; other outputs get a line every few seconds.
     """
     with _board.row(screen, label) if screen.is_interactive else contextlib.nullcontext() as row:
-        start = said = time.monotonic()
+        start = printed = time.monotonic()
 
         def tell(news: str | ProgressState) -> None:
-            nonlocal said
+            nonlocal printed
             now = time.monotonic()
             if isinstance(news, str):
-                _keep(Text(f"  {label}: {news}"))
+                _write_log(Text(f"  {label}: {news}"))
             if row:
                 row.tell(news)
-            elif now - said >= PLAIN_INTERVAL:
-                said = now
+            elif now - printed >= PLAIN_INTERVAL:
+                printed = now
                 text = news.line(now - start) if isinstance(news, ProgressState) else news
                 _print(Text.assemble("  ", (f"{label}: {text}", "dim")))
 
@@ -137,7 +136,7 @@ def progress(label: str) -> Iterator[Callable[[str | ProgressState], None]]:
 
 @contextlib.contextmanager
 def stage(name: str, usual: float | None = None) -> Iterator[None]:
-    """A stage that may take ``usual`` seconds: it has a row on a terminal while no part of it has one of its own."""
+    """Show a stage that takes about ``usual`` seconds as a row, while no task inside it has a row of its own."""
     if screen.is_interactive:
         with _board.stage(screen, name, usual):
             yield
@@ -145,10 +144,10 @@ def stage(name: str, usual: float | None = None) -> Iterator[None]:
         yield
 
 
-def _say(*parts: str | tuple[str, str]) -> None:
-    """One line of texts, or of texts and styles: as they are, for a path or a compiler's words may look like markup."""
+def _print_and_log(*parts: str | tuple[str, str]) -> None:
+    """Print a line of texts with styles. Markup is not interpreted: a path or compiler output may look like it."""
     line = Text.assemble(*parts)
-    _keep(line)
+    _write_log(line)
     _print(line)
 
 
@@ -159,14 +158,14 @@ def _print(line: Text) -> None:
         screen.print(line)
 
 
-def _keep(what: Text | Table) -> None:
-    """Put it into the log, if there is one; a full disk does not stop what is said."""
+def _write_log(output: Text | Table) -> None:
+    """Append to the log, if it is open. A full disk is ignored."""
     if _log:
         with _board.lock, contextlib.suppress(OSError):
-            _log.print(_stamped(what) if isinstance(what, Text) else what)
+            _log.print(_stamped(output) if isinstance(output, Text) else output)
 
 
 def _stamped(text: Text) -> Text:
-    """The text with the time before each of its lines."""
+    """Return the text with the time before each line."""
     stamp = time.strftime("%H:%M:%S ")
     return Text("\n").join(Text.assemble(stamp, line) for line in text.split("\n", allow_blank=True))

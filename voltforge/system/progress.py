@@ -1,4 +1,4 @@
-"""What is under way, as rows at the foot of the terminal: one for each download, each build, each stage."""
+"""Progress rows at the foot of the terminal: one for each download, build and stage."""
 
 from __future__ import annotations
 
@@ -22,50 +22,50 @@ from rich.text import Text
 from voltforge.system.files import size
 
 RATE = 5.0
-"""How often a second the rows are drawn. What takes less time than it takes to draw it is not shown."""
+"""Redraws in a second. A task that ends before the next redraw is not shown."""
 GAP = 2
 """Columns between two cells."""
 LEAST_TEXT = 10
-"""Columns that a row's text needs to be worth showing."""
+"""The least columns in which a row's text is shown."""
 PARTS = ("label", "bar", "count", "text", "elapsed", "left", "speed", "jobs", "memory", "hits")
 """The cells of a row from left to right."""
-GOING = ("hits", "speed", "memory", "jobs", "elapsed", "text", "bar", "left")
-"""In which order they make room where the terminal is narrow: what a row is about and its count stay."""
+DROP_ORDER = ("hits", "speed", "memory", "jobs", "elapsed", "text", "bar", "left")
+"""The order in which cells are dropped on a narrow terminal. Label and count are never dropped."""
 STYLES = {"label": "bold", "count": "green", "left": "cyan"}
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\].*?(?:\x07|\x1b\\)|[@-_])")
-"""What a program writes to colour its words (ECMA-48): sequences that would move the cursor under our feet."""
+"""Escape sequences (ECMA-48), which programs print for colours and which can move the cursor."""
 
 
 @dataclass(frozen=True)
 class ProgressState:
-    """How far something has come; whatever is not known is left out."""
+    """The state of a task; unknown values are ``None``."""
 
     text: str = ""
-    """What is being done right now: the object that is compiled."""
+    """The current step, such as the object that is compiled."""
     done: int | None = None
-    """Steps that are done."""
+    """Finished steps, or bytes."""
     total: int | None = None
-    """Steps in all."""
+    """All steps, or bytes."""
     jobs: int | None = None
-    """Jobs at work."""
+    """Running jobs."""
     waiting: int | None = None
-    """Jobs that wait for memory, or for their turn."""
+    """Jobs that wait for memory or for a free slot."""
     elsewhere: int | None = None
-    """Jobs that other hosts do."""
+    """Jobs that run on other hosts."""
     memory: int | None = None
     """Bytes in use."""
     limit: int | None = None
-    """Bytes that may be used."""
+    """The limit of memory in bytes."""
     hits: int | None = None
-    """Objects that came from a cache."""
+    """Objects from a cache."""
     misses: int | None = None
-    """Objects that a cache was asked for and did not have."""
+    """Objects that the cache did not have."""
     left: float | None = None
-    """Seconds that it will take from now on."""
+    """Seconds left."""
 
     @property
     def count(self) -> str:
-        """``12/41``, or nothing where there is nothing to count."""
+        """``12/41``, or an empty string if the total is unknown."""
         return f"{self.done or 0}/{self.total}" if self.total else ""
 
     @property
@@ -95,7 +95,7 @@ class ProgressState:
         return "" if self.left is None else f"{clock(self.left)} left"
 
     def line(self, elapsed: float) -> str:
-        """All of it in one line, for where there is no terminal; ``elapsed`` are the seconds since it began."""
+        """Return the state in one line, for output that is not a terminal; ``elapsed`` is in seconds."""
         head = " ".join(part for part in (f"[{self.count}]" if self.count else "", self.text) if part)
         return ", ".join(
             part for part in (head, clock(elapsed), self.load, self.room, self.found, self.remaining) if part
@@ -104,30 +104,30 @@ class ProgressState:
 
 @dataclass
 class Row:
-    """One piece of work that is under way."""
+    """A row for a running task."""
 
     label: str
     usual: float | None = None
-    """Seconds that it took the last time."""
+    """Seconds that the task usually takes."""
     bytes: bool = False
-    """Whether what it counts are bytes."""
+    """True if the count is in bytes."""
     around: Row | None = None
-    """The stage that it is a part of, which is not shown meanwhile."""
+    """The stage that contains the task. Its row is hidden meanwhile."""
     work: ProgressState = ProgressState()
     start: float = field(default_factory=lambda: time.monotonic())
     before: int = 0
-    """Bytes that were there at the start."""
+    """Bytes that were present at the start."""
     inside: int = 0
-    """Rows that are shown instead of this one."""
+    """The number of rows that are shown instead of this one."""
     widths: dict[str, int] = field(default_factory=dict)
-    """The widest that each cell has been: a cell that shrank and grew again would make the row jump."""
+    """The greatest width of each cell so far. Cells do not shrink, so that the row does not jump."""
 
     def tell(self, news: str | ProgressState) -> None:
-        """Take the newest state in: all of it, or a text."""
+        """Set the newest state, or its text alone."""
         self.work = news if isinstance(news, ProgressState) else ProgressState(news)
 
     def cells(self, now: float) -> dict[str, str]:
-        """What the row says, by part; a bar stands as its share of 1."""
+        """Return the text of each cell by part; the text of a bar is its share of 1."""
         work, elapsed = self.work, now - self.start
         speed = ((work.done or 0) - self.before) / elapsed if self.bytes and elapsed > 0 else 0.0
         left, share = work.left, (work.done or 0) / work.total if work.total else None
@@ -150,14 +150,14 @@ class Row:
         return {part: plain for part in PARTS if (plain := printable(said[part]))}
 
     def _by_history(self, now: float) -> tuple[float | None, float | None]:
-        """Seconds left and share done, if it takes as long as the last time; nothing when it takes longer."""
+        """Return seconds left and share done, judged by the usual time; ``None`` for both once that has passed."""
         timed = self if self.usual else self.around
         if not timed or not timed.usual or now - timed.start >= timed.usual:
             return None, None
         return timed.usual - (now - timed.start), (now - timed.start) / timed.usual
 
     def drawn(self, width: int, now: float, label: int = 0) -> RenderableType:
-        """The row in ``width`` columns, never more; the label takes at least ``label`` of them if nothing has to go."""
+        """Draw the row in at most ``width`` columns, its label in at least ``label`` if no cell is dropped for that."""
         cells = self.cells(now)
         bar = max(8, min(24, width // 6))
         for part, said in cells.items():
@@ -179,16 +179,16 @@ class Row:
 
 
 def fitting(widths: dict[str, int], width: int) -> dict[str, int]:
-    """Which parts of a row to show in ``width`` columns, and how wide; ``widths`` says what each needs.
+    """Return the widths of the cells to show in ``width`` columns; ``widths`` holds the wanted ones.
 
-    The text gets what is left over. Where label and count alone do not fit, the label is cut short.
+    The text gets the spare columns. If label and count alone do not fit, the label is shortened.
     """
     chosen = dict(widths)
 
     def needed() -> int:
         return sum(chosen.values()) + GAP * (len(chosen) - 1)
 
-    for part in GOING:
+    for part in DROP_ORDER:
         if needed() <= width:
             break
         chosen.pop(part, None)
@@ -201,11 +201,11 @@ def fitting(widths: dict[str, int], width: int) -> dict[str, int]:
 
 
 class Board:
-    """The rows of this process. They may be told from any thread; what is printed meanwhile stands above them."""
+    """The rows of this process. Any thread may update them; other output is printed above them."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        """Held while anything is written to the terminal, for two who write at once would tear each other's lines."""
+        """Held for each write to the terminal, so that lines of two threads do not mix."""
         self._rows: list[Row] = []
         self._live: Live | None = None
         self._stage: ContextVar[Row | None] = ContextVar("stage", default=None)
@@ -215,7 +215,7 @@ class Board:
     def row(
         self, screen: Console, label: str, *, done: int | None = None, total: int | None = None, bytes: bool = False
     ) -> Iterator[Row]:
-        """A row on ``screen`` as long as the block lasts."""
+        """Show a row on ``screen`` while the block runs."""
         work = ProgressState(done=done, total=total)
         row = Row(label, bytes=bytes, around=self._stage.get(), work=work, before=done or 0)
         with self._shown(screen, row):
@@ -223,7 +223,7 @@ class Board:
 
     @contextlib.contextmanager
     def stage(self, screen: Console, name: str, usual: float | None) -> Iterator[None]:
-        """A row for all that is done in the block, shown while no part of it has one of its own."""
+        """Show a row while the block runs and no task inside it has a row of its own."""
         row = Row(name, usual)
         token = self._stage.set(row)
         try:
@@ -233,7 +233,7 @@ class Board:
             self._stage.reset(token)
 
     def close(self) -> None:
-        """Take all rows away and give the cursor back."""
+        """Remove all rows and restore the cursor."""
         with self.lock:
             self._rows.clear()
             live, self._live = self._live, None
@@ -283,12 +283,12 @@ class Board:
 
 
 def printable(text: str) -> str:
-    """The text in one line without what would move the cursor: a compiler's words may hold anything."""
-    return "".join(one if one.isprintable() else " " for one in _ESCAPES.sub("", text))
+    """Return the text in one line without escape sequences and control characters."""
+    return "".join(character if character.isprintable() else " " for character in _ESCAPES.sub("", text))
 
 
 def clock(seconds: float) -> str:
-    """``1:05`` or ``2:01:05``; a time that is none is ``?``."""
+    """Format seconds as ``1:05`` or ``2:01:05``; ``?`` if they are not finite."""
     if not math.isfinite(seconds):
         return "?"
     minutes, rest = divmod(int(max(0.0, seconds)), 60)
@@ -296,7 +296,7 @@ def clock(seconds: float) -> str:
 
 
 def _of_bytes(done: int, total: int | None) -> str:
-    """``12.0/87.2 MB``: both in the unit of the whole."""
+    """Format a count of bytes and its total in the total's unit: ``12.0/87.2 MB``."""
     if not total:
         return size(done)
     whole = size(total)
