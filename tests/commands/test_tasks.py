@@ -15,12 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from doit.task import Task
 
 from tests.support import samples
 from tests.support.checkouts import ROOT, pack
 from tests.support.servers import Fault, Server, serving
 from tests.support.terminal import seen
+from voltforge.commands import tasks
+from voltforge.commands.reporter import ANNOUNCED, Reporter
 from voltforge.commands.reproduce import NotReproducible
+from voltforge.sources.recipe import load
 from voltforge.system import files
 
 RED = "\x1b[1;31m"
@@ -288,7 +292,7 @@ def two(checkout, server, tmp_path) -> Checkout:
     return checkout
 
 
-def test_the_sources_of_all_packages_that_a_run_needs_are_fetched_together(two, server):
+def test_sources_of_all_packages_are_downloaded_together(two, server):
     hold, together = threading.Event(), []
     server.faults = {f"/{name}-1.0.tar.gz": [Fault(hold=hold)] for name in ("thing", "other")}
 
@@ -301,7 +305,7 @@ def test_the_sources_of_all_packages_that_a_run_needs_are_fetched_together(two, 
 
     watching = threading.Thread(target=watch)
     watching.start()
-    done = two.doit("tree:*")
+    done = two.doit("downloads", "tree:*")
     watching.join()
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(together) == ["/other-1.0.tar.gz", "/thing-1.0.tar.gz"]
@@ -316,14 +320,53 @@ def test_a_run_fetches_no_source_that_it_does_not_need(two, server):
     assert server.paths() == ["/thing-1.0.tar.gz"]
 
 
-def test_a_source_that_is_not_to_be_had_is_said_early_and_stops_only_its_own_package(two, server):
+def test_missing_source_is_reported_early_and_stops_only_its_own_package(two, server):
     del server.files["/thing-1.0.tar.gz"]
-    done = two.doit("tree:other", "tree:thing")
+    done = two.doit("downloads", "tree:other", "tree:thing")
     assert done.returncode == FAILED
-    assert "! thing-1.0.tar.gz: needed later, and not to be had so far\n" in done.stdout
+    assert "! not downloaded yet: thing-1.0.tar.gz\n" in done.stdout
     before, after = done.stdout.split("* unpack other-1.0.tar.gz")
-    assert "needed later" in before
+    assert "not downloaded yet" in before
     assert "x 1 file not to be had:" in after
+
+
+# --- the variants of a package ---
+
+
+def test_variant_sentence_names_what_is_made_and_how_to_get_the_other():
+    source, thin = (load(ROOT / "recipes" / name) for name in ("torch.toml", "torch-thin.toml"))
+    assert tasks.variant_sentence(thin) == (f"{thin.summary}; to compile it from source: ./doit torch=source wheels")
+    assert tasks.variant_sentence(source) == f"{source.summary}; to make the thin variant: ./doit torch=thin wheels"
+
+
+@pytest.fixture
+def announcing() -> tuple[Reporter, dict[str, Task]]:
+    """A reporter, and tasks of which two make wheels and one of these has variants."""
+    tasks = {
+        "wheels:torch": Task("wheels:torch", ["true"], meta={ANNOUNCED: lambda: "torch is thinned"}),
+        "wheels:vllm": Task("wheels:vllm", ["true"]),
+        "wheels": Task("wheels", [], task_dep=["wheels:torch", "wheels:vllm"]),
+        "image": Task("image", ["true"], task_dep=["wheels"]),
+    }
+    return Reporter(sys.stdout, {}), tasks
+
+
+@pytest.mark.parametrize(("selected", "count"), [("image", 1), ("wheels", 1), ("wheels:torch", 1), ("wheels:vllm", 0)])
+def test_variant_is_announced_once_by_a_run_that_makes_the_package(announcing, capsys, selected, count):
+    reporter, made = announcing
+    reporter.initialize(made, [selected])
+    assert capsys.readouterr().out == "", "a run that finds everything current announces nothing"
+    for _ in range(2):
+        reporter.execute_task(made["wheels:vllm"])
+    assert capsys.readouterr().out.count("torch is thinned") == count
+
+
+def test_image_makes_the_wheels_first_and_image_of_wheelhouse_does_not(checkout):
+    done = checkout.doit("info", "--no-status", "image")
+    assert re.search(r"^ - wheels$", done.stdout, re.MULTILINE), done.stdout + done.stderr
+    done = checkout.doit("info", "--no-status", "image:of-wheelhouse")
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"^ - wheels$", done.stdout, re.MULTILINE)
 
 
 # --- what a person sees of it ---
