@@ -1,4 +1,4 @@
-"""What is built, read from ``recipes/*.toml``: checked at load, every problem named at once, unknown keys refused."""
+"""Load recipes from ``recipes/*.toml`` and check them: all problems are reported at once, unknown keys refused."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ else:
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 PLACEHOLDERS = ("version", "arch", "cuda", "environment", "site", "cudaflags")
-"""What ``{…}`` in a build variable may name.
+"""The placeholders ``{…}`` that a build variable may contain.
 
-The recipe's version and archs, the toolkit's tag (``cu124``), the environment and its site-packages as the build sees
-them, and the flags that every nvcc should have (for what sets CMAKE_CUDA_FLAGS itself and loses CUDAFLAGS so).
+The recipe's version and archs, the toolkit's tag (``cu124``), the paths of the environment and its site-packages in
+the build, and the flags for each nvcc (for projects that set CMAKE_CUDA_FLAGS, so that CMake ignores CUDAFLAGS).
 """
 CHOICES = {"torch": "thin", "cudnn": "1"}
-"""What a person may choose of the recipes, as ``name=value``, with what is taken if nothing is said."""
+"""The choices of the command line, ``name=value``, with their defaults."""
 SOURCE = "source"
-"""The variant of a package that is compiled; others have their name in the recipe's file name: ``torch-thin.toml``."""
+"""The variant that is compiled. Other variants are part of the recipe's file name: ``torch-thin.toml``."""
 
 
 class RecipeError(VoltforgeError):
-    """A recipe that cannot be used; ``problems`` holds all of them, each with its key."""
+    """A recipe with mistakes; ``problems`` holds all of them, each with its key."""
 
     def __init__(self, path: Path, problems: list[str]) -> None:
         super().__init__(
-            f"{path} cannot be used:{listed(problems)}", hint="mend the keys named; docs/recipes.md lists all"
+            f"{path} cannot be used:{listed(problems)}", hint="correct these keys; docs/recipes.md describes all keys"
         )
         self.path = path
         self.problems = problems
 
 
 def byte_count(text: Any) -> int:
-    """The bytes that a size with its unit stands for: ``20 MB``, ``1.5 GiB``.
+    """Return the bytes of a size with a unit: ``20 MB``, ``1.5 GiB``.
 
     Raises:
-        ValueError: it is none, or nothing.
+        ValueError: ``text`` is not a size, or the size is 0.
     """
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?(B|kB|MB|GB|KiB|MiB|GiB)", str(text))
     size = int(Fraction(match[1]) * UNITS[match[2]]) if match else 0
@@ -112,43 +112,43 @@ RelativePath = Annotated[str, Field(max_length=200), AfterValidator(_relative)]
 RequirementText = Annotated[str, AfterValidator(_requirement)]
 Module = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 Pattern = Annotated[str, Field(min_length=1)]
-"""Of file names, as fnmatch(3) has them."""
+"""A pattern of file names (fnmatch(3))."""
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Setting = Annotated[str, Field(pattern=r"^[^=\x00]+$")]
 Word = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-"""What a program can be given on its command line."""
+"""An argument of a program."""
 Template = Annotated[str, Field(pattern=r"^[^\x00]*$"), AfterValidator(_template)]
-"""The value of a variable, in which the :data:`PLACEHOLDERS` stand for something."""
+"""The value of a variable; may contain :data:`PLACEHOLDERS`."""
 Symbol = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Runpath = Mapping[Pattern, tuple[Annotated[str, Field(pattern=r"^\$ORIGIN(/|$)")], ...]]
 """RUNPATH entries by the pattern of the binary's path in the wheel; each begins with ``$ORIGIN``."""
 
 
 class RecipeTable(BaseModel):
-    """A table of a recipe: immutable, and with no key that is not declared."""
+    """A table of a recipe: immutable, without undeclared keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
 
 class Source(RecipeTable):
-    """One file by its hash, and where it can be had; mirrors and the downloads folder are always asked first."""
+    """A file, its hash and its place of publication. Mirrors and the downloads folder are always tried first."""
 
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+~!%@-]{0,199}$")]
-    """Its name, as it is published."""
+    """Its published name."""
     sha256: Digest
     size: Annotated[int, Field(gt=0, strict=True)] | None = None
-    """Bytes, if known: a download that grows beyond it is stopped."""
+    """Bytes, if known; a longer download is aborted."""
     index: Name | None = None
-    """A project on the configured package index that publishes it."""
+    """Its project on the configured package index."""
     url: Annotated[str, Field(pattern=r"^https?://[^\s/]+/\S+$")] | None = None
-    """An upstream address of the file itself."""
+    """Its upstream URL."""
     pool: Annotated[RelativePath, Field(pattern=r"^pool/\S+$")] | None = None
-    """A path in the archive of the Linux distribution, on whatever mirror the machine is configured for."""
+    """Its path in the archive of the Linux distribution, below the mirrors that the machine is configured for."""
 
     commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
-    """The git commit that it was made of, for the receipt."""
+    """The git commit of its content, for the receipt."""
     otherwise: str = ""
-    """What to say besides where it cannot be had."""
+    """An addition to the message if the file cannot be fetched."""
 
     @model_validator(mode="after")
     def _has_one_place(self) -> Source:
@@ -158,137 +158,137 @@ class Source(RecipeTable):
 
     @property
     def artifact(self) -> Artifact:
-        """The file as :mod:`voltforge.sources.fetch` asks for it."""
+        """The file for :mod:`voltforge.sources.fetch`."""
         return Artifact(**self.model_dump(exclude={"commit", "otherwise"}))
 
 
 class Heavy(RecipeTable):
-    """What some objects take to compile, as it was measured, for machines that have not compiled them yet."""
+    """The measured cost of compiling some objects, for machines that have not compiled them yet."""
 
     seconds: Annotated[float, Field(gt=0, lt=10**6)]
     memory: Size
-    """The most that its processes hold together."""
+    """The peak memory of all its processes together."""
 
 
 class BuildSettings(RecipeTable):
-    """How the wheel is compiled."""
+    """Settings of the compilation."""
 
     lock: RelativePath
-    """The hash-locked environment that it is compiled in, relative to the recipe."""
+    """The lock of the build environment, relative to the recipe."""
     env: Mapping[Variable, Template] = {}
-    """Variables for the build; the :data:`PLACEHOLDERS` are filled in."""
+    """Environment variables; :data:`PLACEHOLDERS` are filled in."""
     options: tuple[Pattern, ...] = ()
-    """Files of the source, as patterns, that declare its variables; one that none declares is refused."""
+    """Patterns of source files that declare the variables; an undeclared variable is refused."""
     links: tuple[Pattern, ...] = ()
-    """Folders in the environment's site-packages, as patterns, whose libraries get the names that linkers look for."""
+    """Patterns of folders in site-packages whose libraries get links with unversioned names for the linker."""
     config_settings: Mapping[Setting, Word] = {}
-    """Settings for the build backend (PEP 517), as ``pip --config-settings`` has them."""
+    """Settings for the build backend (PEP 517), as in ``pip --config-settings``."""
     memory_per_job: Size = byte_count("1.5 GiB")
-    """The most that one compile job is expected to hold at once; with the free memory it bounds the jobs."""
+    """The expected peak memory of a compile job; limits the number of jobs by the free memory."""
     heavy: Mapping[Pattern, Heavy] = {}
-    """Objects that take more than others, by patterns of their paths: they start first, and not together."""
+    """Expensive objects, by patterns of their paths: they start first, and not at the same time."""
 
     def variables(self, **values: str) -> dict[str, str]:
-        """The build's variables with the placeholders filled in."""
+        """Return the build's variables with the placeholders filled in."""
         return {key: value.format(**values) for key, value in self.env.items()}
 
 
 class Finish(RecipeTable):
-    """What is done to the wheel once it is compiled."""
+    """Changes of the compiled wheel."""
 
     runpath: Runpath = {}
     """RUNPATH entries by the pattern of the binary's path."""
 
 
 class Stub(RecipeTable):
-    """A library that is replaced by one that exports as much as the wheel's binaries import, and does nothing."""
+    """A library that is replaced by a stub, which exports the symbols that the wheel's binaries import."""
 
     folder: RelativePath
-    """Where in the wheel it goes: where the importing binaries' run path finds it."""
+    """The stub's folder in the wheel; the RUNPATH of the importing binaries must contain it."""
     why: str
-    """What is said when a function is called that has no answer, as the rest of a sentence about the library."""
+    """The end of the message, after the library's name, when a function without an answer is called."""
     prefix: str = ""
-    """How the names that are imported from it begin; of a library in the wheel itself they are known without."""
+    """Prefix of the symbols imported from it; not needed for a library of the wheel itself."""
     answers: Mapping[Symbol, int] = {}
-    """Functions that return this instead of ending the program."""
+    """Functions that return this value instead of ending the program."""
     since: Arch | None = None
-    """The capability from which on it has code: it stays if such an arch is asked for."""
+    """The lowest compute capability that it has code for; it is not replaced if the recipe has such an arch."""
     requirement: Name | None = None
-    """The project that the wheel no longer requires."""
+    """The requirement that is removed from the wheel."""
     lines: Mapping[RelativePath, str] = {}
-    """A line that goes from a text file, spaces around it aside, by the file's path; it must be there once."""
+    """A line to remove from a text file, by the file's path; it must occur once. Surrounding spaces are ignored."""
 
 
 class Thin(RecipeTable):
-    """What one project's wheel needs beyond what thinning does to every wheel."""
+    """Changes of this project's wheel besides the removal of device code."""
 
     drop: tuple[Pattern, ...] = ()
-    """Files that go, as patterns of their paths; each must be there."""
+    """Patterns of files to remove; each must match."""
     stubs: Mapping[Pattern, Stub] = {}
     """By SONAME."""
     version: RelativePath | None = None
-    """The Python file that has ``__version__``."""
+    """The Python file with ``__version__``."""
     arch_list: RelativePath | None = None
-    """The binary that has the list of archs as a string, with spaces between them."""
+    """The binary with the list of archs as a string, separated by spaces."""
     runpath: Runpath = {}
     """RUNPATH entries by the pattern of the binary's path."""
 
 
 class Expect(RecipeTable):
-    """What the finished wheel is held to."""
+    """Checks of the finished wheel."""
 
     lock: RelativePath
-    """The hash-locked environment that it is installed and imported in, relative to the recipe."""
+    """The lock of the environment for the import checks, relative to the recipe."""
     extensions: tuple[RelativePath, ...] = ()
-    """Extension modules that must be in it."""
+    """Extension modules that it must contain."""
     absent: tuple[Pattern, ...] = ()
-    """Patterns of files that must not be in it."""
+    """Patterns of files that it must not contain."""
     requires: tuple[RequirementText, ...] = ()
-    """Requirements that its metadata must have, as written there."""
+    """Requirements that its metadata must contain, as written there."""
     requires_not: tuple[Name, ...] = ()
     """Projects that its metadata must not require."""
     imports: tuple[Module, ...] = ()
-    """Modules that must import in a fresh environment, without a GPU."""
+    """Modules that must be importable in a fresh environment without a GPU."""
     ops: RelativePath | None = None
-    """A file of torch operators, a ``namespace::name`` a line, that those imports must register."""
+    """A file of torch operators, one ``namespace::name`` a line, that the imports must register."""
     config: str | None = None
-    """A Python expression whose text has ``NAME=VALUE`` pairs: variables of the build among them must agree."""
+    """A Python expression for text with ``NAME=VALUE`` pairs, which must agree with the build's variables."""
     says: Mapping[str, str] = {}
-    """Python expressions, with the pattern (as fnmatch(3) has them) that the text of their value must match."""
+    """Python expressions, each with the pattern (fnmatch(3)) that its value's text must match."""
     max_size: Size | None = None
-    """The largest that it may be, with a unit."""
+    """Its maximum size, with a unit."""
 
 
 class Recipe(RecipeTable):
-    """One package: what the wheel must be. Where it comes from is said by one of the two kinds of recipe."""
+    """The settings of a package that both kinds of recipe share."""
 
     name: Name
     version: VersionText
     variant: Annotated[str, Field(pattern=r"^[a-z]+$")] = SOURCE
-    """One of several ways to the same package; ``<name>=<variant>`` on the command line picks it."""
+    """A way to make the package; ``<name>=<variant>`` on the command line selects it."""
     summary: str = ""
     """A sentence for ``./doit list``."""
     arch: tuple[Arch, ...] = ()
-    """Compute capabilities of the device code; empty for a package without any."""
+    """Compute capabilities of the device code; empty for a package without device code."""
     expect: Expect
 
     path: Path = Field(exclude=True)
-    """Where it was read from."""
+    """The recipe's file."""
     conditions: tuple[str, ...] = Field(default=(), exclude=True)
-    """The choices that change it: ``cudnn=0``."""
+    """The choices that change the recipe: ``cudnn=0``."""
 
     @property
     def variables(self) -> dict[str, str]:
-        """What the placeholders stand for, but for the toolkit's tag, which the toolchain knows."""
+        """Values of the placeholders ``version`` and ``arch``; the toolchain adds the others."""
         return {"version": self.version, "arch": ";".join(self.arch)}
 
     def beside(self, relative: str) -> Path:
-        """A file that the recipe names, relative to itself."""
+        """Return the path of a file that is named relative to the recipe."""
         return self.path.parent / relative
 
 
 class SourceRecipe(Recipe):
-    """A package that is compiled: where its source is and how it is built."""
+    """A package that is compiled from source."""
 
     source: Source
     build: BuildSettings
@@ -296,7 +296,7 @@ class SourceRecipe(Recipe):
 
 
 class ThinRecipe(Recipe):
-    """A package that is a stock wheel without the device code of other archs."""
+    """A stock wheel from which the device code of other archs is removed."""
 
     arch: Annotated[tuple[Arch, ...], Field(min_length=1)]
     wheels: Annotated[tuple[Source, ...], Field(min_length=1)]
@@ -305,7 +305,7 @@ class ThinRecipe(Recipe):
 
 
 class Provision(RecipeTable):
-    """A compiler that is fetched: its archives, and the wheels with the headers and libraries of the same release."""
+    """A compiler to download: its archives, and the wheels with headers and libraries of the same release."""
 
     version: VersionText
     """nvcc's own version."""
@@ -314,7 +314,7 @@ class Provision(RecipeTable):
 
 
 class CudaRecipe(RecipeTable):
-    """Which CUDA toolkits can build for the archs wanted, and two that can be fetched."""
+    """The CUDA toolkits that can compile for the recipes' archs, and two that can be downloaded."""
 
     name: Literal["cuda"]
     at_least: VersionText
@@ -327,7 +327,7 @@ class CudaRecipe(RecipeTable):
     path: Path = Field(exclude=True)
 
     def beside(self, relative: str) -> Path:
-        """A file that the recipe names, relative to itself."""
+        """Return the path of a file that is named relative to the recipe."""
         return self.path.parent / relative
 
 
@@ -335,11 +335,11 @@ Model = TypeVar("Model", SourceRecipe, ThinRecipe, CudaRecipe)
 
 
 def load(path: Path, choices: Mapping[str, str] = CHOICES) -> SourceRecipe | ThinRecipe:
-    """The package recipe at ``path``, with the tables of ``[when]`` that hold for ``choices`` laid over it.
+    """Return the package recipe at ``path``, merged with the ``[when]`` tables of ``choices``.
 
     Raises:
-        RecipeError: the file cannot be read, is not TOML, or breaks a rule, be it only with other choices; it names
-            every key at fault.
+        RecipeError: the file cannot be read, is not TOML, or breaks a rule, with these or other choices; the error
+            names each faulty key.
     """
     data = _read(path)
     when = data.pop("when", {})
@@ -347,18 +347,18 @@ def load(path: Path, choices: Mapping[str, str] = CHOICES) -> SourceRecipe | Thi
     data["conditions"] = tuple(when)
     plain = _package(path, data)
     for condition, table in when.items():
-        _package(path, _laid_over(data, table), f"when.{condition}.")
+        _package(path, _merged(data, table), f"when.{condition}.")
         if condition in {f"{name}={value}" for name, value in choices.items()}:
-            plain = _package(path, data := _laid_over(data, table))
+            plain = _package(path, data := _merged(data, table))
     return plain
 
 
 def load_all(folder: Path, choices: Mapping[str, str] = CHOICES) -> dict[str, SourceRecipe | ThinRecipe]:
-    """The package recipes of a folder that ``choices`` pick, by the project's name, in alphabetical order.
+    """Return the package recipes of a folder that ``choices`` select, by project name, in alphabetical order.
 
     Raises:
-        RecipeError: for the first file with problems, naming all of its problems.
-        VoltforgeError: a choice that no recipe has.
+        RecipeError: a recipe has problems; the error names all problems of the first such file.
+        VoltforgeError: no recipe has one of the choices.
     """
     everything = [load(path, choices) for path in sorted(folder.glob("*.toml")) if path.stem != "cuda"]
     picked = {one.name: one for one in everything if one.variant == choices.get(one.name, SOURCE)}
@@ -372,7 +372,7 @@ def load_all(folder: Path, choices: Mapping[str, str] = CHOICES) -> dict[str, So
 
 
 def load_cuda(path: Path) -> CudaRecipe:
-    """The toolkit recipe at ``path``; raises as :func:`load` does."""
+    """Return the toolkit recipe at ``path``; raises as :func:`load` does."""
     recipe = _checked(CudaRecipe, path, _read(path))
     low, high = Version(recipe.at_least), Version(recipe.below)
     provisions = {"redist": recipe.redist, "distro": recipe.distro}
@@ -391,15 +391,15 @@ def load_cuda(path: Path) -> CudaRecipe:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file.
+    """Return the content of a TOML file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not TOML.
+        OSError: the file cannot be read.
+        ValueError: the file is not TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:  # of a thousand brackets
+    except RecursionError as error:  # a thousand nested brackets
         raise ValueError(str(error)) from error
 
 
@@ -408,7 +408,7 @@ def _read(path: Path) -> dict[str, Any]:
         data = read_toml(path)
     except OSError as error:
         raise RecipeError(path, [f"cannot be read: {error.strerror}"]) from error
-    except ValueError as error:  # TOML's own, not UTF-8, a number of 5,000 digits
+    except ValueError as error:  # invalid TOML or UTF-8, or a number of 5,000 digits
         raise RecipeError(path, [f"is not TOML: {error}"]) from error
     _refuse(path, [f"{key}: is not a key of a recipe" for key in ("path", "conditions") if key in data])
     return data
@@ -418,7 +418,7 @@ def _checked(model: type[Model], path: Path, data: Mapping[str, Any], prefix: st
     try:
         return model.model_validate({**data, "path": path})
     except ValidationError as error:
-        raise RecipeError(path, [prefix + _said(problem) for problem in error.errors()]) from error
+        raise RecipeError(path, [prefix + _message(problem) for problem in error.errors()]) from error
 
 
 def _package(path: Path, data: Mapping[str, Any], prefix: str = "") -> SourceRecipe | ThinRecipe:
@@ -437,9 +437,9 @@ def _package(path: Path, data: Mapping[str, Any], prefix: str = "") -> SourceRec
     return recipe
 
 
-def _laid_over(data: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
-    """``data`` with the keys of ``table`` in place of its own; tables are laid over each other, all else replaced."""
-    laid = {key: _laid_over(data[key], value) if isinstance(value, dict) and isinstance(data.get(key), dict) else value
+def _merged(data: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``data`` updated with ``table``: nested tables are merged, other values replaced."""
+    laid = {key: _merged(data[key], value) if isinstance(value, dict) and isinstance(data.get(key), dict) else value
             for key, value in table.items()}  # fmt: skip
     return {**data, **laid}
 
@@ -465,7 +465,7 @@ def _absent(recipe: Recipe | CudaRecipe, named: Mapping[str, str | None]) -> lis
     return [f"{key}: there is no {file}" for key, file in files.items() if not file.is_file()]
 
 
-def _said(problem: Any) -> str:
+def _message(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "the file"
     if problem["type"] == "extra_forbidden":
         return f"{key}: is not a key of a recipe"
