@@ -92,7 +92,7 @@ def test_without_a_proxy_of_its_own_apt_leaves_the_choice_to_the_environment(apt
     assert distro.proxies("http://two.example/debian", apt("#clear Acquire::http::Proxy;")) is None
 
 
-def test_the_name_is_the_one_that_the_system_gives_itself():
+def test_name_is_from_os_release():
     assert distro.name() in Path("/etc/os-release").read_text()
 
 
@@ -100,7 +100,7 @@ def test_the_name_is_the_one_that_the_system_gives_itself():
     ("program", "start"),
     [("apt-get", "apt-get install"), ("dnf", "dnf install"), ("pacman", "pacman -S"), ("apk", "apk add")],
 )
-def test_the_install_command_is_that_of_the_installer_at_hand(tmp_path, program, start):
+def test_install_command_uses_the_available_installer(tmp_path, program, start):
     # A stand-in: only one of these can be had on one machine, and none is run.
     (tmp_path / program).write_text("#!/bin/sh\n")
     (tmp_path / program).chmod(0o755)
@@ -110,7 +110,7 @@ def test_the_install_command_is_that_of_the_installer_at_hand(tmp_path, program,
     assert command.endswith("""gcc 'it'"'"'s'""")
 
 
-def test_where_no_installer_is_known_the_hint_says_what_to_install(tmp_path):
+def test_hint_without_known_installer_names_the_packages(tmp_path):
     hint = distro.install_command(["gcc"], {"PATH": str(tmp_path)})
     assert hint == "install gcc with your distribution's package manager"
 

@@ -57,17 +57,17 @@ def recipe(**env):
     )
 
 
-def test_what_cmake_and_setup_py_declare_is_known(source):
+def test_declarations_of_cmake_and_setup_py_are_found(source):
     found = declared_variables(source, PATTERNS)
     assert found >= set(KNOWN)
     assert not found & {"IN_A_COMMENT", "IN_A_LONG_COMMENT", "NOT_CACHED", "NOWHERE", "Welcome", "X"}
 
 
-def test_variables_that_are_known_pass(source):
+def test_declared_variables_pass(source):
     options.check_variables(recipe(**dict.fromkeys(KNOWN, "1")), source)
 
 
-def test_every_unknown_variable_is_named_with_the_nearest_known_one(source):
+def test_each_unknown_variable_is_named_with_a_similar_one(source):
     with pytest.raises(OptionError) as caught:
         options.check_variables(recipe(USE_CUDNN="1", USE_CUDDS="0", USE_NCLL="1", Q="1"), source)
     assert caught.value.unknown == {"USE_CUDDS": ["USE_CUDSS"], "USE_NCLL": ["USE_NCCL"], "Q": []}
@@ -75,6 +75,6 @@ def test_every_unknown_variable_is_named_with_the_nearest_known_one(source):
     assert "USE_CUDDS, perhaps meant for USE_CUDSS" in caught.value.what
 
 
-def test_a_recipe_that_names_no_files_is_not_held_to_them(source):
+def test_recipe_without_options_is_not_checked(source):
     free = recipe(ANYTHING="1")
     options.check_variables(free.model_copy(update={"build": free.build.model_copy(update={"options": ()})}), source)

@@ -71,7 +71,7 @@ def test_text_that_looks_like_markup_or_an_emoji_is_printed_as_it_is(paper, text
 
 
 @given(SAID)
-def test_whatever_is_said_is_what_is_read(text):
+def test_printed_text_is_shown_unchanged(text):
     one = Paper(terminal=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(console, "screen", one.console)
@@ -79,13 +79,13 @@ def test_whatever_is_said_is_what_is_read(text):
     assert one.text == f"  {text}\n"
 
 
-def test_a_problem_is_one_red_line_and_the_hint_below_it(terminal):
+def test_error_is_a_red_line_with_its_hint_below(terminal):
     console.error(VoltforgeError("a [b] failed", hint="try c"))
     assert RED.findall(terminal.text) == ["x a [b] failed"]
     assert terminal.text.endswith("\n  try: try c\n")
 
 
-def test_a_long_line_is_not_broken_for_it_may_be_a_path(paper):
+def test_long_line_is_not_wrapped(paper):
     console.error("a path " + "/long" * 100)
     assert paper.text == "x a path " + "/long" * 100 + "\n"
 
@@ -126,7 +126,7 @@ def test_a_download_on_a_terminal_is_a_bar_that_is_wiped_when_it_is_done(termina
     assert terminal.text.endswith("\x1b[2K")
 
 
-def test_a_download_elsewhere_is_a_line_now_and_then(paper, clock):
+def test_download_without_terminal_prints_a_line_every_few_seconds(paper, clock):
     with console.download("file.whl", 4_000_000, done=1_000_000) as advance:
         for _ in range(30):
             clock[0] += 1
@@ -145,13 +145,13 @@ def test_a_download_of_unknown_size_does_not_invent_one(paper, clock):
     assert paper.text == "  file.whl: 1.0 MB, 50.0 kB/s\n"
 
 
-def test_a_quick_download_says_nothing_where_nobody_watches(paper, clock):
+def test_quick_download_without_terminal_prints_nothing(paper, clock):
     with console.download("file.whl", 10) as advance:
         advance(10)
     assert paper.text == ""
 
 
-def test_long_work_elsewhere_is_a_line_now_and_then(paper, clock):
+def test_progress_without_terminal_prints_a_line_every_few_seconds(paper, clock):
     with console.progress("vllm") as tell:
         for number in range(1, 31):
             clock[0] += 1
@@ -159,14 +159,14 @@ def test_long_work_elsewhere_is_a_line_now_and_then(paper, clock):
     assert paper.text.splitlines() == [f"  vllm: [{number}/30] file.o" for number in (10, 20, 30)]
 
 
-def test_a_build_elsewhere_says_all_that_is_known_of_it(paper, clock):
+def test_progress_line_without_terminal_holds_the_whole_state(paper, clock):
     with console.progress("vllm") as tell:
         clock[0] += 65
         tell(ProgressState("a.cu.o", 12, 41, jobs=3, memory=5_200_000_000, limit=12_000_000_000, hits=17, left=130))
     assert paper.text == "  vllm: [12/41] a.cu.o, 1:05, 3 jobs, 5.2 of 12 GB, hits 17, 2:10 left\n"
 
 
-def test_long_work_on_a_terminal_shows_the_newest_text(terminal):
+def test_progress_on_a_terminal_shows_the_newest_text(terminal):
     with console.progress("vllm") as tell:
         tell("[1/2] [bold]file.o:key:")
         until(terminal, "[1/2] [bold]file.o:key:")
@@ -180,7 +180,7 @@ def test_a_stage_on_a_terminal_is_a_bar_with_time_left_from_the_last_time(termin
     assert "check:vllm" in terminal.text
 
 
-def test_a_stage_elsewhere_says_nothing_by_itself(paper):
+def test_stage_without_terminal_prints_nothing(paper):
     with console.stage("check:vllm", usual=1000.0):
         pass
     assert paper.text == ""
@@ -216,7 +216,7 @@ def test_the_log_has_everything_once_with_its_time_and_without_colours(request, 
     assert "\x1b" not in log.read_text()
 
 
-def test_a_log_that_cannot_be_written_stops_nothing(paper, tmp_path, monkeypatch):
+def test_unwritable_log_is_skipped(paper, tmp_path, monkeypatch):
     monkeypatch.setattr(console, "_log", None)
     (tmp_path / "file").write_text("")
     console.log_to(tmp_path / "file" / "run.log", "doit")
@@ -246,7 +246,7 @@ def test_in_ci_every_line_begins_with_the_time(paper, clock, monkeypatch):
     ]  # fmt: skip
 
 
-def test_the_time_is_that_of_the_place(paper, monkeypatch):
+def test_times_are_local(paper, monkeypatch):
     monkeypatch.setenv("CI", "1")
     for zone in ("UTC", "Etc/GMT-7"):
         monkeypatch.setenv("TZ", zone)
@@ -278,7 +278,7 @@ def test_a_step_on_a_terminal_has_no_time_in_ci_either(terminal, monkeypatch):
     assert not STAMPED.search(terminal.text)
 
 
-def test_colours_that_are_forced_make_no_terminal_of_a_file(tmp_path):
+def test_forced_colours_do_not_redraw_a_file(tmp_path):
     script = (
         "import time\nfrom voltforge.system import console\n"
         "with console.progress('x'): time.sleep(0.5)\nconsole.step('y')"

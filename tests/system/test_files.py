@@ -28,7 +28,7 @@ JSON = st.recursive(
 # --- one file ---
 
 
-def test_a_file_appears_only_when_the_block_ends_well(tmp_path):
+def test_file_appears_only_if_the_block_succeeds(tmp_path):
     path = tmp_path / "new" / "file"
     with files.replacing(path) as file:
         file.write(b"whole")
@@ -37,7 +37,7 @@ def test_a_file_appears_only_when_the_block_ends_well(tmp_path):
     assert [*path.parent.iterdir()] == [path]
 
 
-def test_a_block_that_raises_leaves_the_old_file_and_nothing_beside(tmp_path):
+def test_failed_block_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file"
     files.write(path, "old")
     with contextlib.suppress(KeyboardInterrupt), files.replacing(path) as file:
@@ -59,7 +59,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_a_new_file_can_be_read_by_everybody_unless_it_is_asked_otherwise(tmp_path):
+def test_new_file_is_world_readable_by_default(tmp_path):
     files.write(tmp_path / "file", "text")
     with files.replacing(tmp_path / "program", 0o755):
         pass
@@ -69,7 +69,7 @@ def test_a_new_file_can_be_read_by_everybody_unless_it_is_asked_otherwise(tmp_pa
 # --- one folder ---
 
 
-def test_a_folder_takes_the_place_of_what_was_there(tmp_path):
+def test_folder_replaces_an_old_folder(tmp_path):
     path = tmp_path / "folder"
     for content in ("old", "new"):
         with files.replacing_folder(path) as beside:
@@ -80,7 +80,7 @@ def test_a_folder_takes_the_place_of_what_was_there(tmp_path):
 
 
 @pytest.mark.parametrize("old", ["file", "link", "broken link"])
-def test_a_folder_takes_the_place_of_what_is_no_folder(tmp_path, old):
+def test_folder_replaces_a_file_or_link(tmp_path, old):
     path, kept = tmp_path / "folder", tmp_path / "kept"
     kept.mkdir()
     (kept / "precious").touch()
@@ -95,7 +95,7 @@ def test_a_folder_takes_the_place_of_what_is_no_folder(tmp_path, old):
     assert (kept / "precious").exists()
 
 
-def test_a_folder_whose_block_raises_leaves_the_old_one_and_nothing_beside(tmp_path):
+def test_failed_block_leaves_the_old_folder_and_no_other(tmp_path):
     path = tmp_path / "folder"
     with files.replacing_folder(path) as beside:
         (beside / "old").touch()
@@ -217,10 +217,10 @@ def test_a_file_of_many_blocks_is_hashed_whole(tmp_path):
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (17_594_403, "17.6 MB"), (999_990, "1.0 MB"), (20e9, "20.00 GB")],
 )
-def test_sizes_are_said_in_units_of_a_thousand(count, text):
+def test_sizes_use_decimal_units(count, text):
     assert files.size(count) == text
 
 
 @given(st.integers(0, 10**9))
-def test_no_size_is_said_with_four_digits_before_the_point(count):
+def test_sizes_have_at_most_three_digits_before_the_point(count):
     assert len(files.size(count).split(".")[0].split(" ")[0]) <= 3

@@ -52,7 +52,7 @@ def test_both_streams_come_back_in_order():
     assert run(["sh", "-c", "echo one; echo two >&2; printf three"]).output == "one\ntwo\nthree"
 
 
-def test_a_line_is_told_when_it_comes_and_not_at_the_end(tmp_path):
+def test_watcher_gets_each_line_at_once(tmp_path):
     told, flag = [], tmp_path / "flag"
 
     def watch(line, usage):
@@ -106,11 +106,11 @@ def test_a_line_of_many_megabytes_is_one_line():
     assert (len(done.output), told) == (30_000_000, [30_000_000])
 
 
-def test_bytes_that_are_no_utf_8_do_not_stop_it():
+def test_output_that_is_not_utf_8_is_replaced():
     assert run(["printf", r"caf\351\n"]).output == "caf\ufffd"
 
 
-def test_the_program_reads_nothing_from_our_input():
+def test_program_has_no_standard_input():
     assert run(["cat"]).output == ""
 
 
@@ -139,7 +139,7 @@ def test_a_status_that_is_allowed_is_no_failure():
 
 
 @pytest.mark.parametrize(("number", "name"), [("KILL", "SIGKILL"), ("SEGV", "SIGSEGV"), ("40", "signal 40")])
-def test_a_program_that_a_signal_ended_is_said_to_be(number, name):
+def test_error_names_the_signal_that_ended_the_program(number, name):
     with pytest.raises(ProgramFailed, match=f"was ended by {name}") as caught:
         run(["bash", "-c", f"kill -{number} $$"])
     assert caught.value.status < 0
@@ -154,7 +154,7 @@ def test_a_program_that_a_signal_ended_is_said_to_be(number, name):
         (["echo", "a\0b"], None, "could not be started: embedded null byte"),
     ],
 )
-def test_a_program_that_cannot_start_is_a_sentence(words, folder, why):
+def test_program_that_cannot_start_is_an_error_with_the_reason(words, folder, why):
     with pytest.raises(ProgramFailed) as caught:
         run(words, cwd=folder)
     assert caught.value.status is None
@@ -176,14 +176,14 @@ def test_a_program_that_closes_its_output_and_goes_on_is_ended_too():
 # --- what stays behind ---
 
 
-def test_a_child_that_is_left_running_neither_holds_us_up_nor_lives_on(mark):
+def test_background_child_is_ended_without_delay(mark):
     start = time.monotonic()
     assert run(["sh", "-c", 'sh -c "sleep 600; :" "$0" & echo done', mark]).output == "done"
     assert marked(mark) == []
     assert time.monotonic() - start < 60
 
 
-def test_a_daemon_that_keeps_our_output_open_does_not_hold_us_up(mark):
+def test_daemon_with_open_output_does_not_block(mark):
     start = time.monotonic()
     assert run(["sh", "-c", 'setsid sh -c "sleep 600; :" "$0" & echo done', mark]).output == "done"
     assert time.monotonic() - start < 60
@@ -229,7 +229,7 @@ def test_ctrl_c_ends_every_child_within_two_seconds_even_those_that_ignore_sigte
     assert marked(mark) == []
 
 
-def test_a_second_ctrl_c_leaves_nothing_behind_either(tmp_path, mark):
+def test_second_ctrl_c_ends_every_child(tmp_path, mark):
     child = begun(tmp_path / "log", *python(DEAF), mark)
     child.send_signal(signal.SIGINT)
     time.sleep(0.2)
@@ -272,7 +272,7 @@ def test_a_short_peak_between_two_looks_is_still_seen():
     assert usage.peak >= size
 
 
-def test_the_last_figure_is_what_is_held_now():
+def test_last_sample_is_the_current_memory():
     held = []
     code = "x = bytearray(120_000_000); import time; time.sleep(1.2); del x; time.sleep(1.2)"
     run(python(code), watch=lambda _, usage: held.append(usage.now))

@@ -81,7 +81,7 @@ def test_downloads_and_builds_stand_on_the_terminal_at_the_same_time(watched):
     assert any(sum(row.startswith(("vllm ", "torch")) for row in rows) == 2 for rows in moments)
 
 
-def test_a_wide_terminal_tells_all_that_is_known(watched):
+def test_wide_terminal_shows_every_cell(watched):
     width, moments, _ = watched
     if width != max(WIDTHS):
         return
@@ -90,7 +90,7 @@ def test_a_wide_terminal_tells_all_that_is_known(watched):
     assert [word for word in said if word not in row] == []
 
 
-def test_nothing_that_is_said_while_rows_are_drawn_is_lost_and_no_row_is_left_behind(watched):
+def test_output_between_rows_is_kept_and_no_row_remains(watched):
     _, _, last = watched
     assert sorted(last.transcript) == sorted({"* build vllm", "* kept it"} | NOTES)
     assert last.transcript[0] == "* build vllm"
@@ -150,7 +150,7 @@ def test_a_cell_that_shrinks_does_not_make_the_row_jump():
     assert len(places) == 1
 
 
-def test_rows_are_told_and_taken_away_by_many_threads_and_none_stays():
+def test_rows_of_many_threads_are_updated_and_removed():
     paper, board = Paper(), Board()
 
     def work(number: int) -> None:
@@ -168,7 +168,7 @@ def test_rows_are_told_and_taken_away_by_many_threads_and_none_stays():
     assert sorted(left) == sorted(f"said {number} {step}" for number in range(4) for step in range(20))
 
 
-def test_a_block_that_fails_leaves_no_row_and_gives_the_cursor_back():
+def test_failed_block_removes_its_row_and_restores_the_cursor():
     paper, board = Paper(), Board()
 
     def fails() -> None:
@@ -200,7 +200,7 @@ def test_more_rows_than_the_terminal_has_lines_do_not_spoil_what_stands_above():
 # --- what a row says ---
 
 
-def test_a_stage_is_shown_while_no_part_of_it_has_a_row_of_its_own():
+def test_stage_is_shown_while_no_task_in_it_has_a_row():
     paper, board = Paper(), Board()
     with board.stage(paper.console, "tree:vllm", None):
         paper.wait_for("tree:vllm")
@@ -225,7 +225,7 @@ def test_a_part_of_a_stage_without_a_count_takes_the_time_of_the_stage():
 
 
 @pytest.mark.parametrize("usual", [None, 60.0])
-def test_without_a_past_or_beyond_it_no_time_left_is_claimed(usual):
+def test_time_left_is_hidden_without_history_or_beyond_it(usual):
     cells = Row("check:vllm", usual=usual, start=100.0).cells(161.0)
     assert set(cells) == {"label", "elapsed"}
 
@@ -246,7 +246,7 @@ def test_a_download_says_both_sizes_in_one_unit_its_speed_and_the_time_left():
         (ProgressState(), "1:05"),
     ],
 )
-def test_where_there_is_no_terminal_a_line_says_the_same(work, line):
+def test_line_for_other_outputs_holds_the_same_state(work, line):
     assert work.line(65.0) == line
 
 
@@ -257,12 +257,12 @@ def test_times_are_minutes_and_seconds_and_hours_where_there_are_any(seconds, sa
     assert clock(seconds) == said
 
 
-def test_what_a_compiler_writes_to_colour_its_words_does_not_reach_the_terminal():
+def test_escape_sequences_are_removed():
     assert printable("\x1b[1;31merror:\x1b[0m \x1b]0;title\x07a\tb\r\n\x07") == "error: a b   "
 
 
 @given(ANY, ANY, st.integers(1, 120), st.booleans())
-def test_whatever_a_row_is_told_it_takes_one_line_and_no_column_too_many(label, text, width, busy):
+def test_row_takes_one_line_within_the_width(label, text, width, busy):
     row = Row(label or "x")
     row.tell(ProgressState(text, 12, 41, jobs=3, left=9) if busy else text)
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, _environ={})
@@ -276,7 +276,7 @@ COUNTS = st.none() | st.integers(-(2**63), 2**63)
 
 
 @given(st.builds(ProgressState, ANY, *[COUNTS] * 8, left=st.none() | st.floats()), st.booleans(), st.floats(0, 1e9))
-def test_no_numbers_are_so_odd_that_a_row_or_a_line_cannot_tell_them(work, bytes, elapsed):
+def test_any_numbers_can_be_drawn(work, bytes, elapsed):
     row = Row("x", bytes=bytes, work=work, start=0.0, around=Row("y", usual=elapsed / 2, start=0.0))
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None, _environ={})
     console.print(row.drawn(100, elapsed))
@@ -285,7 +285,7 @@ def test_no_numbers_are_so_odd_that_a_row_or_a_line_cannot_tell_them(work, bytes
 
 
 @given(st.dictionaries(st.sampled_from(PARTS), st.integers(1, 60)), st.integers(1, 200))
-def test_what_fits_is_kept_and_what_is_least_important_goes_first(widths, width):
+def test_least_important_cells_are_dropped_first(widths, width):
     widths |= {"label": 10, "count": 5}
     widths = {part: widths[part] for part in PARTS if part in widths}
     chosen = fitting(widths, width)
