@@ -86,7 +86,7 @@ class Made:
     def image(self, path: str) -> None:
         """Record an image at ``path``."""
         sizes = {"size": 1, "base_size": 1, "projects": {}, "layers": {}}
-        self.record("image", {"path": path, "sha256": "", "tags": [], "compressed": [], "left_out": [], **sizes})
+        self.record("image", {"path": path, "sha256": "", "name": "", "compressed": [], "left_out": [], **sizes})
 
     def built(self, name: str, key: str, inputs: Any = None) -> None:
         """Say that the last build of a package is the one of that key."""
@@ -465,7 +465,7 @@ def test_a_whole_folder_that_is_a_link_is_not_looked_into(made, tmp_path, folder
     (made.root / folder).symlink_to(other.root / folder)
     assert made.listed() == {}
     made.report()
-    assert f"links, which were not followed: {folder}\n" in capsys.readouterr().out
+    assert f"links that were not followed: {folder}\n" in capsys.readouterr().out
 
 
 def test_what_cannot_be_removed_is_named_and_all_else_goes(capsys):
@@ -539,9 +539,9 @@ def test_the_listing_says_what_and_why_and_how_to_go_on(made, capsys):
     made.report()
     said = capsys.readouterr().out
     for words in (
-        "what no recipe needs any more", "trees, 1.0 MB", "build/trees/gone",
+        "files that no recipe needs", "trees, 1.0 MB", "build/trees/gone",
         "no recipe compiles a source of this name",
-        "build/logs/gone.log", "│ all", "not ours, left alone", f"wheelhouse/{WHEEL.format('brought')}",
+        "build/logs/gone.log", "│ all", "not made by voltforge, never removed", f"wheelhouse/{WHEEL.format('brought')}",
         "./doit gc gc=delete removes",
     ):  # fmt: skip
         assert words in said
@@ -551,7 +551,7 @@ def test_the_listing_says_what_and_why_and_how_to_go_on(made, capsys):
     assert "* freed 1.0 MB" in capsys.readouterr().out
     made.report(delete=True)
     said = capsys.readouterr().out
-    assert "there is nothing that no recipe needs" in said
+    assert "nothing to remove" in said
     assert "* freed 0 B" in said
 
 
