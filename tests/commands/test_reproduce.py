@@ -17,7 +17,8 @@ from tests.support.checkouts import ROOT, edited, small_checkout
 from tests.support.samples import compiled, wheel
 from tests.support.tally import Tally
 from voltforge.commands import reproduce
-from voltforge.commands.reproduce import NotReproducible, Second, Variation, prepare
+from voltforge.commands.build_conditions import Variation
+from voltforge.commands.reproduce import NotReproducible, Second, prepare
 from voltforge.compile.toolchain import Toolchain
 from voltforge.errors import VoltforgeError
 from voltforge.gpu import triton_kernels
@@ -331,7 +332,7 @@ def test_an_image_of_the_same_wheels_is_the_same_archive(images: Runtime, counte
     assert compared.tier == "identical"
     record = json.loads((pipeline.scratch / "reproduce" / "image.json").read_text())
     told = {one["what"]: one["same_because"] for one in record["variations"]}
-    assert told["user"] == "the engine has a way of its own"
+    assert told["user"] == "the engine uses its own user namespace"
     assert not told["umask"]
     counted("variations under which the hashes agreed", sum(not why for why in told.values()))
     assert not (pipeline.scratch / "reproduce" / "image").exists()

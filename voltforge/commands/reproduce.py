@@ -1,9 +1,8 @@
-"""Whether a wheel or the image is the same, bit for bit, when it is built again elsewhere, under other conditions."""
+"""`./doit reproduce`: build a wheel or the image again under other conditions, and compare the bytes."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import sys
@@ -14,52 +13,41 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from uv import find_uv_bin
-
 import voltforge
-from voltforge.compile import sandbox
+from voltforge.commands.build_conditions import (
+    CODE,
+    DATA,
+    UMASKS,
+    Variation,
+    another,
+    inherited_environment,
+    job_count,
+    moment,
+    name_order,
+    other_user,
+    umask_text,
+    variables,
+)  # fmt: skip
 from voltforge.errors import VoltforgeError
 from voltforge.image import container_engine
 from voltforge.image.stages import Runtime
 from voltforge.pipeline.checkout import Checkout
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import environment
-from voltforge.sources.index import Indexes
 from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
 from voltforge.wheel.compare import WORDS, Comparison, compare, report
 
-CODE = ("dodo.py", "pyproject.toml", "volta", "voltforge")
-DATA = ("requirements.txt", "recipes", "patches", "docker")
-"""What of a checkout the second build is given, beside the code."""
 ELSEWHERE = "a-checkout-with-a-name-so-long-that-every-path-in-it-has-another-length"
-UMASKS = ("0077", "0022")
-LOCALES = ("tr_TR.UTF-8", "C", "C.UTF-8")
-"""In Turkish the capital of i is not I, which has broken builds; not every machine has it installed."""
-ZONES = ("NPT-5:45", "CST+6")
-"""As POSIX writes them (tzset(3)): these hold also where no time zones are installed."""
-SEEDS = ("4242", "2424")
-USERS = ("1234", "1235")
-"""Of each of these the second build gets the first one that the first build did not have."""
 OWN = ("jobs", "ccache", "file", "url", "gc")
-"""Settings that are not handed on to the second build."""
-WITHHELD = ("VOLTFORGE_CACHE", "VOLTFORGE_KEY", "VOLTFORGE_TRUSTED", "FORCE_COLOR")
-"""Variables that are not: a second build must be a build, nobody signs what came of it, and its log is read by people.
-"""
-CONFIGURATION = {
-    "NETRC": ".netrc",
-    "UV_CONFIG_FILE": ".config/uv/uv.toml",
-    "DOCKER_CONFIG": ".docker",
-    "CONTAINERS_REGISTRIES_CONF": ".config/containers/registries.conf",
-}
-"""Variables that name what programs look for in HOME, which is another for the second build: access, not content."""
+"""Settings that the second build does not get."""
 
 
-class NotReproducible(VoltforgeError):  # noqa: N818 - it says what was found
-    """A second build gave other bytes; ``comparison`` says which."""
+class NotReproducible(VoltforgeError):  # noqa: N818 - it names the result
+    """The second build has other bytes; ``comparison`` holds the differences."""
 
     exit_status = 4
-    """The exit status of ``./doit``, by which a script tells this from a build that failed."""
+    """The exit status of ``./doit``, so that a script can tell different bytes from a failed build."""
 
     def __init__(self, comparison: Comparison, second: Path) -> None:
         told = [one.place for one in comparison.differences[:3]]
@@ -73,18 +61,6 @@ class NotReproducible(VoltforgeError):  # noqa: N818 - it says what was found
 
 
 @dataclass(frozen=True)
-class Variation:
-    """A condition of the build."""
-
-    what: str
-    first: str
-    """As the first build's record has it, or as it is here."""
-    second: str
-    same_because: str = ""
-    """Why it is the same for both after all; empty if it is not."""
-
-
-@dataclass(frozen=True)
 class Second:
     """A second checkout, and the conditions that it builds under."""
 
@@ -92,13 +68,13 @@ class Second:
     variations: tuple[Variation, ...]
     environ: Mapping[str, str]
     around: tuple[str, ...]
-    """What every command is wrapped in."""
+    """The words before every command."""
     jobs: str = ""
     """Compile jobs at once; empty where the build does not count them."""
 
     @property
     def varied(self) -> int:
-        """How many conditions really are others."""
+        """The number of conditions that differ."""
         return sum(not one.same_because for one in self.variations)
 
     def run(self, words: Sequence[str | Path], log: Path, label: str) -> None:
@@ -119,8 +95,8 @@ def wheel(pipeline: Pipeline, name: str) -> Comparison:
     """Build a wheel of the wheelhouse a second time, from sources to checks, and compare the two.
 
     Raises:
-        NotReproducible: the second is another; its checkout is kept.
-        VoltforgeError: there is no first, or the second build fails.
+        NotReproducible: the bytes differ; the second checkout is kept.
+        VoltforgeError: there is no first build, or the second build fails.
     """
     first = _receipt(pipeline, name)
     made = pipeline.wheelhouse.receipt(name, environment.python_tag()).stat().st_mtime
@@ -130,22 +106,22 @@ def wheel(pipeline: Pipeline, name: str) -> Comparison:
     again = _receipt(there, name)
     inputs = first["inputs"], again["inputs"]
     if other := sorted(key for key in {*inputs[0], *inputs[1]} if inputs[0].get(key) != inputs[1].get(key)):
-        console.warn(f"the two builds were not given the same: {', '.join(other)}")
+        console.warn(f"the two builds had different inputs: {', '.join(other)}")
     return _judged(pipeline, second, name, _file(pipeline, first), _file(there, again))
 
 
 def image(pipeline: Pipeline, runtime: Runtime) -> Comparison:
-    """Put the image together a second time, of the same wheels, and compare the two archives.
+    """Build the image a second time from the same wheels, and compare the two archives.
 
-    The engine gets a store of its own, so that it takes no layer from the first build. The user stays: to write files
-    of several owners an engine must be root, or become it in a way of its own.
+    The engine gets a store of its own, so that it reuses no layer of the first build. The user is the same: an engine
+    must be root, or use its own user namespace, to write files of several owners.
 
     Raises:
-        NotReproducible: the second is another; its checkout is kept.
-        VoltforgeError: there is no first, or the second build fails.
+        NotReproducible: the bytes differ; the second checkout is kept.
+        VoltforgeError: there is no first build, or the second build fails.
     """
     first = runtime.image.result().path
-    second = prepare(pipeline, "image", made=first.stat().st_mtime, same_user="the engine has a way of its own")
+    second = prepare(pipeline, "image", made=first.stat().st_mtime, same_user="the engine uses its own user namespace")
     shutil.copytree(pipeline.wheelhouse.path, second.root / "wheelhouse", copy_function=shutil.copy)
     with _store_apart(second) as apart:
         _build(pipeline, apart, "image", "image:of-wheelhouse")
@@ -154,37 +130,38 @@ def image(pipeline: Pipeline, runtime: Runtime) -> Comparison:
 
 
 def prepare(pipeline: Pipeline, name: str, *, made: float, jobs: int | None = None, same_user: str = "") -> Second:
-    """A second checkout in ``build/reproduce``, without anything built, and conditions unlike the first build's.
+    """Return a second checkout in ``build/reproduce``, with nothing built, and conditions that differ from the first.
 
-    What an earlier, interrupted run has left there is removed.
+    An earlier second checkout there is removed.
 
     Args:
         pipeline: the first checkout.
-        name: what is built again.
-        made: when the first was, in seconds since 1970.
-        jobs: how many compile jobs at once it had, if its record says so.
-        same_user: why the user must not be varied, if so.
+        name: the recipe, or ``image``.
+        made: the time of the first build, in seconds since 1970.
+        jobs: the number of compile jobs of the first build, if recorded.
+        same_user: the reason for keeping the user; empty to change it.
     """
     root = pipeline.scratch / "reproduce" / name / ELSEWHERE
     files.remove(root.parent)
     _copy(pipeline.root, root)
     (root / "home").mkdir()
-    user, around = _user(pipeline, same_user)
-    umask = Variation("umask", _umask(), _another(_umask(), UMASKS))
-    variables, counted = _variables(root / "home"), _jobs(jobs)
+    user, around = other_user(pipeline, same_user)
+    umask = Variation("umask", umask_text(), another(umask_text(), UMASKS))
+    varied, counted = variables(root / "home"), job_count(jobs)
     variations = (
-        Variation("length of the path", str(len(str(pipeline.root))), str(len(str(root)))), _order(pipeline.root, root),
-        user, umask, *variables.values(), counted, Variation("time", _moment(made), _moment(time.time())),
+        Variation("length of the path", str(len(str(pipeline.root))), str(len(str(root)))),
+        name_order(pipeline.root, root),
+        user, umask, *varied.values(), counted, Variation("time", moment(made), moment(time.time())),
     )  # fmt: skip
-    environ = {**_handed_on(pipeline), **{key: one.second for key, one in variables.items()}}
+    environ = {**inherited_environment(pipeline), **{key: variation.second for key, variation in varied.items()}}
     around = ("sh", "-c", f'umask {umask.second}; exec "$@"', "sh", *around)
     return Second(root, variations, environ, around, "" if counted.same_because else counted.second)
 
 
 def _copy(checkout: Path, root: Path) -> None:
-    """Bring in what makes a checkout, names in reverse order: some file systems list them as they came."""
+    """Copy the files of a checkout, in reverse order because some file systems list names in the order of creation."""
     own = Path(voltforge.__file__).parent.parent
-    # A checkout of recipes alone, as tests make them, is built by the code that runs.
+    # A checkout with recipes only, as in tests, is built by the running code.
     places = {name: checkout if (checkout / name).exists() else own for name in CODE}
     places |= {name: checkout for name in DATA if (checkout / name).exists()}
     for name, place in sorted(places.items(), reverse=True):
@@ -215,7 +192,7 @@ def _judged(pipeline: Pipeline, second: Second, name: str, one: Path, other: Pat
         (v.what, v.first, f"the same: {v.same_because}" if v.same_because else v.second) for v in second.variations
     ]
     console.table("", ("condition", "first build", "second build"), shown)
-    console.note(f"{second.varied} of {len(shown)} conditions were others for the second build")
+    console.note(f"{second.varied} of {len(shown)} conditions were different in the second build")
     report(comparison)
     record = {
         "sha256": comparison.sha256,
@@ -244,112 +221,12 @@ def _file(checkout: Checkout, receipt: Any) -> Path:
     return checkout.wheelhouse.path / str(receipt["results"]["file"])
 
 
-# The conditions.
-
-
-def _variables(home: Path) -> dict[str, Variation]:
-    """The variables that are others, by name."""
-    spoken = next((os.environ[key] for key in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(key)), "C")
-    known = _locales()
-    other = next(one for one in LOCALES if _normal(one) in known and _normal(one) != _normal(spoken))
-    zone, seed = os.environ.get("TZ", ""), os.environ.get("PYTHONHASHSEED", "")
-    return {
-        "LC_ALL": Variation("locale", spoken, other),
-        "TZ": Variation("time zone", zone or "the system's", _another(zone, ZONES)),
-        "HOME": Variation("home", str(Path.home()), str(home)),
-        "PYTHONHASHSEED": Variation("hash seed", seed or "random", _another(seed, SEEDS)),
-    }
-
-
-def _handed_on(pipeline: Pipeline) -> dict[str, str]:
-    """The environment of the first build as far as it says where things are to be had, whatever HOME is."""
-    environ = {key: value for key, value in os.environ.items() if key not in WITHHELD}
-    found = {key: Path.home() / file for key, file in CONFIGURATION.items() if (Path.home() / file).exists()}
-    # The first build's downloads are a mirror like any other: what comes from there is held to its hash.
-    mirrors = (pipeline.scratch / "downloads").absolute().as_uri(), environ.get("VOLTFORGE_MIRRORS", "")
-    cache = run([find_uv_bin(), "cache", "dir"]).output.splitlines()[-1]
-    return {
-        **{key: str(path) for key, path in found.items()},
-        **environ,
-        **_configured(pipeline.store.indexes),
-        "VOLTFORGE_MIRRORS": " ".join(mirrors).strip(),
-        "UV_CACHE_DIR": cache,
-        "NO_COLOR": "1",
-    }
-
-
-def _configured(indexes: Indexes) -> dict[str, str]:
-    """The variables from which :func:`voltforge.sources.index.configured` reads these very indexes again."""
-    told = {"UV_DEFAULT_INDEX": indexes.default, "UV_INDEX": " ".join(indexes.extra), "PIP_CERT": indexes.certificate}
-    told |= {"UV_FIND_LINKS": ",".join(indexes.find_links), "UV_NO_INDEX": "" if indexes.default else "1"}
-    return {key: value for key, value in told.items() if value}
-
-
-def _user(pipeline: Pipeline, same_because: str) -> tuple[Variation, tuple[str, ...]]:
-    """Another user, and the words that make a command see itself as that one: a user namespace needs no rights."""
-    own = str(os.getuid())
-    other = _another(own, USERS)
-    words = ("unshare", "--user", f"--map-user={other}", f"--map-group={other}", "--")
-    if not same_because:
-        inside = sandbox.choose(pipeline.settings.sandbox)
-        try:
-            run([*words, *inside.command(["true"], writable={}, readable={}, cwd=Path("/"))], timeout=20)
-            return Variation("user", own, other), words
-        except ProgramFailed:
-            same_because = "unshare(1) cannot make another here"
-    return Variation("user", own, own, same_because), ()
-
-
-def _order(checkout: Path, root: Path) -> Variation:
-    """In which order the file system lists the names of a folder."""
-    for folder in (name for name in (*CODE, *DATA) if (checkout / name).is_dir() and (root / name).is_dir()):
-        both = set(os.listdir(checkout / folder)) & set(os.listdir(root / folder))
-        first, second = ([name for name in os.listdir(place / folder) if name in both] for place in (checkout, root))
-        if first != second:
-            return Variation("order of names", f"{', '.join(first[:3])}, …", f"{', '.join(second[:3])}, …")
-    return Variation("order of names", "as listed", "as listed", "this file system has an order of its own")
-
-
-def _jobs(first: int | None) -> Variation:
-    if first is None:
-        return Variation("jobs", "not counted", "not counted", "it is not compiled")
-    return Variation("jobs", str(first), "1" if first > 1 else "2")
-
-
-def _umask() -> str:
-    mask = os.umask(0o077)  # there is no way to ask but to set it
-    os.umask(mask)
-    return f"{mask:04o}"
-
-
-def _another(value: str, candidates: Sequence[str]) -> str:
-    return next(one for one in candidates if one != value)
-
-
-def _locales() -> set[str]:
-    """Those that this machine has; the first two are part of every C library."""
-    try:
-        installed = run(["locale", "-a"]).output.split()
-    except ProgramFailed:
-        installed = []
-    return {_normal(one) for one in ("C", "C.UTF-8", *installed)}
-
-
-def _normal(name: str) -> str:
-    """A locale's name as ``locale -a`` writes it."""
-    return re.sub("utf-?8", "utf8", name, flags=re.IGNORECASE)
-
-
-def _moment(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
 # The image's engine.
 
 
 @contextlib.contextmanager
 def _store_apart(second: Second) -> Iterator[Second]:
-    """The same with a store of its own for the engine's layers, emptied at the end (containers-storage.conf(5))."""
+    """Yield ``second`` with its own store for the engine's layers, emptied at the end (containers-storage.conf(5))."""
     chosen = container_engine.choose()
     if chosen.kind == "docker":
         console.warn("docker may take layers from the first build: its daemon has one store")
