@@ -437,9 +437,9 @@ def test_what_is_hardly_http_is_refused_or_survived(room, counted, answer):
         (
             HTML.replace("../../", "ftp://x.example/").encode(),
             "text/html",
-            "leads to an address that is neither http nor",
+            "redirects to an address that is neither http nor",
         ),
-        (HTML.replace("../../files", "javascript:files").encode(), "text/html", "leads to an address that is neither"),
+        (HTML.replace("../../files", "javascript:files").encode(), "text/html", "redirects to an address that is neither"),
     ],
 )
 def test_a_page_that_cannot_be_used_is_said_to_be_so(liar, room, page, kind, words):
@@ -494,7 +494,7 @@ def test_a_page_that_inflates_without_end_is_given_up_at_its_bound(room):
 def test_a_page_that_comes_by_the_byte_is_given_up_in_time(room, monkeypatch):
     monkeypatch.setattr(index, "PAGE_TIME", 0.2)
     with saying(lambda path: endless(b"200 OK", b" ", 0.01)) as url:
-        assert fetched(url, room) == ["has not sent its page in 0 s"]
+        assert fetched(url, room) == ["did not send its page in 0 s"]
 
 
 @pytest.mark.parametrize("status", [b"302 Found", b"503 Service Unavailable"])
@@ -508,10 +508,10 @@ def test_the_endless_body_of_a_redirect_or_of_a_refusal_is_not_waited_for(room, 
     ("location", "words"),
     [
         ("/simple/small/", "redirects without end"),
-        ("file:///etc/passwd", "leads to an address that is neither http nor https"),
-        ("ftp://x.example/y", "leads to an address that is neither http nor https"),
-        ("http://[", "sends a header, or redirects to an address, that is none"),
-        ("http://127.0.0.1:99999/", "sends a header, or redirects to an address, that is none"),
+        ("file:///etc/passwd", "redirects to an address that is neither http nor https"),
+        ("ftp://x.example/y", "redirects to an address that is neither http nor https"),
+        ("http://[", "sends an invalid header, or redirects to an invalid address"),
+        ("http://127.0.0.1:99999/", "sends an invalid header, or redirects to an invalid address"),
     ],
 )
 @pytest.mark.parametrize("path", ["/simple/small/", f"/files/{SDIST}"])
@@ -520,7 +520,7 @@ def test_a_redirect_that_leads_nowhere_is_said_to(liar, room, path, location, wo
     liar.faults[path] = [Fault(302, headers={"Location": location.replace("/simple/small/", path)})] * 99
     [outcome] = fetched(liar.url, room)
     liar.faults[path] = []
-    assert outcome == words or "is not an address" in outcome
+    assert outcome == words or "is not a valid address" in outcome
 
 
 # --- certificates ---
@@ -550,7 +550,7 @@ def test_the_configured_certificates_are_trusted_even_where_requests_own_variabl
 
 def test_a_certificate_that_is_not_trusted_is_said_with_the_setting_that_decides(private, tmp_path):
     trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
-    for name, words in (("other.pem", "is not trusted by"), ("none.pem", "there is no")):
+    for name, words in (("other.pem", "is not trusted by"), ("none.pem", "cannot be checked:")):
         indexes = Indexes(f"{private.url}/simple/", certificate=str(tmp_path / name), certificate_from="SSL_CERT_FILE")
         with pytest.raises(NotOnIndexError, match=f"{words} .*{name}, which SSL_CERT_FILE names"):
             indexes.find("small", SDIST)
@@ -559,7 +559,7 @@ def test_a_certificate_that_is_not_trusted_is_said_with_the_setting_that_decides
 def test_without_a_setting_the_sentence_says_which_variable_to_set(private, monkeypatch):
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(NotOnIndexError, match="SSL_CERT_FILE can name"):
+    with pytest.raises(NotOnIndexError, match="set SSL_CERT_FILE"):
         Indexes(f"{private.url}/simple/").find("small", SDIST)
 
 

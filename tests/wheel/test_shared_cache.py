@@ -538,7 +538,7 @@ def writable() -> Iterator[Writable]:
 @pytest.mark.parametrize(
     ("faults", "folders", "words"),
     [
-        (["hang up"] * 2, 405, "cannot be connected to, or dropped the connection"),
+        (["hang up"] * 2, 405, "cannot be reached, or dropped the connection"),
         (["hang up"] * 2, 403, "answered 403 Forbidden: this user may not write there"),
         (["forget"], 405, "was taken, but is not there whole"),
         (["half"], 405, "was taken, but is not there whole"),
@@ -597,7 +597,7 @@ def test_a_server_that_cannot_be_reached_takes_nothing(built):
     [
         (Fault(302, {"Location": "http://[::1"}), "redirects to an address, that is none"),
         (Fault(headers={"Content-Encoding": "gzip"}), "broke off its answer, or garbled it"),
-        (Fault(302, {"Location": "file:///etc/passwd"}), "leads to an address that is neither http nor https"),
+        (Fault(302, {"Location": "file:///etc/passwd"}), "redirects to an address that is neither http nor https"),
         (Fault(cut=0), "broke off its answer"),
         (Fault(body=b"x" * 5_000_000), "is larger than 4.0 MB"),
         (Fault(403), "answered 403 Forbidden"),
@@ -616,7 +616,7 @@ def test_a_server_that_cannot_say_whether_it_has_the_wheel_takes_nothing(built):
     with serving() as server:
         server.faults = {f"/{built.wheel_path}": [Fault(302, {"Location": "file:///etc/passwd"})]}
         error = refused(plain(server.url), built)
-    assert "leads to an address that is neither http nor https" in error.what
+    assert "redirects to an address that is neither http nor https" in error.what
 
 
 # --- what a cache does to those who search ---
@@ -802,7 +802,7 @@ def test_a_server_that_is_down_is_a_miss(tmp_path, built, signer, counted):
     address = f"http://me:secret@127.0.0.1:{free_port()}/cache"
     why = missed(plain(address), built, Trust.of(signer), tmp_path)
     assert why.startswith("http://***@127.0.0.1:")
-    assert why.endswith("cannot be connected to, or dropped the connection")
+    assert why.endswith("cannot be reached, or dropped the connection")
     counted(FAULTS)
 
 

@@ -323,12 +323,12 @@ def test_files_that_share_their_bytes_are_refused(tmp_path):
     second = data.index(b"PK\1\2", data.index(b"PK\1\2") + 4)
     data[second + 42 : second + 46] = bytes(4)
     path.write_bytes(data)
-    with pytest.raises(WheelError, match="b: lies in the bytes of another member"):
+    with pytest.raises(WheelError, match="b: overlaps another member"):
         unpack(path, tmp_path / "out")
 
 
 def test_names_that_differ_in_case_alone_are_refused(tmp_path):
-    with pytest.raises(WheelError, match=r"a/b.txt: is the same as a/B.txt where case does not count"):
+    with pytest.raises(WheelError, match=r"a/b.txt: is the same as a/B.txt on file systems that ignore case"):
         unpack(archive(tmp_path / "bad.whl", {"a/B.txt": "", "a/b.txt": ""}), tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""Bytes by hash: a file from the cache, a mirror, the package index, its upstream or the distribution's archive."""
+"""Download files by hash: from the cache, a mirror, the package index, upstream or the distribution's archive."""
 
 from __future__ import annotations
 
@@ -26,59 +26,59 @@ from voltforge.sources.threads import Halt, each
 from voltforge.system import console, files
 
 MOST = 64 * 10**9
-"""Bytes beyond which a file of unknown size is not downloaded."""
+"""Bytes; a file of unknown size is not downloaded beyond this."""
 AT_ONCE = 4
-"""Files that are fetched at the same time, and so connections in all: no more than browsers make to one host."""
+"""The number of files that download at the same time, and so of connections: as many as browsers open to one host."""
 WAIT = 0.2
-"""Seconds between two looks at whether another process still fetches a file."""
+"""Seconds between two checks whether another process still downloads a file."""
 LEAST = 1000
-"""Bytes that a server has to send in the time that index.TIMEOUT gives it for one."""
+"""Bytes that a server must send within index.TIMEOUT."""
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
 """A Content-Range header (RFC 9110, section 14.4)."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file known by its hash, and where the world keeps it. It may name several places, or none but mirrors."""
+    """A file known by its hash, and its locations. It can have several, or none but mirrors."""
 
     file: str
-    """Its name, such as ``vllm-0.12.0.tar.gz``."""
+    """Its name: ``vllm-0.12.0.tar.gz``."""
     sha256: str
     """Its SHA-256, 64 lower-case hexadecimal digits."""
     size: int | None = None
-    """Its size in bytes, where known; more than that is never downloaded."""
+    """Its size in bytes if known; a larger file is refused."""
     index: str | None = None
-    """The project on the configured package index that has it."""
+    """The project on the configured package index that has the file."""
     url: str | None = None
-    """Its address upstream, http or https."""
+    """Its upstream address, http or https."""
     pool: str | None = None
-    """Its path in the distribution's archive, such as ``pool/main/h/hello/hello_2.10-3_amd64.deb``."""
+    """Its path in the distribution's archive: ``pool/main/h/hello/hello_2.10-3_amd64.deb``."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One place that was asked for a file."""
+    """One attempt to get a file."""
 
     place: str
-    """Its address, without credentials."""
+    """The location, without credentials."""
     outcome: str
-    """What it did, as the rest of a sentence about it."""
+    """The result, as the rest of a sentence about the location."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A file that could not be had."""
+    """A file that could not be downloaded."""
 
     artifact: Artifact
     attempts: tuple[Attempt, ...]
 
 
 class FetchError(VoltforgeError):
-    """Bytes could not be had or kept."""
+    """A file could not be downloaded or stored."""
 
 
 class NotFetchedError(FetchError):
-    """Every place that may have a file failed; for each of the files at hand that this is so."""
+    """All locations of one or more files failed."""
 
     def __init__(self, missing: Sequence[Missing], folder: Path, *, offline: bool) -> None:
         problems = []
@@ -88,8 +88,8 @@ class NotFetchedError(FetchError):
             homes = "; it is " + " or ".join(_homes(one.artifact)) if offline and _homes(one.artifact) else ""
             problems.append(f"{one.artifact.file}, sha256 {one.artifact.sha256}{known}{homes}{tries}")
         count = "1 file" if len(missing) == 1 else f"{len(missing)} files"
-        why = "not here, and VOLTFORGE_OFFLINE forbids to fetch" if offline else "not to be had"
-        hint = f"put each under its name into {folder}, or into a folder or server that VOLTFORGE_MIRRORS names"
+        why = "missing, and VOLTFORGE_OFFLINE forbids downloads" if offline else "could not be downloaded"
+        hint = f"put each file into {folder}, or into a folder or server that VOLTFORGE_MIRRORS names"
         super().__init__(f"{count} {why}:{listed(problems)}", hint=hint)
         self.missing = tuple(missing)
         self.folder = folder
@@ -97,7 +97,7 @@ class NotFetchedError(FetchError):
 
 
 class NotKeptError(FetchError):
-    """A file could not be written: the disk is full, the folder is not ours, …"""
+    """A file could not be written: the disk is full, the folder belongs to another user, …"""
 
     def __init__(self, path: Path, error: OSError) -> None:
         super().__init__(
@@ -109,53 +109,53 @@ class NotKeptError(FetchError):
 
 
 class _RefusedError(Exception):
-    """A place does not give the file; the message is the rest of a sentence about it."""
+    """A location does not give the file; the message is the rest of a sentence about it."""
 
 
 class _AbsentError(_RefusedError):
-    """A place answered that it does not have the file."""
+    """A location answered that it does not have the file."""
 
 
 class _CutError(Exception):
-    """A body ended too early: what came is good, the rest can be asked for."""
+    """A body ended too early: its bytes are good, the rest can be requested."""
 
 
 @dataclass(frozen=True)
 class _Place:
     shown: str
     addresses: tuple[str, ...]
-    """Names under which it may have the file, asked in order while it answers that it has no such thing."""
+    """The names under which the location may have the file, tried in order."""
     proxies: Mapping[str, str | None] | None = None
 
 
 @dataclass(frozen=True)
 class Store:
-    """The folder that keeps what was fetched, and where it looks for what it does not have.
+    """The folder of downloads, and the locations for files that it lacks.
 
-    A file is kept as ``<folder>/<first 16 digits of its sha256>/<file>``; a copy of the folder is a good mirror.
-    One that a person put at ``<folder>/<file>`` is as good. What came with a wrong hash lies in ``rejected/``.
+    A file is stored as ``<folder>/<first 16 digits of its sha256>/<file>``; a copy of the folder is a good mirror. A
+    file that a person puts at ``<folder>/<file>`` works as well. Files with a wrong hash are moved to ``rejected/``.
     """
 
     folder: Path
     mirrors: tuple[str, ...] = ()
-    """Folders and URLs to try first, in this order: each has files by name, by sha256, or as a store keeps them."""
+    """Folders and URLs to try first, in order. Each has files by name, by sha256, or in the layout of a store."""
     offline: bool = False
-    """Whether only places on this machine may be asked."""
+    """True if only locations on this machine may be used."""
     ask_indexes: Callable[[], Indexes] = field(default=index.configured, repr=False)
-    """Gives ``indexes``; called at most once, and only for a file that is not here."""
+    """Return ``indexes``; called at most once, and only for a missing file."""
     ask_archives: Callable[[], tuple[str, ...]] = field(default=distro.mirrors, repr=False)
-    """Gives ``archives``; called at most once, and only for a file that is not here."""
+    """Return ``archives``; called at most once, and only for a missing file."""
     patience: Patience = field(default=Patience())
     at_once: int = AT_ONCE
-    """How many files are fetched at the same time."""
+    """The number of files that download at the same time."""
     _asking: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
-    """From Python 3.12 on, cached_property has no lock of its own."""
+    """cached_property has no lock of its own from Python 3.12 on."""
 
     @classmethod
     def from_environment(cls, folder: Path, environ: Mapping[str, str] = os.environ) -> Store:
-        """A store as the environment wants it.
+        """Return a store configured by environment variables.
 
-        ``VOLTFORGE_MIRRORS``: URLs or folders, with spaces or commas between them. ``VOLTFORGE_OFFLINE=1``: no network.
+        ``VOLTFORGE_MIRRORS``: URLs or folders, separated by spaces or commas. ``VOLTFORGE_OFFLINE=1``: no network.
         """
         return cls(
             folder,
@@ -166,7 +166,7 @@ class Store:
         )
 
     def holds(self, artifact: Artifact) -> bool:
-        """Whether the file is here, by its name and size; ``get`` looks at its bytes."""
+        """Return True if the file is stored, by its name and size; ``get`` checks its hash."""
         for path in self._paths(artifact):
             with contextlib.suppress(OSError):
                 if path.is_file() and artifact.size in (None, path.stat().st_size):
@@ -174,27 +174,27 @@ class Store:
         return False
 
     def get(self, artifact: Artifact) -> Path:
-        """The file, its hash checked just now; fetched if it is not here.
+        """Return the file with its hash checked; download it if it is missing.
 
         Raises:
-            FetchError: no place gives these bytes, or they cannot be kept.
+            FetchError: no location has these bytes, or they cannot be stored.
         """
         return self.get_all([artifact])[0]
 
     def get_all(self, artifacts: Sequence[Artifact]) -> list[Path]:
-        """All these files, in their order, a few of them at the same time; see ``get``.
+        """Return all files in order, several downloading at the same time; see ``get``.
 
         Raises:
-            NotFetchedError: it names every file that could not be had, after all the others have been fetched.
+            NotFetchedError: names every file that could not be downloaded, after all others were.
             NotKeptError: a file cannot be written.
         """
         paths = dict(self.arriving(artifacts))
         return [paths[artifact] for artifact in artifacts]
 
     def arriving(self, artifacts: Sequence[Artifact]) -> Generator[tuple[Artifact, Path], None, None]:
-        """Each of these files as soon as it is here, while the others are still on their way; see ``get_all``.
+        """Yield each file as soon as it is stored, while others are downloading; see ``get_all``.
 
-        Close it where not all of them are taken: those that are under way end then, and go on in the next run.
+        Close the generator if not all files are needed: running downloads stop, and the next run resumes them.
 
         Raises:
             NotFetchedError, NotKeptError: as ``get_all``.
@@ -203,7 +203,7 @@ class Store:
             _check(artifact)
         halt = Halt()
         missing: dict[Artifact, Missing] = {}
-        # A file that is named twice is one piece of work: the second would only wait for the first one's lock.
+        # A file that is named twice is downloaded once: the second thread would only wait for the first one's lock.
         for artifact, got in each(partial(self._had, halt=halt), [*dict.fromkeys(artifacts)], self.at_once, halt):
             if isinstance(got, Missing):
                 missing[artifact] = got
@@ -255,14 +255,14 @@ class Store:
         return None
 
     def _locked(self, artifact: Artifact, attempts: list[Attempt], halt: Halt) -> Path:
-        """The file, if need be fetched, by one process at a time."""
+        """Return the file, downloaded if necessary, by one process at a time."""
         folder = self._kept(artifact).parent
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                console.note(f"{artifact.file}: another process is fetching it; waiting")
+                console.note(f"{artifact.file}: waiting for another process that downloads it")
                 _wait_for(lock, halt)
             if path := self._good(artifact):
                 return path
@@ -271,7 +271,7 @@ class Store:
                 return self._download(artifact, session, attempts, halt)
 
     def _judge(self, artifact: Artifact, attempts: list[Attempt]) -> None:
-        """Say of files that are here and wrong that they are; what we kept has rotted and is set aside."""
+        """Report stored files with a wrong hash; files of the store's own layout are moved aside."""
         kept, brought = self._paths(artifact)
         for path in (kept, brought):
             if path.is_file():
@@ -302,7 +302,7 @@ class Store:
         raise _RefusedError
 
     def _places(self, artifact: Artifact, session: requests.Session, attempts: list[Attempt]) -> Iterator[_Place]:
-        """Where the file may be, nearest first; places that turn out not to have it go to ``attempts``."""
+        """Yield the locations of a file, nearest first; locations without it go to ``attempts``."""
         for mirror in self.mirrors:
             if self._allowed(mirror):
                 names = (artifact.file, artifact.sha256, f"{artifact.sha256[:16]}/{artifact.file}")
@@ -357,15 +357,15 @@ class Store:
         return target
 
     def _set_aside(self, path: Path, artifact: Artifact, actual: str) -> str:
-        """Move a file with a wrong hash to where it is never used, and say so."""
+        """Move a file with a wrong hash to ``rejected/`` and describe it."""
         rejected = self.folder / "rejected" / f"{artifact.file}-{actual}"
         rejected.parent.mkdir(parents=True, exist_ok=True)
         path.replace(rejected)
-        return f"gave {_wrong(artifact, actual)}; kept for you to look at as {rejected}"
+        return f"gave {_wrong(artifact, actual)}; stored for inspection as {rejected}"
 
 
 class _Part:
-    """What has come so far of a file, and its hash. It stays when a run is killed, and the next one goes on from it."""
+    """The downloaded part of a file, and its hash. It survives a killed run, and the next run resumes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -394,7 +394,7 @@ class _Part:
             rest = memoryview(block)
             while rest:
                 rest = rest[self._file.write(rest) :]
-        except OSError as error:  # a full disk must not be taken for a broken connection
+        except OSError as error:  # a full disk must not look like a broken connection
             raise NotKeptError(self.path, error) from error
         self._digest.update(block)
         self.count += len(block)
@@ -405,7 +405,7 @@ class _Part:
         self._digest = hashlib.sha256()
 
     def become(self, target: Path) -> None:
-        """Take the place of ``target``, as ``files.replacing`` does; that one cannot go on where a run stopped."""
+        """Replace ``target``, as ``files.replacing`` does, which cannot resume."""
         os.fsync(self._file.fileno())
         self.path.replace(target)
         files.sync_folder(target.parent)
@@ -413,7 +413,9 @@ class _Part:
 
 @dataclass
 class _Transfer:
-    """One file from one URL into a part, however often the connection breaks (RFC 9110, section 14: range requests)."""
+    """One download from one URL into a part, resumed whenever the connection breaks (RFC 9110, section 14: range
+    requests).
+    """
 
     artifact: Artifact
     address: str
@@ -423,14 +425,14 @@ class _Transfer:
     patience: Patience
     halt: Halt
     validator: str = ""
-    """The ETag or date of what this server sent a part of, so that it never goes on with another version."""
+    """The ETag or date of the version that was begun, so that another version is never appended to it."""
     whole: bool = False
-    """Ask for no range any more: this server, or the part at hand, was not to be relied on."""
+    """True to request no ranges: the server or the stored part was wrong."""
     mixed: bool = False
-    """The bytes at hand are of several answers."""
+    """The part holds bytes of several answers."""
 
     def run(self) -> str:
-        """Bring the part to its full length and give its hash.
+        """Download the rest of the part and return its hash.
 
         Raises:
             _RefusedError, requests.RequestException, NotKeptError
@@ -440,7 +442,7 @@ class _Transfer:
         with console.download(self.artifact.file, size, self.part.count) as advance:
             self._receive_all(advance)
             if self.part.sha256 != self.artifact.sha256 and self.mixed:
-                # Some earlier place, or an earlier version here, may have given the bad bytes: judge this one alone.
+                # An earlier location or version may have given the bad bytes: test this one alone.
                 advance(-self.part.count)
                 self.part.restart()
                 self._receive_all(advance)
@@ -462,7 +464,7 @@ class _Transfer:
                 self.halt.pause(self.patience.pause(failures))
 
     def _receive(self, advance: Callable[[int], None]) -> bool:
-        """One request and what its answer holds; whether that was all there is."""
+        """Send one request and store its body; return True if the file is complete."""
         with self._ask() as response:
             if response.status_code == 416 and self.part.count and not self.whole:
                 if response.headers.get("Content-Range", "") == f"bytes */{self.part.count}":
@@ -471,7 +473,7 @@ class _Transfer:
                 return False
             if response.status_code == 206 and not self._continues(response):
                 if self.whole or not self.part.count:
-                    raise _RefusedError("sent another range of the file than was asked for")
+                    raise _RefusedError("sent another range than the requested one")
                 self.whole = True
                 return False
             _refuse_status(response)
@@ -488,7 +490,7 @@ class _Transfer:
         return True
 
     def _ask(self) -> requests.Response:
-        # The bytes as they are: with an encoding, ranges and sizes would count something else.
+        # Raw bytes: with a content encoding, ranges and sizes would count encoded bytes.
         headers = {"Accept-Encoding": "identity"}
         if self.part.count and not self.whole:
             headers["Range"] = f"bytes={self.part.count}-"
@@ -513,7 +515,7 @@ class _Transfer:
         if self.artifact.size is not None and re.fullmatch(r"\d{1,18}", length, re.ASCII):
             offered = self.part.count + int(length)
             if offered != self.artifact.size:
-                raise _RefusedError(f"offers {offered} bytes, not the {self.artifact.size} that it should have")
+                raise _RefusedError(f"offers {offered} bytes instead of {self.artifact.size}")
 
     def _receive_body(self, response: requests.Response, advance: Callable[[int], None]) -> None:
         size = self.artifact.size
@@ -521,7 +523,7 @@ class _Transfer:
         moment, before = time.monotonic(), self.part.count
         while True:
             try:
-                # read1 gives what has come; read and stream would lose up to a block when the connection breaks.
+                # read1 returns what has arrived; read and stream would lose up to a block when the connection breaks.
                 block = response.raw.read1(files.BLOCK, decode_content=False)
             except urllib3.exceptions.ReadTimeoutError as error:
                 raise _CutError("stopped sending") from error
@@ -532,19 +534,19 @@ class _Transfer:
                 break
             if self.part.count + len(block) > most:
                 self.part.restart()
-                raise _RefusedError(f"sends more than the {most} bytes that it should have")
+                raise _RefusedError(f"sends more than the expected {most} bytes")
             self.part.add(block)
             advance(len(block))
             if time.monotonic() - moment > index.TIMEOUT[1]:
                 if self.part.count - before < LEAST:
-                    raise _CutError("sends next to nothing")
+                    raise _CutError("sends almost nothing")
                 moment, before = time.monotonic(), self.part.count
         if size is not None and self.part.count < size:
             raise _CutError(f"sends only {self.part.count} bytes")
 
 
 def _wait_for(lock: IO[bytes], halt: Halt) -> None:
-    """Wait until no other process has the lock, but no longer than the file is wanted."""
+    """Wait until no other process holds the lock, or until the download is stopped."""
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -555,7 +557,7 @@ def _wait_for(lock: IO[bytes], halt: Halt) -> None:
 
 
 def _refuse_status(response: requests.Response) -> None:
-    """Let only 200 and 206 pass."""
+    """Accept only the statuses 200 and 206."""
     answer = answered(response)
     if response.status_code in (404, 410):
         raise _AbsentError(answer)
@@ -564,7 +566,7 @@ def _refuse_status(response: requests.Response) -> None:
 
 
 def _copy(path: Path, target: Path, artifact: Artifact) -> None:
-    """Take a file from a folder of another, which is left as it is."""
+    """Copy a file from a folder of someone else, which is not changed."""
     digest = hashlib.sha256()
     try:
         source = path.open("rb")
@@ -585,7 +587,7 @@ def _wrong(artifact: Artifact, actual: str) -> str:
 
 
 def _homes(artifact: Artifact) -> list[str]:
-    """Where in the world a person finds the file."""
+    """Return the locations of a file, for people."""
     homes = [f"in project {artifact.index} on the package index"] if artifact.index else []
     homes += [f"at {redacted(artifact.url)}"] if artifact.url else []
     return homes + ([f"at {artifact.pool} in a distribution's archive"] if artifact.pool else [])
@@ -596,8 +598,8 @@ def _quoted(mirror: str, name: str) -> str:
 
 
 def _check(artifact: Artifact) -> None:
-    """Refuse what would lead out of the store's folder, or is no hash."""
+    """Reject names that lead out of the store's folder, and invalid hashes."""
     if artifact.file in ("", ".", "..", "rejected") or Path(artifact.file).name != artifact.file:
-        raise FetchError(f"{artifact.file!r} is not the name of a file", hint="mend it in the recipe")
+        raise FetchError(f"{artifact.file!r} is not a file name", hint="correct it in the recipe")
     if not HASH.fullmatch(artifact.sha256):
-        raise FetchError(f"the sha256 of {artifact.file} is not 64 hexadecimal digits", hint="mend it in the recipe")
+        raise FetchError(f"the sha256 of {artifact.file} is not 64 hexadecimal digits", hint="correct it in the recipe")

@@ -1,4 +1,4 @@
-"""Which Python package index this machine is configured for, and where on it a file is."""
+"""The package indexes of this machine, and the files that they list."""
 
 from __future__ import annotations
 
@@ -33,37 +33,37 @@ if TYPE_CHECKING:
     from pypi_simple import DistributionPackage
 
 TIMEOUT = (10.0, 60.0)
-"""Seconds to wait for a connection, and then for each next byte."""
+"""Seconds to connect, and then for each next byte."""
 
 MOST_PAGE = 16_000_000
-"""Bytes of a page beyond which it is not read; the longest pages of real indexes have 4 MB."""
+"""The largest page that is read, in bytes; the longest pages of real indexes have 4 MB."""
 PAGE_TIME = 300.0
-"""Seconds that a page may take from its first byte to its last."""
+"""Seconds for a page from its first byte to its last."""
 HASH = re.compile("[0-9a-f]{64}")
-"""A SHA-256 as it is written."""
+"""A SHA-256 in text."""
 
 
 class _PageError(Exception):
-    """What an index answers is no page of one; the message is the rest of a sentence about the index."""
+    """The answer of an index is not a page; the message is the rest of a sentence about the index."""
 
 
 UNREADABLE = (requests.RequestException, _PageError)
-"""What asking an index can raise: the request's own errors, and what is wrong with its page."""
+"""The errors of a request to an index: those of requests, and those of a page that cannot be parsed."""
 
 
 class NotOnIndexError(VoltforgeError):
-    """No configured index and no find-links place has a file."""
+    """No configured index and no find-links location has a file."""
 
     def __init__(self, project: str, file: str, attempts: list[tuple[str, str]]) -> None:
         places = listed([f"{place}: {outcome}" for place, outcome in attempts])
         super().__init__(
-            f"{file} of project {project} was found on no configured package index:{places}",
-            hint="`pip config list` shows which index is configured; UV_DEFAULT_INDEX names another",
+            f"{file} of project {project} was not found on any configured package index:{places}",
+            hint="`pip config list` prints the configured index; UV_DEFAULT_INDEX sets another one",
         )
         self.project = project
         self.file = file
         self.attempts = tuple(attempts)
-        """Each place that was asked, without credentials, and what came of it."""
+        """Each location that was tried, without credentials, and its result."""
 
 
 @dataclass(frozen=True)
@@ -71,33 +71,33 @@ class Link:
     """A file that an index lists."""
 
     url: str
-    """Where the file is: http, https, or file for an index on disk. May hold credentials."""
+    """The address of the file: http, https, or file for an index on disk. It can hold credentials."""
     sha256: str | None
-    """The hash that the index gives for it; many give none, and what is no hash counts as none."""
+    """The hash that the index states; ``None`` if it states none or an invalid one."""
     place: str
-    """The index or find-links place that lists it. May hold credentials."""
+    """The index or find-links location that lists the file. It can hold credentials."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to put up with a server that does not answer as it should."""
+    """The retry policy for servers that fail."""
 
     attempts: int = 5
-    """How often the same thing is asked before it is given up."""
+    """The largest number of attempts."""
     first: float = 1.0
-    """Seconds before the second retry (the first one is made at once); each further pause is twice as long."""
+    """Seconds before the second retry. The first retry is immediate; each further pause is twice as long."""
     longest: float = 30.0
-    """The longest pause in seconds, also where the server asks for a longer one in Retry-After."""
+    """The longest pause in seconds, also if the server requests a longer one in Retry-After."""
 
     def pause(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row."""
+        """Return the seconds to wait after a number of failures in a row."""
         return 0.0 if failures <= 1 else min(self.longest, self.first * 2.0 ** (failures - 2))
 
     def retry(self) -> Retry:
-        """The same as urllib3's rule for whatever goes wrong before a body starts."""
+        """Return the same policy as a rule of urllib3 for errors before a body starts."""
         return _Retry(
             total=self.attempts - 1,
-            other=0,  # a certificate does not become valid by asking again
+            other=0,  # a certificate does not become valid by a retry
             status_forcelist=(429, 500, 502, 503, 504),
             raise_on_status=False,
             backoff_factor=self.first / 2,
@@ -119,12 +119,12 @@ class _Retry(Retry):
         _pool: Any = None,
         _stacktrace: Any = None,
     ) -> _Retry:
-        # A name that is unknown twice is mistyped or there is no network: minutes of patience would change neither.
+        # A name that fails twice is mistyped, or there is no network: a retry would not help.
         if _unresolved(error) and any(_unresolved(earlier.error) for earlier in self.history):
             assert error is not None
             raise MaxRetryError(_pool, url or "", error) from error
         if response is not None:
-            response.close()  # or urllib3 would read its body to the end, which may never come
+            response.close()  # urllib3 would read its body to the end otherwise, which may never come
         return super().increment(method, url, response, error, _pool, _stacktrace)
 
 
@@ -136,7 +136,7 @@ def _unresolved(error: BaseException | None) -> bool:
 
 class _Session(requests.Session):
     def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
-        # requests lets REQUESTS_CA_BUNDLE win over the session's own `verify` unless each request repeats it.
+        # requests prefers REQUESTS_CA_BUNDLE to the session's own `verify` unless each request repeats it.
         verify = self.verify if verify is None else verify
         return super().merge_environment_settings(url, proxies, stream, verify, cert)
 
@@ -146,7 +146,7 @@ class _Session(requests.Session):
         except requests.RequestException:
             raise
         except (urllib3.exceptions.HTTPError, ValueError, LookupError, OverflowError) as error:
-            # What urllib3 and the standard library make of a Location or a Retry-After that is none.
+            # urllib3 and the standard library raise these for an invalid Location or Retry-After.
             raise requests.exceptions.InvalidHeader from error
 
 
@@ -154,41 +154,41 @@ class _Adapter(HTTPAdapter):
     def send(self, *arguments: Any, **more: Any) -> requests.Response:
         response = super().send(*arguments, **more)
         if response.is_redirect:
-            response.raw.close()  # or requests would read its body to the end, which may never come
+            response.raw.close()  # requests would read its body to the end otherwise, which may never come
         return response
 
     def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
         try:
             super().cert_verify(conn, url, verify, cert)  # type: ignore[no-untyped-call]
-        except OSError as error:  # what requests raises, bare, where the file with the certificates is missing
+        except OSError as error:  # requests raises a bare OSError if the certificate file is missing
             raise requests.exceptions.SSLError from error
 
 
 @dataclass(frozen=True)
 class Indexes:
-    """The package indexes of this machine. Their addresses may hold credentials: show them through ``redacted``."""
+    """The package indexes of this machine. The addresses can hold credentials: print them with ``redacted``."""
 
     default: str | None = field(default_factory=lambda: _usual())
-    """The index itself (a simple repository API, PEP 503 or 691); ``None`` where pip or uv may use none."""
+    """The default index (simple repository API, PEP 503 or 691); ``None`` if pip or uv is configured to use none."""
     extra: tuple[str, ...] = ()
     """Further indexes, on the web or as file:// URLs."""
     find_links: tuple[str, ...] = ()
     """Folders, or URLs of pages, that hold or link files of any project."""
     certificate: str | None = None
-    """A file with the certificate authorities to trust (PEM)."""
+    """A file with the trusted certificate authorities (PEM)."""
     certificate_from: str = ""
     """The setting that named ``certificate``."""
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Everything that may list a file, nearest first: find-links, the default index, the others."""
+        """All locations, nearest first: find-links, the default index, the others."""
         return (*self.find_links, *self._indexes())
 
     def find(self, project: str, file: str, session: requests.Session | None = None) -> Link:
-        """Where ``file`` of ``project`` is.
+        """Find ``file`` of ``project``.
 
         Raises:
-            NotOnIndexError: no place has it.
+            NotOnIndexError: no location has it.
         """
         attempts: list[tuple[str, str]] = []
         session = session or self.session()
@@ -202,21 +202,23 @@ class Indexes:
         raise NotOnIndexError(project, file, attempts)
 
     def look(self, place: str, project: str, file: str, session: requests.Session) -> Link | None:
-        """What one of ``places`` has of ``file``, or ``None``.
+        """Return the entry of one location for ``file``, or ``None``.
 
         Raises:
-            Exception: one of ``UNREADABLE``, which ``explained`` puts in words.
+            Exception: one of ``UNREADABLE``, which ``explained`` turns into text.
         """
         for package in _packages(place, project, session, flat=place in self.find_links):
             if file in (package.filename, _last_name(package.url)):
                 if local_path(place) is None and not re.match("https?://", package.url, re.IGNORECASE):
-                    raise requests.exceptions.InvalidSchema  # a page from the network must not reach into this disk
+                    raise requests.exceptions.InvalidSchema  # of a link from the network to this disk
                 sha256 = package.digests.get("sha256", "").lower()
                 return Link(_with_credentials_of(place, package.url), sha256 if HASH.fullmatch(sha256) else None, place)
         return None
 
     def session(self, patience: Patience | None = None) -> requests.Session:
-        """A session that trusts ``certificate``, retries with ``patience``, and follows no redirect but to http(s)."""
+        """Return a session that trusts ``certificate``, retries with ``patience``, and follows redirects to http(s)
+        only.
+        """
         session = _Session()
         session.verify = self.certificate or True
         session.headers["User-Agent"] = "voltforge"
@@ -226,10 +228,12 @@ class Indexes:
         return session
 
     def uv_arguments(self) -> list[str]:
-        """uv's options for these indexes; credentials are left to ``uv_environment``, for command lines are logged."""
-        # By default uv takes a project from the first index that knows its name, so that nobody can slip in a newer
-        # version under the name of a private project. Here every install is locked by hash, which rules that out,
-        # and an extra index often holds only some versions of a project.
+        """Return uv's options for these indexes; credentials go through ``uv_environment``, because command lines are
+        logged.
+        """
+        # By default uv takes a project from the first index that has it, as a protection against dependency confusion.
+        # Here every install is locked by hash, which protects as well, and an extra index often holds only some
+        # versions of a project.
         arguments = ["--index-strategy", "unsafe-best-match"]
         arguments += ["--default-index", _named(0, self.default)] if self.default else ["--no-index"]
         for number, url in enumerate(self.extra if self.default else (), 1):
@@ -240,7 +244,7 @@ class Indexes:
         return arguments
 
     def uv_environment(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-        """The whole environment for uv beside ``uv_arguments``: ``environ``, the certificates, credentials if any."""
+        """Return the whole environment for uv: ``environ``, the certificates, and credentials if there are any."""
         told = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_NO_INDEX")
         variables = {name: value for name, value in environ.items() if name not in told}
         if self.certificate:
@@ -258,11 +262,11 @@ class Indexes:
 
 
 def configured(environ: Mapping[str, str] = os.environ, python: str | Path | None = None) -> Indexes:
-    """The package indexes that this machine's uv and pip are configured for.
+    """Return the package indexes that uv and pip are configured for.
 
-    uv's variables come before pip's, and pip's before its configuration files, which are read by asking pip:
-    of ``python``, of the running interpreter, or of ``PATH``. Without any pip there is nothing to ask.
-    Extra indexes and find-links places of both tools are put together.
+    uv's variables override pip's, and pip's override its configuration files, which pip itself prints: the pip of
+    ``python``, of the running interpreter, or of ``PATH``. Without pip the files are skipped. Extra indexes and
+    find-links locations of both tools are combined.
     """
     pip = _pip_configuration(environ, python)
 
@@ -291,19 +295,19 @@ def configured(environ: Mapping[str, str] = os.environ, python: str | Path | Non
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _MOST_SHOWN = 500
-"""Characters of an address that a person is shown."""
+"""The largest number of characters of an address that is printed."""
 
 
 def redacted(url: str) -> str:
-    """``url`` as it may be shown: no user, no password, no query (which signed addresses keep their secret in).
+    """Return ``url`` for printing: without user, password and query (where signed addresses keep their secret).
 
-    Nor control characters, which would move the terminal's cursor, nor more than a few lines.
+    Control characters, which would move the terminal's cursor, are removed, and long addresses are cut.
     """
     url = _CONTROL.sub(lambda found: quote(found[0], errors="replace"), url)
     scheme, mark, rest = url.partition("://")
     if not mark:
         return url[:_MOST_SHOWN]
-    # Up to the last @, for passwords are often written with a raw slash, question mark or @ in them.
+    # Up to the last @: passwords often contain a raw slash, question mark or @.
     _, at, place = rest.rpartition("@")
     path, question, _ = place.partition("?")
     shown = scheme + mark + ("***@" if at else "") + path.partition("#")[0] + ("?***" if question else "")
@@ -311,7 +315,7 @@ def redacted(url: str) -> str:
 
 
 def explained(error: Exception, indexes: Indexes) -> str:
-    """What went wrong with a request, in words that hold no credentials."""
+    """Return the reason of a failed request, without credentials."""
     if isinstance(error, _PageError):
         return str(error)
     if isinstance(error, requests.HTTPError) and error.response is not None:
@@ -320,7 +324,11 @@ def explained(error: Exception, indexes: Indexes) -> str:
         return _distrusted(indexes)
     reason = getattr(error.args[0] if error.args else None, "reason", None)
     if _unresolved(reason):
-        return "the name of its proxy cannot be resolved" if isinstance(reason, ProxyError) else "its name is unknown"
+        return (
+            "the name of its proxy cannot be resolved"
+            if isinstance(reason, ProxyError)
+            else "its name cannot be resolved"
+        )
     for kind, words in _WORDS:
         if isinstance(error, kind):
             return words
@@ -328,40 +336,40 @@ def explained(error: Exception, indexes: Indexes) -> str:
 
 
 def answered(response: requests.Response) -> str:
-    """A response's status as people know it, which is not always what the server calls it."""
+    """Return a status with its standard name, which can differ from the server's text."""
     return f"answered {response.status_code} {http.client.responses.get(response.status_code, '')}".rstrip()
 
 
 def _distrusted(indexes: Indexes) -> str:
     if not indexes.certificate:
-        return "its certificate is not trusted; SSL_CERT_FILE can name a file with the CA certificates of your network"
+        return "its certificate is not trusted; set SSL_CERT_FILE to a file with the CA certificates of your network"
     named = f"{indexes.certificate}, which {indexes.certificate_from} names"
     if not Path(indexes.certificate).exists():
-        return f"its certificate cannot be checked: there is no {named}"
+        return f"its certificate cannot be checked: {named}, does not exist"
     return f"its certificate is not trusted by {named}"
 
 
 _WORDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
-    (requests.exceptions.ProxyError, "its proxy cannot be reached or refuses"),
+    (requests.exceptions.ProxyError, "its proxy cannot be reached or refuses the request"),
     (requests.exceptions.Timeout, "did not answer in time"),
-    (requests.exceptions.ConnectionError, "cannot be connected to, or dropped the connection"),
+    (requests.exceptions.ConnectionError, "cannot be reached, or dropped the connection"),
     (requests.exceptions.TooManyRedirects, "redirects without end"),
-    (requests.exceptions.InvalidSchema, "leads to an address that is neither http nor https"),
+    (requests.exceptions.InvalidSchema, "redirects to an address that is neither http nor https"),
     ((requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError), "broke off its answer"),
-    ((requests.exceptions.InvalidURL, requests.exceptions.MissingSchema), "is not an address"),
-    (requests.exceptions.InvalidHeader, "sends a header, or redirects to an address, that is none"),
+    ((requests.exceptions.InvalidURL, requests.exceptions.MissingSchema), "is not a valid address"),
+    (requests.exceptions.InvalidHeader, "sends an invalid header, or redirects to an invalid address"),
 )
 
 
 def local_path(place: str) -> Path | None:
-    """The path that a plain path or a file: URL stands for; ``None`` for an address on the network."""
+    """Return the path of a plain path or a file: URL; ``None`` for an address on the network."""
     if place.startswith("file:"):
         return Path(url2pathname(urlsplit(place).path))
     return None if "://" in place else Path(place)
 
 
 NAME = "VOLTFORGE"
-"""What uv is told to call an index, before its number: uv reads an index's credentials from variables by name."""
+"""The prefix of index names for uv: uv reads an index's credentials from variables with its name."""
 
 
 def _named(number: int, url: str) -> str:
@@ -382,7 +390,7 @@ def _without_credentials(url: str) -> str:
 
 
 def _with_credentials_of(place: str, url: str) -> str:
-    """``url`` with the credentials of the page that links it, if both are on the same server and it has none."""
+    """Return ``url`` with the credentials of the page that links it, if both are on one server and ``url`` has none."""
     ours, theirs = urlsplit(place), urlsplit(url)
     user, at, server = ours.netloc.rpartition("@")
     if at and "@" not in theirs.netloc and (ours.scheme, server) == (theirs.scheme, theirs.netloc):
@@ -391,15 +399,19 @@ def _with_credentials_of(place: str, url: str) -> str:
 
 
 def _usual() -> str:
-    """The index that pip and uv ask unless they are told otherwise."""
+    """Return the default index of pip and uv."""
     from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
     return PYPI_SIMPLE_ENDPOINT
 
 
 def _packages(place: str, project: str, session: requests.Session, flat: bool) -> list[DistributionPackage]:
-    """The files that a place lists for ``project``; of any project where it is ``flat``."""
-    from pypi_simple import DistributionPackage, ProjectPage, RepositoryPage  # a third of a second, only where it asks
+    """Return the files that a location lists for ``project``; a ``flat`` location lists files of any project."""
+    from pypi_simple import (  # imported here: it takes a third of a second
+        DistributionPackage,
+        ProjectPage,
+        RepositoryPage,
+    )
 
     path = local_path(place)
     if path is not None:
@@ -426,15 +438,15 @@ def _reading() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # pypi-simple lets out whatever its parsers of HTML and JSON met, a RecursionError among them.
+        # pypi-simple passes on the errors of its parsers, a RecursionError among them.
         raise _PageError(f"its page cannot be read ({type(error).__name__})") from error
 
 
 def _page(address: str, session: requests.Session) -> requests.Response:
-    """The answer to a request, with its whole body, for which neither memory nor patience is endless.
+    """Return the answer to a request with its whole body, bounded in size and time.
 
     Raises:
-        requests.RequestException: nothing came, or less than was said.
+        requests.RequestException: nothing or less than announced came.
         _PageError: more came than a page can have.
     """
     from pypi_simple import ACCEPT_ANY
@@ -442,18 +454,18 @@ def _page(address: str, session: requests.Session) -> requests.Response:
     content, deadline = bytearray(), time.monotonic() + PAGE_TIME
     with session.get(address, headers={"Accept": ACCEPT_ANY}, timeout=TIMEOUT, stream=True) as response:
         try:
-            # read1 gives what has come, so that the clock is looked at however slowly it comes.
+            # read1 returns what has arrived, so that the clock is checked however slowly it comes.
             while block := response.raw.read1(BLOCK, decode_content=True):
                 content += block
                 if len(content) > MOST_PAGE:
                     raise _PageError(f"sends a page of more than {size(MOST_PAGE)}")
                 if time.monotonic() > deadline:
-                    raise _PageError(f"has not sent its page in {PAGE_TIME:.0f} s")
+                    raise _PageError(f"did not send its page in {PAGE_TIME:.0f} s")
         except urllib3.exceptions.ReadTimeoutError as error:
             raise requests.exceptions.ReadTimeout from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise requests.exceptions.ChunkedEncodingError from error
-    response.raw = io.BytesIO(content)  # so that response.content is what was read here
+    response.raw = io.BytesIO(content)  # so that response.content is the body that was read here
     return response
 
 
@@ -471,7 +483,7 @@ def _on_disk(file: Path) -> DistributionPackage:
 
 
 def _pip_configuration(environ: Mapping[str, str], python: str | Path | None) -> dict[str, str]:
-    """What pip's configuration files say, by long option name, as pip itself prints it (`pip config list`)."""
+    """Return pip's configuration by long option name, as `pip config list` prints it."""
     pythons = [str(python)] if python else [sys.executable, "python3", "python"]
     for argv in [*([name, "-m", "pip"] for name in pythons), ["pip"]]:
         try:
@@ -485,7 +497,7 @@ def _pip_configuration(environ: Mapping[str, str], python: str | Path | None) ->
 def _parsed(printed: str) -> dict[str, str]:
     found: dict[str, dict[str, str]] = {}
     for line in printed.splitlines():
-        # name='value' with the value as Python's repr gives it; `:env:` lines are variables, read elsewhere.
+        # name='value', with the value as Python's repr; `:env:` lines are variables, read elsewhere.
         if match := re.fullmatch(r"(global|install|download)\.([\w-]+)=(['\"].*['\"])", line.strip()):
             section, key, value = match.groups()
             try:
@@ -496,7 +508,9 @@ def _parsed(printed: str) -> dict[str, str]:
 
 
 def _index(value: str, environ: Mapping[str, str]) -> str:
-    """An index's URL, from uv's ``name=URL`` with the credentials of that name's variables, or from a URL or path."""
+    """Return an index's URL, from uv's ``name=URL`` with the credentials of that name's variables, or from a URL or
+    path.
+    """
     match = re.fullmatch(r"([\w.-]+)=(.+)", value)
     if not match:
         return value if "://" in value else Path(_absolute(value)).as_uri()

@@ -1,4 +1,4 @@
-"""Some things at once: a bounded number of threads, whose results come as they are ready, and which end with Ctrl-C."""
+"""A bounded number of daemon threads, whose results come in order of completion and which stop on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 GRACE = 2.0
-"""Seconds that threads have to end when the rest of their work is not wanted any more; they are left behind then."""
+"""Seconds for the threads to end after a stop; later ones are left to the end of the process."""
 
 
 class _HaltedError(Exception):
-    """The work is not wanted any more."""
+    """The work was stopped."""
 
 
 class Halt:
-    """Whether the work of some threads is still wanted, and what ends their waiting when it is not."""
+    """A stop signal for the work of some threads, and the means to end their waits."""
 
     def __init__(self) -> None:
         self._set = threading.Event()
@@ -31,38 +31,38 @@ class Halt:
         self._wakers: list[Callable[[], Any]] = []
 
     def set(self) -> None:
-        """End all that waits, now and from now on."""
+        """End all waits, now and in future."""
         with self._lock:
             self._set.set()
             wakers = list(self._wakers)
         for wake in wakers:
-            with contextlib.suppress(Exception):  # what it would wake has just ended by itself
+            with contextlib.suppress(Exception):  # the wait has just ended by itself
                 wake()
 
     def check(self) -> None:
-        """Do nothing while the work is wanted.
+        """Return if the work goes on.
 
         Raises:
-            _HaltedError: it is not.
+            _HaltedError: the work was stopped.
         """
         if self._set.is_set():
             raise _HaltedError
 
     def pause(self, seconds: float) -> None:
-        """Wait so long, or until the work is not wanted any more.
+        """Wait for some seconds, or until the work is stopped.
 
         Raises:
-            _HaltedError: it is not.
+            _HaltedError: the work was stopped.
         """
         self._set.wait(seconds)
         self.check()
 
     @contextlib.contextmanager
     def waking(self, wake: Callable[[], Any]) -> Iterator[None]:
-        """Around a wait that ``wake``, called from another thread, brings to its end.
+        """Guard a wait that ``wake``, called from another thread, ends.
 
         Raises:
-            _HaltedError: the work is not wanted any more.
+            _HaltedError: the work was stopped.
         """
         with self._lock:
             self.check()
@@ -75,10 +75,11 @@ class Halt:
 
 
 def each(work: Callable[[T], R], items: Sequence[T], at_once: int, halt: Halt) -> Generator[tuple[T, R], None, None]:
-    """Do ``work`` for every item in at most ``at_once`` threads; give each item with its result when it is ready.
+    """Call ``work`` for every item in at most ``at_once`` threads; yield each item with its result when it is ready.
 
-    What a thread raises is raised here. However this ends, ``halt`` is set then, and the threads end within
-    :data:`GRACE` or with the process. A single item needs no thread.
+    An error in a thread is raised here. However this ends, ``halt`` is set, and the threads end within :data:`GRACE` or
+    with the process. A single item needs no thread. ``concurrent.futures`` does not fit: its threads are joined when
+    the interpreter exits, so that a server which never answers would hold up the end of the program.
     """
     if len(items) == 1:
         yield items[0], work(items[0])
@@ -97,7 +98,7 @@ def each(work: Callable[[T], R], items: Sequence[T], at_once: int, halt: Halt) -
             except BaseException as error:
                 ready.put((item, _raising(error)))
 
-    # Daemons: one that waits for a server which says nothing must not hold up the end of the program.
+    # Daemon threads: one that waits for a silent server must not hold up the end of the program.
     threads = [
         threading.Thread(target=copy_context().run, args=(go,), name=f"together {number}", daemon=True)
         for number in range(min(at_once, len(items)))

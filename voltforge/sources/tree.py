@@ -1,4 +1,4 @@
-"""A source tree: an archive unpacked safely and the patch series applied to it, all of it or nothing."""
+"""A source tree: an archive unpacked safely, with the patch series applied; complete or not at all."""
 
 from __future__ import annotations
 
@@ -34,41 +34,42 @@ BROKEN = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
     EOFError, LookupError, ValueError, OverflowError, RuntimeError, MemoryError,
 )  # fmt: skip
-"""What the standard library raises for a truncated, corrupt, encrypted or absurd archive, but for some OSErrors."""
+"""The errors of the standard library for a truncated, corrupt, encrypted or absurd archive, besides some OSErrors."""
 
 _LONGEST, _LONGEST_PART, _DEEPEST = 1000, 255, 60
-"""Bytes of a member's path and of one name in it (NAME_MAX), and folders above it: 178, 133 and 11 in PyTorch's source.
+"""Limits for a member: bytes of its path, bytes of a name in it (NAME_MAX), folders above it. PyTorch's source has 178,
+133 and 11.
 
-Deeper ones could be unpacked, but then Python's own functions that walk a folder give up on the way.
+Deeper trees could be unpacked, but Python's own functions that walk a folder give up on them.
 """
 _CLUMSY = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
-"""What no name should have: control characters, backslashes, bytes that are no UTF-8 (as Python stands for them)."""
+"""Characters that no name may have: control characters, backslashes, bytes that are not UTF-8 (surrogates)."""
 _LATEST = 253_402_300_800
-"""The end of the year 9999 in seconds since 1970, the last that calendars can tell."""
+"""The end of the year 9999 in seconds since 1970, the last time that calendars support."""
 
 _COMPRESSED: dict[bytes, Callable[[IO[bytes]], contextlib.AbstractContextManager[Any]]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
-"""What opens a compressed file, by how it begins."""
+"""The functions that open a compressed file, by its first bytes."""
 _BLOCK = tarfile.BLOCKSIZE
 _HEADERS, _HEADER = 1_000_000, 4096
-"""Bytes of headers that one member of a tar archive may have, and all of them on average."""
+"""Bytes of headers that one member of a tar archive may have, and the average over all members."""
 _GLOBALS = 100
-"""Entries that a tar archive's global headers may have: git writes one."""
+"""The number of global headers that a tar archive may have: git writes one."""
 _REST = 16_000_000
-"""Bytes that may stand behind the mark that ends a tar archive: it fills up a block of the tape."""
+"""Bytes that may follow the end mark of a tar archive: they fill a block of the tape."""
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-"""Kinds of headers that are records of a name and a value."""
+"""The kinds of headers that hold records of a name and a value."""
 _RECORD = re.compile(rb"([1-9]\d{0,6}) ")
-"""How a record of a pax header begins (pax(1)): its length."""
+"""The beginning of a record in a pax header (pax(1)): its length."""
 _LONG_NUMBER = re.compile(rb"\d{64}")
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 """The header in front of each file of a zip archive (APPNOTE 4.3.7)."""
 _STREAMED, _UTF8, _ZIP64 = 0x8, 0x800, 0xFFFFFFFF
-"""Flags for sizes that follow the data and for names in UTF-8, and what stands for a size beyond 32 bits."""
+"""The flags for sizes after the data and for names in UTF-8, and the marker of a 64-bit size."""
 
 
 class ArchiveError(VoltforgeError):
@@ -78,21 +79,21 @@ class ArchiveError(VoltforgeError):
         super().__init__(
             f"{archive.name} was not unpacked:{listed(list(problems))}",
             hint=remedy(
-                "".join(problems), "fetch it anew; if its hash is the recipe's, the archive itself is not to be trusted"
+                "".join(problems), "download it again; if its hash is that of the recipe, do not trust the archive"
             ),
         )
         self.problems = tuple(problems)
 
 
 class PatchError(VoltforgeError):
-    """A patch that does not apply as it stands, with the file and the hunks."""
+    """A patch does not apply; the error names the file and the hunks."""
 
     def __init__(self, patch: Path, rejects: Sequence[tuple[str, str]]) -> None:
         where = listed([f"{file}: {why}" for file, why in rejects])
         again = _recheck(patch)
         super().__init__(
             f"{patch.parent.name}/{patch.name} does not apply:{where}",
-            hint=remedy(where, f"the tree is as it was; in the source it is applied to, re-check {again}"),
+            hint=remedy(where, f"the tree is unchanged; check these places in the source: {again}"),
         )
         self.patch = patch
         self.rejects = tuple(rejects)
@@ -101,7 +102,7 @@ class PatchError(VoltforgeError):
 
 @dataclass(frozen=True)
 class Patch:
-    """One patch of a series: a header that says why, ``---``, and a unified diff."""
+    """One patch of a series: a header with the reason, ``---``, and a unified diff."""
 
     path: Path
     subject: str
@@ -119,19 +120,19 @@ class Tree:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much an archive may unpack to; what goes beyond is taken for a trap."""
+    """Limits of an unpacked archive; a larger one is taken for an attack."""
 
     size: int = 20 * 10**9
     """Bytes; PyTorch's release tarball is well below 3 GB."""
     members: int = 250_000
-    """Files, folders and links; PyTorch 2.6's source has 17,000, without most of what it bundles."""
+    """Files, folders and links; PyTorch 2.6's source has 17,000, without most vendored projects."""
 
 
 LIMITS = Limits()
 
 
 def series(folder: Path) -> tuple[Patch, ...]:
-    """The patches of a folder in the order of their names; none if there is no such folder.
+    """Return the patches of a folder in the order of their names; none if the folder does not exist.
 
     Raises:
         PatchError: a patch has no ``Subject:`` line or no diff.
@@ -147,7 +148,7 @@ def series(folder: Path) -> tuple[Patch, ...]:
 
 
 def grow(archive: Path, patches: Sequence[Patch], path: Path) -> Tree:
-    """Unpack ``archive`` and apply ``patches``; the result becomes ``path`` only when all of it is done.
+    """Unpack ``archive`` and apply ``patches``; ``path`` appears when both are complete.
 
     Raises:
         ArchiveError: the archive is broken or unsafe.
@@ -161,14 +162,14 @@ def grow(archive: Path, patches: Sequence[Patch], path: Path) -> Tree:
 
 
 def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> int:
-    """Unpack a tar, zip, wheel or Debian archive; a single top folder is left out, as sdists have one.
+    """Unpack a tar, zip, wheel or Debian archive, without its single top folder if it has one.
 
-    Gives the newest time of its members. Modes become 644 or 755 and owners the caller's. Memory is bounded, whatever
-    the archive says of itself; and but for what breaks in the middle, nothing is written of one that is refused.
+    Return the newest time of its members. Modes become 644 or 755, owners the caller's. Memory is bounded whatever the
+    archive states. Nothing is written of a refused archive, unless it breaks in the middle.
 
     Raises:
-        ArchiveError: it is broken or too large, or a member is absolute, climbs out, is a device, links outside,
-            appears twice, or, but in a Debian archive, differs from another by case alone.
+        ArchiveError: it is broken or too large, or a member is absolute, leaves the folder, is a device, links outside,
+            appears twice, or (except in Debian archives) differs from another by case alone.
     """
     try:
         if archive.suffix in (".zip", ".whl"):
@@ -179,7 +180,8 @@ def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> int:
             epoch = _unpack_tar(archive, folder, limits)
         _lift_single_folder(folder)
         try:
-            _refuse(archive, _astray(folder))  # last: a link that stayed inside may lead out of what was lifted
+            # Last: a link that stayed inside can lead outside after its folder was moved up.
+            _refuse(archive, _astray(folder))
         except ArchiveError:
             files.remove(folder)
             raise
@@ -188,19 +190,23 @@ def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> int:
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):
             raise ArchiveError(archive, [f"{error.filename or folder}: {error.strerror}"]) from error
-        raise ArchiveError(archive, [f"is broken: {error}"]) from error  # gzip says it so, and seek of an absurd place
+        # gzip raises this, and so does a seek to an absurd place.
+        raise ArchiveError(archive, [f"is broken: {error}"]) from error
     return epoch
 
 
 def apply(patch: Patch, folder: Path) -> None:
-    """Apply one patch with no fuzz, by GNU patch; a failed one changes nothing.
+    """Apply one patch without fuzz, with GNU patch; a failed patch changes nothing.
 
     Raises:
-        PatchError: naming each file and hunk that did not apply.
+        PatchError: names each file and hunk that did not apply.
     """
     words = ["patch", "--strip=1", "--fuzz=0", "--force", "--no-backup-if-mismatch", "--reject-file=-",
              f"--directory={folder.absolute()}", f"--input={patch.path.absolute()}"]  # fmt: skip
-    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}  # without POSIXLY_CORRECT and its like
+    environment = {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "LC_ALL": "C",
+    }
     try:
         run([*words, "--dry-run"], env=environment)
         run(words, env=environment)
@@ -211,11 +217,10 @@ def apply(patch: Patch, folder: Path) -> None:
 
 
 def sync(tree: Path, folder: Path) -> None:
-    """Make the sources in ``folder`` those of ``tree``, writing only the files that differ.
+    """Make the sources in ``folder`` equal to those of ``tree``, writing only the files that differ.
 
-    Unchanged files keep their times, so that a build tree in ``folder`` compiles again only what a
-    changed patch touches. Files that an earlier call brought and ``tree`` has no more are removed;
-    what a build made there stays.
+    Unchanged files keep their times, so that a build in ``folder`` compiles only what a changed patch touches. Files of
+    an earlier call that ``tree`` no longer has are removed; files that a build made stay.
     """
     manifest = folder.parent / f"{folder.name}.manifest.json"
     names = [str(path.relative_to(tree)) for path in sorted(tree.rglob("*")) if path.is_symlink() or not path.is_dir()]
@@ -226,13 +231,13 @@ def sync(tree: Path, folder: Path) -> None:
     for name in names:
         if not _same(tree / name, folder / name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            files.remove(folder / name)  # even a folder: of what was once a file's
+            files.remove(folder / name)  # even a folder in the place of a file
             shutil.copy(tree / name, folder / name, follow_symlinks=False)
     files.write_json(manifest, names)
 
 
 def _drop(folder: Path, name: str) -> None:
-    """Remove a file and the folders that this leaves empty; what has become a folder by now holds newer files."""
+    """Remove a file and the folders that become empty; a folder that took its place holds newer files."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
         (folder / name).unlink()
     with contextlib.suppress(OSError):
@@ -249,7 +254,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _recheck(patch: Path) -> str:
-    """What a patch's header says to look at when upstream moves; without that, where upstream it applies."""
+    """Return the places that a patch's header names for re-checking; without them, the upstream places of the patch."""
     header = patch.read_text(encoding="utf-8", errors="replace").split("\n---")[0] if patch.is_file() else ""
     for field in ("Re-check", "Upstream"):
         if found := re.search(rf"^{field}: (.+(?:\n[ \t].+)*)", header, re.MULTILINE):
@@ -266,27 +271,27 @@ def _rejects(output: str) -> Iterator[tuple[str, str]]:
             found = True
             yield file, line.strip()
     if not found:
-        yield file, (output.strip().splitlines() or ["patch said nothing"])[-1]
+        yield file, (output.strip().splitlines() or ["patch printed nothing"])[-1]
 
 
 def name_problem(name: str) -> str | None:
-    """What keeps a member's name from being a file's inside the folder it is unpacked to, as a sentence about it."""
+    """Return why a member's name is not safe inside the folder, as a sentence; ``None`` if it is."""
     path = PurePosixPath(name)
     if _CLUMSY.search(name):
-        return f"{shown(name)}: is no portable name"
+        return f"{shown(name)}: is not a portable name"
     if path.is_absolute():
         return f"{shown(name)}: is absolute"
     if ".." in path.parts:
-        return f"{shown(name)}: climbs out with '..'"
+        return f"{shown(name)}: leaves the folder with '..'"
     if len(name.encode()) > _LONGEST or any(len(part.encode()) > _LONGEST_PART for part in path.parts):
-        return f"{shown(name)}: is too long a name"
+        return f"{shown(name)}: the name is too long"
     if len(path.parts) > _DEEPEST:
-        return f"{shown(name)}: lies too deep"
+        return f"{shown(name)}: is nested too deeply"
     return None
 
 
 def shown(text: str) -> str:
-    """Words of an archive as a person may be shown them."""
+    """Return text of an archive in a printable form."""
     short = text if len(text) <= 200 else f"{text[:200]}…"
     return repr(short) if _CLUMSY.search(short) else short
 
@@ -297,9 +302,10 @@ def _refuse(archive: Path, problems: Iterable[str]) -> None:
 
 
 def _conflicts(names: Sequence[str], folders: Iterable[str], *, case: bool) -> Iterator[str]:
-    """What members do to each other, by their normalised names; ``names`` are those of files and links.
+    """Yield conflicts between members, by their normalized names; ``names`` are those of files and links.
 
-    ``case``: whether two may differ in case alone, or in how Unicode spells them. Some file systems keep one of them.
+    ``case``: True if two names may differ in case alone, or in Unicode normalization. Some file systems keep only one
+    of them.
     """
     count = Counter(names)
     yield from (f"{shown(name)}: appears twice" for name in count if count[name] > 1)
@@ -311,35 +317,35 @@ def _conflicts(names: Sequence[str], folders: Iterable[str], *, case: bool) -> I
     known: dict[str, str] = {}
     for name in () if case else sorted(parents.union(count)):
         if (other := known.setdefault(_folded(name), name)) != name:
-            yield f"{shown(name)}: is the same as {shown(other)} where case does not count"
+            yield f"{shown(name)}: is the same as {shown(other)} on file systems that ignore case"
 
 
 def _folded(name: str) -> str:
-    """Equal for names that a file system without case takes for one (Unicode 3.13, D145)."""
+    """Return a key that is equal for names that a case-insensitive file system treats as one (Unicode 3.13, D145)."""
     if name.isascii():
         return name.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 class _Tape:
-    """The bytes of a tar archive for ``tarfile``, which itself believes whatever length a header states.
+    """The bytes of a tar archive for ``tarfile``, which itself trusts any length in a header.
 
-    While headers are read, what they may take is bounded, and those that older releases of Python read in quadratic
-    time (CVE-2024-6232 and its like) are refused.
+    While headers are read, their size is bounded, and headers that older releases of Python parse in quadratic time
+    (CVE-2024-6232 and similar) are refused.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._left: int | None = _HEADERS
         self._kind = b""
-        """Of which kind the header is whose content comes next."""
+        """The kind of the header whose content follows."""
 
     def read(self, size: int = -1) -> bytes:
         if self._left is None:
             return self._file.read(size)
         self._left -= size
         if size < 0 or self._left < 0:
-            raise tarfile.ReadError("a member's headers are too long, or of a negative length")
+            raise tarfile.ReadError("a member's headers are too long, or have a negative length")
         data, kind, self._kind = self._file.read(size), self._kind, b""
         if kind in _PAX:
             _check_records(data.rstrip(b"\0"))
@@ -355,28 +361,28 @@ class _Tape:
         return self._file.tell()
 
     def next_member(self) -> None:
-        """Let the headers of one more member be read."""
+        """Allow the headers of one more member."""
         assert self._left is not None
         self._left = min(_HEADERS, self._left + _HEADER)
 
     def finish(self, end: int) -> None:
-        """Check that the archive ends at ``end`` as one should, and read on to where its compression has a checksum.
+        """Check that the archive ends correctly at ``end``, and read on to the checksum of its compression.
 
-        From then on files are read, without bounds.
+        After that, files are read without bounds.
 
         Raises:
-            tarfile.TarError: it does not: what follows is damaged, or missing.
+            tarfile.TarError: the end is damaged or missing.
         """
         self._left = None
         self.seek(end)
         mark = self.read(_BLOCK)
         if len(mark) < _BLOCK or any(mark):
-            raise tarfile.ReadError(f"what stands at byte {end} is neither a member nor the archive's end")
+            raise tarfile.ReadError(f"the data at byte {end} is neither a member nor the end of the archive")
         rest = 0
         while block := self.read(files.BLOCK):
             rest += len(block)
             if rest > _REST:
-                raise tarfile.ReadError("it goes on behind its end")
+                raise tarfile.ReadError("it continues after its end")
 
 
 def _check_records(header: bytes) -> None:
@@ -410,9 +416,9 @@ def _unpack_tar(archive: Path, folder: Path, limits: Limits, *, debian: bool = F
             for member in members:
                 member.mode = 0o755 if member.isdir() or member.mode & stat.S_IXUSR else 0o644
                 member.uid, member.gid, member.uname, member.gname = os.getuid(), os.getgid(), "", ""
-            # A second pair of eyes, where it exists: from Python 3.10.12 and 3.11.4 on (PEP 706), so not on Debian 12.
+            # A second check where it exists: from Python 3.10.12 and 3.11.4 on (PEP 706), so not on Debian 12.
             tar.extraction_filter = getattr(tarfile, "data_filter", None)
-            # Links come last, so that nothing can be written by way of one.
+            # Links come last, so that nothing can be written through one.
             tar.extractall(folder, sorted(members, key=tarfile.TarInfo.issym))
     return int(max((0, *(member.mtime for member in members))))
 
@@ -420,7 +426,7 @@ def _unpack_tar(archive: Path, folder: Path, limits: Limits, *, debian: bool = F
 def _members(
     archive: Path, tar: tarfile.TarFile, tape: _Tape, limits: Limits, *, debian: bool
 ) -> list[tarfile.TarInfo]:
-    """The members of a tar archive, read no further than the bounds allow."""
+    """Yield the members of a tar archive, within the limits."""
     members: list[tarfile.TarInfo] = []
     problems: list[str] = []
     size = count = 0
@@ -428,7 +434,7 @@ def _members(
         size, count = size + member.size, count + 1
         if (problem := _trap(member, tar)) or (problem := _beyond(size, count, limits)):
             _refuse(archive, [problem])
-        member.pax_headers = {}  # each member has a copy of all global ones
+        member.pax_headers = {}  # each member has a copy of all global headers
         tape.next_member()
         if not (debian and member.issym() and member.linkname.startswith("/")):
             members.append(member)
@@ -436,15 +442,15 @@ def _members(
     _refuse(archive, problems)
     tape.finish(tar.offset)
     if not count:
-        raise tarfile.ReadError("it holds nothing")
+        raise tarfile.ReadError("it is empty")
     return members
 
 
 def _trap(member: tarfile.TarInfo, tar: tarfile.TarFile) -> str | None:
-    """Why no header behind a member's may be looked for: it would be in the wrong place, or the search have no end."""
+    """Return why the archive cannot be read after this member: the next header is misplaced, or there is no end."""
     if member.size < 0:  # the next header would be in front of this one (CVE-2025-8194)
-        return f"{shown(member.name)}: has a size below zero"
-    if member.issparse():  # how much is written of one has nothing to do with its size
+        return f"{shown(member.name)}: has a negative size"
+    if member.issparse():  # its size on disk is independent of the stated size
         return f"{shown(member.name)}: is a sparse file"
     if len(tar.pax_headers) > _GLOBALS:
         return f"has more than {_GLOBALS} global headers"
@@ -460,54 +466,54 @@ def _beyond(size: int, members: int, limits: Limits) -> str | None:
 
 
 def _member_problems(member: tarfile.TarInfo) -> Iterator[str]:
-    """What can be said against a member of a tar archive by itself."""
+    """Yield the problems of one member of a tar archive."""
     name = shown(member.name)
     if problem := name_problem(member.name):
         yield problem
     elif member.isdev():
         yield f"{name}: is a device or a pipe"
     elif not (member.isfile() or member.isdir() or member.issym() or member.islnk()):
-        yield f"{name}: is of an unknown kind, {member.type!r}"
+        yield f"{name}: has the unknown type {member.type!r}"
     elif not member.isdir() and os.path.normpath(member.name) == ".":
-        yield f"{name}: is no name of a file"
+        yield f"{name}: is not the name of a file"
     elif not -_LATEST < member.mtime < _LATEST:
-        yield f"{name}: has a time that no calendar tells"
+        yield f"{name}: has a time that no calendar supports"
     elif member.issym() or member.islnk():
         base = PurePosixPath(member.name).parent if member.issym() else PurePosixPath()
         target = os.path.normpath(base / member.linkname)
         if target == ".." or target.startswith(("/", "../")):
             yield f"{name}: links outside, to {shown(member.linkname)}"
         elif _CLUMSY.search(member.linkname) or len(member.linkname) > _LONGEST:
-            yield f"{name}: links to {shown(member.linkname)}, which is no portable name"
+            yield f"{name}: links to {shown(member.linkname)}, which is not a portable name"
         elif member.islnk() and ".." in PurePosixPath(member.linkname).parts:
-            yield f"{name}: links to {shown(member.linkname)}, which is no name of a member"
+            yield f"{name}: links to {shown(member.linkname)}, which is not the name of a member"
 
 
 def _tar_problems(members: Sequence[tarfile.TarInfo], *, case: bool) -> Iterator[str]:
-    """What members of a tar archive do to each other."""
+    """Yield the problems between members of a tar archive."""
     links = {os.path.normpath(member.name) for member in members if member.issym()}
     for member in members if links else ():
         name, target = os.path.normpath(member.name), os.path.normpath(member.linkname)
         if member.islnk() and (target in links or _below(links, target)):
-            yield f"{shown(member.name)}: links to {shown(member.linkname)}, by way of a link"
+            yield f"{shown(member.name)}: links to {shown(member.linkname)}, through a link"
         if through := _below(links, name):
-            yield f"{shown(member.name)}: lies below a link, {shown(min(through))}"
+            yield f"{shown(member.name)}: is below a link, {shown(min(through))}"
     others = [os.path.normpath(member.name) for member in members if not member.isdir()]
     yield from _conflicts(others, (os.path.normpath(member.name) for member in members if member.isdir()), case=case)
 
 
 def _below(links: Set[str], name: str) -> set[str]:
-    """Those of ``links`` that a path goes through."""
+    """Return those of ``links`` that a path passes through."""
     return {parent for parent in map(str, PurePosixPath(name).parents) if parent in links}
 
 
 def _astray(folder: Path) -> Iterator[str]:
-    """What is wrong with where the links in a folder lead."""
+    """Yield the links in a folder that lead outside or in a circle."""
     inside = folder.resolve()
     for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):
         name = shown(str(link.relative_to(folder)))
         if _endless(link):
-            yield f"{name}: links to itself, by way of other links"
+            yield f"{name}: links to itself, through other links"
         elif not link.resolve().is_relative_to(inside):
             yield f"{name}: links outside, to {shown(str(link.readlink()))}"
 
@@ -529,10 +535,10 @@ def _unpack_zip(archive: Path, folder: Path, limits: Limits) -> int:
 
 
 def zip_problems(bundle: zipfile.ZipFile, limits: Limits = LIMITS) -> Iterator[str]:
-    """What speaks against unpacking a zip archive, as sentences.
+    """Yield the reasons not to unpack a zip archive, as sentences.
 
-    ``zipfile`` gives no more bytes of a member than the directory states, whatever they inflate to, so that a bound on
-    what is stated is one on what is written.
+    ``zipfile`` never returns more bytes of a member than the directory states, so a limit on the stated sizes is a
+    limit on the written bytes.
     """
     members = bundle.infolist()
     if problem := _beyond(sum(member.file_size for member in members), len(members), limits):
@@ -547,10 +553,10 @@ def zip_problems(bundle: zipfile.ZipFile, limits: Limits = LIMITS) -> Iterator[s
         elif member.flag_bits & 1:
             yield f"{shown(name)}: is encrypted"
         elif member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-            # zipfile inflates whole blocks of these, and a few kB of bzip2 may be gigabytes.
-            yield f"{shown(name)}: is compressed in another way than by deflate"
+            # zipfile inflates whole blocks of other methods, and a few kB of bzip2 can be gigabytes.
+            yield f"{shown(name)}: is not compressed by deflate"
         elif not member.is_dir() and os.path.normpath(name) == ".":
-            yield f"{shown(name)}: is no name of a file"
+            yield f"{shown(name)}: is not the name of a file"
     names = [os.path.normpath(member.filename) for member in members if not member.is_dir()]
     folders = (os.path.normpath(member.filename) for member in members if member.is_dir())
     yield from _conflicts(names, folders, case=False)
@@ -558,9 +564,9 @@ def zip_problems(bundle: zipfile.ZipFile, limits: Limits = LIMITS) -> Iterator[s
 
 
 def _contradictions(bundle: zipfile.ZipFile) -> Iterator[str]:
-    """Where a zip archive's directory and the headers in front of its files differ, or files share their bytes.
+    """Yield differences between a zip archive's directory and the headers of its files, and files that share bytes.
 
-    Programs that read it from its beginning would find other files in it than those that go by the directory.
+    Programs that read the archive from its beginning would find other files than those that use the directory.
     """
     file, end = cast(IO[bytes], bundle.fp), 0
     for member in sorted(bundle.infolist(), key=lambda member: member.header_offset):
@@ -573,20 +579,20 @@ def _contradictions(bundle: zipfile.ZipFile) -> Iterator[str]:
         if (mark, name, method) != (b"PK\3\4", member.orig_filename, member.compress_type) or not (
             told == truth or streamed
         ):
-            yield f"{shown(member.filename)}: is told in two ways, in front of it and in the archive's directory"
+            yield f"{shown(member.filename)}: its own header and the archive's directory differ"
         if member.header_offset < end:
-            yield f"{shown(member.filename)}: lies in the bytes of another member"
+            yield f"{shown(member.filename)}: overlaps another member"
         end = max(end, member.header_offset + _LOCAL.size + length + extra + member.compress_size)
     if end > bundle.start_dir:
-        yield "has members that reach into its directory"
+        yield "has members that overlap its directory"
 
 
 def extract(bundle: zipfile.ZipFile, folder: Path) -> None:
-    """Write the members of a zip archive that :func:`zip_problems` has nothing against: modes 644 or 755.
+    """Write the members of a zip archive without :func:`zip_problems`, with modes 644 or 755.
 
     Raises:
-        FileExistsError: one of them is there already.
-        Exception: whatever ``zipfile`` finds to be damaged, see ``BROKEN``.
+        FileExistsError: a file exists already.
+        Exception: ``zipfile`` finds damage, see ``BROKEN``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for member in bundle.infolist():
@@ -601,33 +607,33 @@ def extract(bundle: zipfile.ZipFile, folder: Path) -> None:
 
 
 def _zip_time(member: zipfile.ZipInfo) -> int:
-    """Its time, which has no zone, as if in UTC; some writers leave it 0, which is no date."""
+    """Return a member's time, which has no zone, as UTC; some writers leave it 0, which is not a date."""
     year, month, day, *clock = member.date_time
     return calendar.timegm((year, max(month, 1), max(day, 1), *clock))
 
 
 def _unpack_deb(archive: Path, folder: Path, limits: Limits) -> int:
-    """Unpack the files of a Debian package, deb(5), whose parts binutils' ar reads.
+    """Unpack the files of a Debian package, deb(5), with binutils' ar.
 
-    Its absolute links refer to the system that it would be installed on and are left out. Names may differ in case
-    alone: it is made for file systems that tell them apart, and the kernel's headers have such names.
+    Its absolute links refer to the installed system and are skipped. Names may differ by case alone: the package is
+    made for case-sensitive file systems, and the kernel's headers have such names.
     """
     if not shutil.which("ar"):
-        raise VoltforgeError("ar is not installed, which opens Debian packages", hint="apt-get install binutils")
+        raise VoltforgeError("ar, which opens Debian packages, is not installed", hint="apt-get install binutils")
     with tempfile.TemporaryDirectory() as scratch:
         try:
             parts = run(["ar", "t", archive.absolute()]).output.split()
             [data] = [part for part in parts if re.fullmatch(r"data\.tar(\.\w+)?", part)]
             run(["ar", "x", archive.absolute(), data], cwd=Path(scratch))
         except (ProgramFailed, ValueError) as error:
-            raise ArchiveError(archive, ["is no Debian package that ar can read"]) from error
+            raise ArchiveError(archive, ["is not a Debian package that ar can read"]) from error
         return _unpack_tar(Path(scratch, data), folder, limits, debian=True)
 
 
 def _lift_single_folder(folder: Path) -> None:
     entries = list(folder.iterdir())
     if len(entries) == 1 and entries[0].is_dir() and not entries[0].is_symlink():
-        lifted = Path(tempfile.mkdtemp(dir=folder))  # so that the folder may hold one of its own name
+        lifted = Path(tempfile.mkdtemp(dir=folder))  # the folder can hold an entry of its own name
         single = entries[0].rename(lifted / "single")
         for entry in list(single.iterdir()):
             entry.rename(folder / entry.name)
