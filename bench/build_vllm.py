@@ -21,7 +21,7 @@ from voltforge.binary import cubin
 from voltforge.compile import build, jobs, sandbox
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
-from voltforge.sources import tree
+from voltforge.sources import patches, tree
 from voltforge.system import console, files
 from voltforge.system.process import run
 from voltforge.wheel import wheelfile
@@ -45,7 +45,7 @@ def measured(pipeline, name, patches, count, folder, asks, cache=None):
     recipe = pipeline.recipes["vllm"]
     package = pipeline.package(recipe)
     archive = pipeline.store.get(recipe.source.artifact)
-    grown = tree.grow(archive, patches, folder / "tree")
+    grown = tree.create(archive, patches, folder / "tree")
     log = pipeline.scratch / "logs" / f"bench-{name}.log"
     console.step(f"{name}: {len(patches)} patches, {count} jobs, log {log.relative_to(ROOT)}")
     shop = build.Workshop(
@@ -120,7 +120,7 @@ def main():
     count, _ = jobs.count(words.jobs, recipe.build.memory_per_job)
     pipeline.toolchain.run()
     pipeline.package(recipe).stages["environment"].required()
-    series = tree.series(ROOT / "patches" / "vllm")
+    series = patches.series(ROOT / "patches" / "vllm")
     stock_patches = tuple(patch for patch in series if patch.path.name in STOCK)
     with tempfile.TemporaryDirectory(dir=pipeline.scratch) as scratch:
         stock = measured(pipeline, "stock", stock_patches, count, Path(scratch, "stock"), asks=False)

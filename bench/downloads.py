@@ -21,7 +21,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voltforge.sources import tree
 from voltforge.sources.fetch import AT_ONCE, Artifact, Store
 from voltforge.sources.index import Indexes
 from voltforge.sources.recipe import load_cuda
@@ -80,7 +79,7 @@ def fetch(folder, at_once, unpack):
     for artifact, path in arriving:
         if unpack:
             (folder / "unpacked" / artifact.file).mkdir(parents=True)
-            tree.unpack(path, folder / "unpacked" / artifact.file)
+            unpack(path, folder / "unpacked" / artifact.file)
     print(time.monotonic() - start)
 
 

@@ -19,14 +19,14 @@ from tests.support.cgroup import limited
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
-from voltforge.sources import tree
+from voltforge.sources import patches
 from voltforge.system import console, files
 
 
 def build(which, jobs):
     """One build from nothing, in this process."""
     pipeline = Pipeline.load(ROOT, Settings(jobs=jobs))
-    series = tree.series(ROOT / "patches" / "vllm")
+    series = patches.series(ROOT / "patches" / "vllm")
     if which == "stock":
         series = tuple(patch for patch in series if patch.path.name in build_vllm.STOCK)
     with tempfile.TemporaryDirectory(dir=pipeline.scratch) as scratch:

@@ -22,7 +22,7 @@ from bench import build_vllm
 from voltforge.compile import object_cache
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
-from voltforge.sources import tree
+from voltforge.sources import patches
 from voltforge.system import console, files
 
 
@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench" / "objects.json", help="where figures go")
     words = parser.parse_args()
     pipeline = Pipeline.load(ROOT, Settings(jobs=words.jobs))
-    series, rows, wheels = tree.series(ROOT / "patches" / "vllm"), [], set()
+    series, rows, wheels = patches.series(ROOT / "patches" / "vllm"), [], set()
     with tempfile.TemporaryDirectory(dir=pipeline.scratch) as scratch, redis(scratch) as port:
         address = f"redis://127.0.0.1:{port}"
         for name, server, folder in (

@@ -16,7 +16,7 @@ import pytest
 from tests.support.checkouts import ROOT, doit
 from tests.support.vllm_python import VllmPython
 from voltforge.pipeline.pipeline import Pipeline
-from voltforge.sources import environment, tree
+from voltforge.sources import environment, patches, tree
 from voltforge.sources.environment import Environment, unmet_requirements
 from voltforge.sources.fetch import Artifact
 from voltforge.sources.index import configured
@@ -45,8 +45,8 @@ def made(vllm: Pipeline) -> wheelfile.Wheel:
 def patched(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Tree:
     """The sources as the series leaves them."""
     recipe = vllm.recipes["vllm"]
-    series = tree.series(vllm.root / "patches" / "vllm")
-    return tree.grow(vllm.store.get(recipe.source.artifact), series, tmp_path_factory.mktemp("vllm") / "tree")
+    series = patches.series(vllm.root / "patches" / "vllm")
+    return tree.create(vllm.store.get(recipe.source.artifact), series, tmp_path_factory.mktemp("vllm") / "tree")
 
 
 def called(folder: Path, pattern: str) -> Sequence[str]:
@@ -165,7 +165,7 @@ def test_the_header_diet_edits_no_source(repository: Path) -> None:
 
 
 def test_each_patch_says_why_where_and_what_to_check_again(repository: Path) -> None:
-    for patch in tree.series(repository / "patches" / "vllm"):
+    for patch in patches.series(repository / "patches" / "vllm"):
         header = patch.path.read_text().split("\n---\n")[0]
         for field in ("Subject: ", "Why: ", "Upstream: ", "Re-check: "):
             assert f"\n{field}" in f"\n{header}", f"{patch.path.name} lacks {field}"

@@ -26,10 +26,11 @@ from tests.support.corruption import ANSWERS_COUNTED, Room, cases, damaged, sayi
 from tests.support.servers import Fault, Server, serving
 from voltforge.sources import index
 from voltforge.sources.fetch import Artifact, NotFetchedError, Store
-from voltforge.sources.index import Indexes, NotOnIndexError, Patience, configured, redacted
-from voltforge.system import console
+from voltforge.sources.index import Indexes, NotOnIndexError, Patience, configured
+from voltforge.system import console, urls
 from voltforge.system.files import remove
 from voltforge.system.process import run
+from voltforge.system.urls import redacted
 
 NO_PIP = Path("no-such-python")
 """An interpreter that is not there, so that only the environment given counts."""
@@ -204,7 +205,7 @@ def test_a_file_is_found_on_an_index_on_disk(tmp_path, server):
     (tmp_path / "simple" / "small-thing" / "index.html").write_text(page)
     indexes = Indexes(f"{server.url}/simple/", extra=((tmp_path / "simple").as_uri(),))
     link = indexes.find("Small_Thing", SDIST)
-    assert index.local_path(link.url) == tmp_path / "files" / SDIST
+    assert urls.local_path(link.url) == tmp_path / "files" / SDIST
     assert link.sha256 == HASH
 
 
@@ -214,7 +215,7 @@ def test_find_links_come_first_whether_folder_or_page(tmp_path, server):
     assert indexes.find("small", SDIST).url == f"{server.url}/mine/{SDIST}"
     (tmp_path / SDIST).write_bytes(DATA)
     indexes = Indexes(indexes.default, find_links=(str(tmp_path), *indexes.find_links))
-    assert index.local_path(indexes.find("small", SDIST).url) == tmp_path / SDIST
+    assert urls.local_path(indexes.find("small", SDIST).url) == tmp_path / SDIST
 
 
 def test_an_extra_index_is_asked_when_the_default_one_does_not_know_the_project(server, other):
@@ -439,7 +440,11 @@ def test_what_is_hardly_http_is_refused_or_survived(room, counted, answer):
             "text/html",
             "redirects to an address that is neither http nor",
         ),
-        (HTML.replace("../../files", "javascript:files").encode(), "text/html", "redirects to an address that is neither"),
+        (
+            HTML.replace("../../files", "javascript:files").encode(),
+            "text/html",
+            "redirects to an address that is neither",
+        ),
     ],
 )
 def test_a_page_that_cannot_be_used_is_said_to_be_so(liar, room, page, kind, words):

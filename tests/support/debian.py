@@ -15,10 +15,12 @@ from voltforge.compile import jobs, sandbox
 from voltforge.compile.build import Workshop
 from voltforge.compile.toolchain import Toolchain
 from voltforge.pipeline.pipeline import Pipeline
-from voltforge.sources import tree
+from voltforge.sources import patches
+from voltforge.sources.archive import unpack
 from voltforge.sources.environment import Environment
+from voltforge.sources.patches import Patch
 from voltforge.sources.recipe import Source, SourceRecipe, read_toml
-from voltforge.sources.tree import Patch, Tree
+from voltforge.sources.tree import Tree
 from voltforge.system import files
 
 NEWER = {"USE_NVSHMEM", "USE_FBGEMM_GENAI"}
@@ -56,7 +58,7 @@ def upstream(pipeline: Pipeline, folder: Path) -> Tree:
     """The sources of 2.6.0 in the new ``folder``, as upstream has them but for what Debian left out."""
     folder.mkdir()
     [source] = parts()["source"]
-    return Tree(folder, tree.unpack(pipeline.store.get(source.artifact), folder))
+    return Tree(folder, unpack(pipeline.store.get(source.artifact), folder))
 
 
 def patched(pipeline: Pipeline, original: Tree) -> Tree:
@@ -65,10 +67,10 @@ def patched(pipeline: Pipeline, original: Tree) -> Tree:
     shutil.copytree(original.path, folder, symlinks=True)
     (folder / "debian").mkdir()
     [packaging] = known["packaging"]
-    tree.unpack(pipeline.store.get(packaging.artifact), folder / "debian")
+    unpack(pipeline.store.get(packaging.artifact), folder / "debian")
     for line in (folder / "debian/patches/series").read_text().splitlines():
         if line.strip() and not line.startswith("#"):
-            tree.apply(Patch(folder / "debian/patches" / line.strip(), line.strip(), ""), folder)
+            patches.apply(Patch(folder / "debian/patches" / line.strip(), line.strip(), ""), folder)
     for name, old, new in UNDONE:
         text = (folder / name).read_text()
         assert text.count(old) == 1, (name, old)
@@ -76,7 +78,7 @@ def patched(pipeline: Pipeline, original: Tree) -> Tree:
     for package in known["packages"]:
         part = original.path.with_name("package")
         part.mkdir()
-        tree.unpack(pipeline.store.get(package.artifact), part)  # its single top folder, usr, is left out
+        unpack(pipeline.store.get(package.artifact), part)  # its single top folder, usr, is left out
         shutil.copytree(part, folder / "deb/usr", symlinks=True, dirs_exist_ok=True)
         files.remove(part)
     for name, inside in VENDORED.items():

@@ -17,7 +17,7 @@ from tests.support.gptq import CallReport, Kernels, layer
 from volta.gpu_rows.gptq import Layer
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
-from voltforge.sources import tree
+from voltforge.sources import patches, tree
 
 pytestmark = pytest.mark.slow
 PATCH = "gptq-small-prompts"
@@ -32,13 +32,13 @@ def trees(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """The patched sources, and the same without the patch for GPTQ."""
     pipeline = Pipeline.load(repository, Settings())
     archive = pipeline.store.get(pipeline.recipes["vllm"].source.artifact)
-    series = tree.series(repository / "patches" / "vllm")
+    series = patches.series(repository / "patches" / "vllm")
     without = [patch for patch in series if PATCH not in patch.path.name]
     assert len(without) == len(series) - 1
     folder = tmp_path_factory.mktemp("vllm")
     return {
-        "patched": tree.grow(archive, series, folder / "patched").path,
-        "unpatched": tree.grow(archive, without, folder / "unpatched").path,
+        "patched": tree.create(archive, series, folder / "patched").path,
+        "unpatched": tree.create(archive, without, folder / "unpatched").path,
     }
 
 

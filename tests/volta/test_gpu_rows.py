@@ -23,7 +23,7 @@ from volta.gpu_rows import activations, builder, gptq, kv_cache
 from volta.gpu_rows import cuda_kernels as cuda_rows
 from voltforge.gpu import cuda_kernels
 from voltforge.pipeline.pipeline import Pipeline
-from voltforge.sources import tree
+from voltforge.sources import patches, tree
 
 LARGEST = 4 << 20
 """Bytes of a row's memory."""
@@ -252,9 +252,9 @@ def test_rows_are_reproducible_and_survive_a_bundle(images: dict[str, Image], ro
 def on_cpu(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """The patched sources, run on the CPU."""
     archive = vllm.store.get(vllm.recipes["vllm"].source.artifact)
-    series = tree.series(vllm.root / "patches" / "vllm")
+    series = patches.series(vllm.root / "patches" / "vllm")
     folder = tmp_path_factory.mktemp("vllm")
-    return Kernels(tree.grow(archive, series, folder / "tree").path, tmp_path_factory.mktemp("kernels"))
+    return Kernels(tree.create(archive, series, folder / "tree").path, tmp_path_factory.mktemp("kernels"))
 
 
 def values(arguments: Sequence[Pointer | Number]) -> list[int]:

@@ -19,7 +19,7 @@ from packaging.version import Version
 from tests.support.corruption import Room, bounded, cases, damaged, zip_fields
 from tests.support.samples import EPOCH, METADATA, WHEEL, compiled, tree, unpacked, wheel
 from voltforge.binary.elf import Elf
-from voltforge.sources.tree import Limits
+from voltforge.sources.archive import Limits
 from voltforge.system import programs
 from voltforge.system.files import remove
 from voltforge.wheel.wheelfile import (

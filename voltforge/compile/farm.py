@@ -21,8 +21,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from voltforge.errors import VoltforgeError
-from voltforge.sources.index import redacted
 from voltforge.system import console, files
+from voltforge.system.urls import redacted
 
 if TYPE_CHECKING:
     from redis import Redis

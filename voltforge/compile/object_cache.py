@@ -26,9 +26,9 @@ from voltforge.compile.farm import Farm
 from voltforge.compile.sandbox import SYSTEM
 from voltforge.compile.scheduler import socket_address
 from voltforge.errors import VoltforgeError
-from voltforge.sources.index import redacted
 from voltforge.system import console, files
 from voltforge.system.process import run
+from voltforge.system.urls import redacted
 
 OFF = "off"
 SCHEMES = {"redis": 6379, "http": 80, s3.SCHEME: 443}

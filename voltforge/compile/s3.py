@@ -17,8 +17,8 @@ from collections.abc import Mapping
 
 from voltforge.errors import VoltforgeError
 from voltforge.sources import distro
-from voltforge.sources.index import redacted
 from voltforge.system.process import ProgramFailed, run
+from voltforge.system.urls import redacted
 
 SCHEME = "s3"
 PATIENCE = 30.0

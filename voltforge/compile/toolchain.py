@@ -15,7 +15,8 @@ from packaging.version import Version
 from voltforge.binary import elf
 from voltforge.compile import driver_stub
 from voltforge.errors import VoltforgeError, listed
-from voltforge.sources import environment, materials, tree
+from voltforge.sources import environment, materials
+from voltforge.sources.archive import unpack
 from voltforge.sources.fetch import MOST, Artifact, NotFetchedError, Store
 from voltforge.sources.materials import Material
 from voltforge.sources.recipe import CudaRecipe, Provision
@@ -263,7 +264,7 @@ def _assemble(archives: Sequence[Artifact], lock: Path, store: Store, home: Path
         for archive, path in arriving:
             part = parts / str(archives.index(archive))
             part.mkdir(parents=True)
-            tree.unpack(path, part)
+            unpack(path, part)
     environment.install_into(lock, parts / "wheels", store.indexes, offline=store.offline)
     for path in sorted(parts.rglob("*")):
         place = _place(path.as_posix().removeprefix(parts.as_posix()))

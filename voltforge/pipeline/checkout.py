@@ -16,8 +16,8 @@ from voltforge.pipeline.stage import Stage, Values
 from voltforge.sources import environment
 from voltforge.sources.environment import Environment
 from voltforge.sources.fetch import Store
-from voltforge.sources.index import redacted
 from voltforge.sources.recipe import CHOICES
+from voltforge.system.urls import redacted
 from voltforge.wheel import signing
 from voltforge.wheel.shared_cache import Cache
 from voltforge.wheel.signing import Signer, Trust

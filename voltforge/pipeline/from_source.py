@@ -19,11 +19,12 @@ from voltforge.pipeline import package
 from voltforge.pipeline.checkout import Checkout
 from voltforge.pipeline.results import BuiltWheel, SourceFile
 from voltforge.pipeline.stage import Stage, Values
-from voltforge.sources import environment, materials, options, tree
+from voltforge.sources import environment, materials, options, patches, tree
 from voltforge.sources.environment import Environment
 from voltforge.sources.materials import Material
+from voltforge.sources.patches import Patch
 from voltforge.sources.recipe import Source, SourceRecipe
-from voltforge.sources.tree import Patch, Tree
+from voltforge.sources.tree import Tree
 from voltforge.system import console, files
 from voltforge.wheel import sbom, wheelfile
 from voltforge.wheel.checks import Expectation
@@ -120,7 +121,7 @@ class FromSource:
 
     def patches(self) -> tuple[Patch, ...]:
         """Return the patch series of the package."""
-        return tree.series(self.checkout.root / "patches" / self.recipe.name)
+        return patches.series(self.checkout.root / "patches" / self.recipe.name)
 
     def workshop(self, sandbox: Sandbox) -> Workshop:
         """Return the build's folders and tools; the stages before ``build`` must have run."""
@@ -151,7 +152,7 @@ class FromSource:
     def _unpack(self, _: str) -> Tree:
         patches = self.patches()
         console.step(f"unpack {self.source.file} and apply {len(patches)} patches")
-        return tree.grow(self.fetch.result().path, patches, self.checkout.scratch / "trees" / self.recipe.name)
+        return tree.create(self.fetch.result().path, patches, self.checkout.scratch / "trees" / self.recipe.name)
 
     def _install(self, _: str) -> Environment:
         lock = self.recipe.beside(self.recipe.build.lock)

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from voltforge.sources.index import local_path
 from voltforge.system.process import ProgramFailed, run
+from voltforge.system.urls import local_path
 
 INSTALLERS = (
     ("apt-get", "apt-get install --yes --no-install-recommends"),

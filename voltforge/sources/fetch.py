@@ -21,9 +21,10 @@ import urllib3
 
 from voltforge.errors import VoltforgeError, listed, remedy
 from voltforge.sources import distro, index
-from voltforge.sources.index import HASH, Indexes, Patience, answered, explained, local_path, redacted
+from voltforge.sources.index import HASH, Indexes, Patience, answered, explained
 from voltforge.sources.threads import Halt, each
 from voltforge.system import console, files
+from voltforge.system.urls import local_path, redacted
 
 MOST = 64 * 10**9
 """Bytes; a file of unknown size is not downloaded beyond this."""

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
-from urllib.request import url2pathname
 
 import requests
 import urllib3
@@ -28,6 +27,7 @@ from urllib3.util import Retry
 from voltforge.errors import VoltforgeError, listed
 from voltforge.system.files import BLOCK, size
 from voltforge.system.process import ProgramFailed, run
+from voltforge.system.urls import local_path, redacted
 
 if TYPE_CHECKING:
     from pypi_simple import DistributionPackage
@@ -293,27 +293,6 @@ def configured(environ: Mapping[str, str] = os.environ, python: str | Path | Non
     )
 
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-_MOST_SHOWN = 500
-"""The largest number of characters of an address that is printed."""
-
-
-def redacted(url: str) -> str:
-    """Return ``url`` for printing: without user, password and query (where signed addresses keep their secret).
-
-    Control characters, which would move the terminal's cursor, are removed, and long addresses are cut.
-    """
-    url = _CONTROL.sub(lambda found: quote(found[0], errors="replace"), url)
-    scheme, mark, rest = url.partition("://")
-    if not mark:
-        return url[:_MOST_SHOWN]
-    # Up to the last @: passwords often contain a raw slash, question mark or @.
-    _, at, place = rest.rpartition("@")
-    path, question, _ = place.partition("?")
-    shown = scheme + mark + ("***@" if at else "") + path.partition("#")[0] + ("?***" if question else "")
-    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}…"
-
-
 def explained(error: Exception, indexes: Indexes) -> str:
     """Return the reason of a failed request, without credentials."""
     if isinstance(error, _PageError):
@@ -359,13 +338,6 @@ _WORDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = 
     ((requests.exceptions.InvalidURL, requests.exceptions.MissingSchema), "is not a valid address"),
     (requests.exceptions.InvalidHeader, "sends an invalid header, or redirects to an invalid address"),
 )
-
-
-def local_path(place: str) -> Path | None:
-    """Return the path of a plain path or a file: URL; ``None`` for an address on the network."""
-    if place.startswith("file:"):
-        return Path(url2pathname(urlsplit(place).path))
-    return None if "://" in place else Path(place)
 
 
 NAME = "VOLTFORGE"

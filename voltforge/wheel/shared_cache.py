@@ -29,8 +29,9 @@ from requests.adapters import BaseAdapter
 from voltforge.errors import VoltforgeError, remedy
 from voltforge.sources import index
 from voltforge.sources.fetch import Artifact, NotFetchedError, Store
-from voltforge.sources.index import Indexes, Patience, answered, explained, local_path, redacted
+from voltforge.sources.index import Indexes, Patience, answered, explained
 from voltforge.system import console, files
+from voltforge.system.urls import local_path, redacted
 from voltforge.wheel import provenance, signing
 from voltforge.wheel.provenance import Provenance
 from voltforge.wheel.signing import Trust

@@ -35,7 +35,7 @@ from packaging.version import Version
 
 from voltforge.binary import elf
 from voltforge.errors import VoltforgeError, listed
-from voltforge.sources.tree import Limits, extract, name_problem, shown, zip_problems
+from voltforge.sources.archive import Limits, extract, name_problem, shown, zip_problems
 from voltforge.system import files
 
 if TYPE_CHECKING:
