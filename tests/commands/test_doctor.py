@@ -1,4 +1,4 @@
-"""The doctor says what is there and what is missing, with the command that gets it, and changes nothing."""
+"""`./doit doctor` lists what is installed and what is missing, with commands to install it, and changes nothing."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_an_index_without_the_source_is_missing(
 
 def test_offline_the_index_is_not_asked(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
-    assert "never asked" in found(loaded(pipeline.root), "package index").detail
+    assert "not used" in found(loaded(pipeline.root), "package index").detail
 
 
 def upstream(pipeline: Pipeline, url: str) -> Check:

@@ -1,4 +1,4 @@
-"""What this machine lacks for a build, a line each, with the command that gets it."""
+"""`./doit doctor`: list what this machine lacks for a build, with the commands that install it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from voltforge.system.process import ProgramFailed, run
 from voltforge.wheel import signing
 
 PYTHONS = ((3, 10), (3, 13))
-"""The oldest and the newest Python that vLLM 0.12.0 and PyTorch 2.9.0 both have."""
+"""The oldest and the newest Python with wheels of both vLLM 0.12.0 and PyTorch 2.9.0."""
 DISK = 30 * 10**9
-"""Bytes that a first build of vLLM may take: 9 GB of wheels in uv's cache, as much unpacked, trees, objects, spare."""
+"""Bytes that a first build of vLLM may use: 9 GB of wheels in uv's cache, as much unpacked, trees, objects, spare."""
 PATIENCE = 10
-"""Seconds that a host may take to answer."""
+"""Seconds to wait for the answer of a host."""
 MEMORY = 3 * 2**30
-"""Bytes below which even one compile job is tight."""
+"""Bytes of memory that one compile job needs."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Check:
 
 
 def examine(pipeline: Pipeline) -> list[Check]:
-    """Every check, in the order of the report; none of them changes anything."""
+    """Return all checks in the order of the report; they change nothing."""
     looks: tuple[Callable[[Pipeline], Iterator[Check]], ...] = (
         _python, _programs, _objects, _disk, _memory, _namespaces, _driver, _index, _upstream, _compiler, _engine, _key,
         _cache,
@@ -59,17 +59,17 @@ def report(pipeline: Pipeline) -> None:
     """Print the checks.
 
     Raises:
-        VoltforgeError: something is missing without which a build fails; it names all of it.
+        VoltforgeError: something is missing that a build needs; the message lists all of it.
     """
     checks = examine(pipeline)
     marks = {"ok": "ok", "note": "note", "missing": "MISSING"}
     console.table(
         "",
-        ("", "what", "found"),
+        ("", "check", "result"),
         [(marks[c.state], c.name, c.detail + (f"\n-> {c.hint}" if c.hint else "")) for c in checks],
     )
     if missing := [check.name for check in checks if check.state == "missing"]:
-        raise VoltforgeError(f"missing: {', '.join(missing)}", hint="the lines above say what gets them")
+        raise VoltforgeError(f"missing: {', '.join(missing)}", hint="run the commands in the lines above")
 
 
 def _python(_: Pipeline) -> Iterator[Check]:
@@ -104,10 +104,10 @@ def _programs(_: Pipeline) -> Iterator[Check]:
 
 
 def _objects(pipeline: Pipeline) -> Iterator[Check]:
-    found = object_cache.chosen("", pipeline.scratch / "cache" / "ccache")
-    detail = f"{found.program}: what was compiled once is not compiled again" if found else "not in /usr or /opt"
-    hint = "" if found else distro.install_command(["ccache"]) + ", for a second build in seconds"
-    yield Check("ccache", "ok" if found else "note", detail, hint)
+    cache = object_cache.chosen("", pipeline.scratch / "cache" / "ccache")
+    detail = f"{cache.program}: what was compiled once is not compiled again" if cache else "not in /usr or /opt"
+    hint = "" if cache else distro.install_command(["ccache"]) + ", for a second build in seconds"
+    yield Check("ccache", "ok" if cache else "note", detail, hint)
 
 
 def _disk(pipeline: Pipeline) -> Iterator[Check]:
@@ -119,12 +119,12 @@ def _disk(pipeline: Pipeline) -> Iterator[Check]:
 
 
 def _memory(pipeline: Pipeline) -> Iterator[Check]:
-    there = jobs.memory()
-    if there:
-        state = "ok" if there.free >= MEMORY else "note"
-        yield Check("memory", state, f"{size(there.free)} free of {size(there.limit)}")
+    memory = jobs.memory()
+    if memory:
+        state = "ok" if memory.free >= MEMORY else "note"
+        yield Check("memory", state, f"{size(memory.free)} free of {size(memory.limit)}")
     else:
-        yield Check("memory", "note", "nothing here tells how much there is", "jobs=N, or memory=6GiB")
+        yield Check("memory", "note", "the amount of memory is unknown", "jobs=N, or memory=6GiB")
     for recipe in pipeline.recipes.values():
         if not isinstance(recipe, SourceRecipe):
             continue
@@ -135,17 +135,20 @@ def _memory(pipeline: Pipeline) -> Iterator[Check]:
 
 
 def _namespaces(_: Pipeline) -> Iterator[Check]:
-    found = sandbox.available()
-    if found.hermetic:
-        yield Check("sandbox", "ok", "bubblewrap: builds see only what was declared, and no network")
+    available = sandbox.available()
+    if available.hermetic:
+        yield Check("sandbox", "ok", "bubblewrap: builds see only their declared inputs, and no network")
         return
-    said = {
-        "no network": "builds have no network, but see the whole machine",
-        "none": "builds see the machine and the network",
+    details = {
+        "no network": "builds have no network, but can read the whole machine",
+        "none": "builds can read the whole machine and use the network",
     }
     hint = "" if shutil.which("bwrap") else distro.install_command(["bubblewrap"])
     yield Check(
-        "sandbox", "note", said[found.kind], hint or "allow user namespaces: sysctl kernel.unprivileged_userns_clone=1"
+        "sandbox",
+        "note",
+        details[available.kind],
+        hint or "allow user namespaces: sysctl kernel.unprivileged_userns_clone=1",
     )
 
 
@@ -153,16 +156,18 @@ def _driver(_: Pipeline) -> Iterator[Check]:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        yield Check("NVIDIA driver", "note", "none here: wheels can be built and checked, not run")
+        yield Check("NVIDIA driver", "note", "not installed: wheels can be built and checked, not run")
         return
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-    for line in _first_line(query, lines=16).splitlines() or ["libcuda.so.1 is here, nvidia-smi says nothing"]:
+    for line in _first_line(query, lines=16).splitlines() or [
+        "libcuda.so.1 is installed, but nvidia-smi prints nothing"
+    ]:
         yield Check("NVIDIA driver", "ok", line)
 
 
 def _index(pipeline: Pipeline) -> Iterator[Check]:
     if pipeline.store.offline:
-        yield Check("package index", "note", "VOLTFORGE_OFFLINE is set: it is never asked")
+        yield Check("package index", "note", "not used: VOLTFORGE_OFFLINE is set")
         return
     for recipe in pipeline.recipes.values():
         source = pipeline.package(recipe).maker.source
@@ -206,7 +211,7 @@ def _compiler(pipeline: Pipeline) -> Iterator[Check]:
         yield Check(
             "CUDA compiler",
             "ok",
-            f"CUDA {record.result.version} ({record.result.origin}), put together before",
+            f"CUDA {record.result.version} ({record.result.origin}), from an earlier run",
         )
         return
     mirrors = distro.mirrors()
@@ -231,7 +236,7 @@ def _key(_: Pipeline) -> Iterator[Check]:
         yield Check("signing key", "missing", error.what, error.hint)
         return
     others = len(trust.keys) - bool(signer)
-    trusted = f"{others} more are trusted" if others else "no other is trusted"
+    trusted = f"{others} other keys are trusted" if others else "no other key is trusted"
     if signer:
         yield Check("signing key", "ok", f"{signer.keyid[:16]}…; {trusted}")
     else:
