@@ -1,4 +1,4 @@
-"""A build sees what was declared, says how far it is, shows its first error, and goes on where it was stopped."""
+"""A build sees declared inputs only, shows progress and its first error, and resumes."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def package(pipeline: Pipeline) -> Package:
 
 
 def built(pipeline: Pipeline) -> Path:
-    """Run the stages as far as the wheel, and give it."""
+    """Run the stages up to the built wheel and return its path."""
     for kind in KINDS:
         package(pipeline).stages[kind].run()
     return Path(package(pipeline).stages["build"].result().path)
 
 
 def objects(pipeline: Pipeline) -> dict[str, int]:
-    """When each object was compiled."""
+    """Return the time of each object."""
     return {path.name: path.stat().st_mtime_ns for path in (pipeline.scratch / "work").rglob("*.cu.o")}
 
 
-def test_its_progress_is_step_object_and_memory() -> None:
+def test_progress_shows_step_object_and_memory() -> None:
     progress = Progress("saxpy")
     assert progress.see("-- Detecting CXX", Usage()) == ProgressState("configuring", memory=0)
     line = "[3/41] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"
@@ -67,7 +67,7 @@ def test_its_progress_is_step_object_and_memory() -> None:
     assert progress.see("", Usage(now=1)) == ProgressState("cache_kernels.cu.o", 3, 41, memory=1)
 
 
-def test_its_progress_is_jobs_memory_and_time_left_where_its_compilers_ask_for_leave(tmp_path: Path) -> None:
+def test_progress_of_scheduled_builds_shows_jobs_memory_and_remaining_time(tmp_path: Path) -> None:
     (tmp_path / "saxpy.json").write_text('{"a.cu.o": [10, 500000000, 1], "b.cu.o": [30, 500000000, 1]}')
     scheduler = Scheduler(
         tmp_path / "gate", 2, {"saxpy": Estimates(tmp_path / "saxpy.json", 1)}, lambda: Memory(1, 12_000_000_000)
@@ -86,7 +86,7 @@ def test_its_progress_is_jobs_memory_and_time_left_where_its_compilers_ask_for_l
     assert progress.see("", Usage()).limit is None
 
 
-def test_its_progress_is_hits_of_the_cache_too(tmp_path: Path) -> None:
+def test_progress_shows_cache_hits(tmp_path: Path) -> None:
     scheduler = Scheduler(tmp_path / "gate", 2, {"saxpy": Estimates(tmp_path / "saxpy.json", 1)})
     progress = Progress("saxpy", scheduler, tmp_path / "log")
     assert progress.see("", Usage()).hits is None
@@ -96,7 +96,7 @@ def test_its_progress_is_hits_of_the_cache_too(tmp_path: Path) -> None:
     assert (seen.hits, seen.misses) == (1, 1)
 
 
-def test_the_first_error_is_shown_and_not_the_ten_thousand_lines_after_it(tmp_path: Path) -> None:
+def test_only_the_first_error_of_a_long_log_is_printed(tmp_path: Path) -> None:
     log = tmp_path / "log"
     lines = ["[1/2] Building CUDA object a.cu.o", "a.h(3): warning #177-D: declared but never referenced"]
     lines += ["FAILED: a.cu.o", "nvcc -c a.cu", 'a.cu(7): error: identifier "foo" is undefined', "  foo();"]
@@ -107,7 +107,7 @@ def test_the_first_error_is_shown_and_not_the_ten_thousand_lines_after_it(tmp_pa
     assert len(shown) < 20
 
 
-def test_without_a_line_that_stands_out_the_last_ones_are_shown(tmp_path: Path) -> None:
+def test_the_last_lines_are_printed_if_no_line_looks_like_an_error(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("\n".join(f"line {number}" for number in range(100)))
     assert first_error(tmp_path / "log").endswith("line 99")
     assert first_error(tmp_path / "absent") == "(there is no log)"
@@ -127,7 +127,7 @@ def test_a_package_is_compiled_for_sm_70_and_names_no_folder_of_the_build(saxpy:
 
 
 @pytest.mark.slow
-def test_a_build_used_processor_time_and_memory_that_are_told(saxpy: Pipeline) -> None:
+def test_a_build_reports_its_cpu_time_and_memory(saxpy: Pipeline) -> None:
     built(saxpy)
     usage = package(saxpy).stages["build"].result().usage
     assert usage.cpu > 1
@@ -135,7 +135,7 @@ def test_a_build_used_processor_time_and_memory_that_are_told(saxpy: Pipeline) -
 
 
 @pytest.mark.slow
-def test_a_changed_source_compiles_its_own_object_again_and_gives_what_a_clean_build_gives(saxpy: Pipeline) -> None:
+def test_a_changed_source_recompiles_its_object_and_gives_the_bytes_of_a_clean_build(saxpy: Pipeline) -> None:
     built(saxpy)
     before = objects(saxpy)
     changed = edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] *= a + 1")
@@ -149,7 +149,7 @@ def test_a_changed_source_compiles_its_own_object_again_and_gives_what_a_clean_b
 
 
 @pytest.mark.slow
-def test_a_compile_error_is_shown_with_the_log_and_the_next_run_goes_on(saxpy: Pipeline) -> None:
+def test_a_compile_error_is_printed_with_the_log_and_the_next_run_resumes(saxpy: Pipeline) -> None:
     broken = edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] *= nonsense")
     with pytest.raises(BuildError) as caught:
         built(broken)
@@ -174,13 +174,13 @@ def test_the_number_of_jobs_changes_nothing_but_the_time(saxpy: Pipeline) -> Non
 
 
 @pytest.mark.slow
-def test_a_wrong_number_of_jobs_is_a_sentence(saxpy: Pipeline) -> None:
+def test_an_invalid_number_of_jobs_fails_with_a_sentence(saxpy: Pipeline) -> None:
     with pytest.raises(VoltforgeError, match="jobs=many is not a number"):
         built(Pipeline.load(saxpy.root, Settings(jobs="many")))
 
 
 @pytest.mark.slow
-def test_every_compiler_asks_for_leave_and_what_it_took_is_known_to_the_next_run(saxpy: Pipeline) -> None:
+def test_every_compiler_is_scheduled_and_its_costs_are_recorded(saxpy: Pipeline) -> None:
     built(saxpy)
     again = Pipeline.load(saxpy.root, saxpy.settings).scheduler.estimates["saxpy"].measured()
     assert {Path(name).name for name in again} >= {"saxpy.cu.o", "scale.cu.o"}
@@ -189,20 +189,20 @@ def test_every_compiler_asks_for_leave_and_what_it_took_is_known_to_the_next_run
 
 
 @pytest.mark.parametrize("text", ["much", "6", "-1 GiB", "0 GB"])
-def test_a_limit_of_memory_that_is_none_is_a_sentence(saxpy: Pipeline, text: str) -> None:
+def test_an_invalid_memory_limit_fails_with_a_sentence(saxpy: Pipeline, text: str) -> None:
     with pytest.raises(VoltforgeError, match="memory=") as caught:
         _ = Pipeline.load(saxpy.root, Settings(memory=text)).scheduler
     assert caught.value.what == f"memory={text}: not a size such as '20 MB' or '1.5 GiB'"
     assert caught.value.hint == "memory=6GiB, or omit it"
 
 
-def test_a_limit_of_memory_reaches_the_gate(saxpy: Pipeline) -> None:
+def test_a_memory_limit_reaches_the_scheduler(saxpy: Pipeline) -> None:
     assert Pipeline.load(saxpy.root, Settings(memory="6GiB", jobs="3")).scheduler.limit == 6 << 30
     assert Pipeline.load(saxpy.root, Settings(jobs="3")).scheduler.jobs == 3
 
 
 @pytest.mark.slow
-def test_nothing_but_the_declared_variables_reaches_the_build(saxpy: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_declared_variables_reach_the_build(saxpy: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXXFLAGS", "-DSECRET_OF_THE_SHELL")
     monkeypatch.setenv("CMAKE_ARGS", "-DSECRET_OF_THE_SHELL=1")
     built(saxpy)
@@ -267,7 +267,7 @@ def hermetic(tmp_path_factory: pytest.TempPathFactory, toolchain: Toolchain) -> 
 def test_without_a_sandbox_the_bytes_are_the_same_in_any_checkout(
     tmp_path: Path, hermetic: str, folder: str, counted: Tally, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not even nvcc's module ids differ, which are hashes of paths: --objdir-as-tempdir keeps its PID out of them."""
+    """nvcc's module ids are equal too: --objdir-as-tempdir keeps its PID out of them."""
     pipeline = small_checkout(tmp_path / folder, Settings(sandbox="off"))
     if why := sandbox.obstacle(pipeline.scratch / "work", {}):  # an ordinary user cannot make /build; CI is root
         pytest.skip(f"nothing can be moved to {sandbox.ROOT} here: {why}")
@@ -278,7 +278,7 @@ def test_without_a_sandbox_the_bytes_are_the_same_in_any_checkout(
 
 
 @pytest.mark.slow
-def test_a_receipt_says_that_a_build_was_not_hermetic_and_the_person_is_told_before(
+def test_a_build_without_sandbox_is_announced_and_marked_in_the_receipt(
     saxpy: Pipeline, hermetic: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     box = Sandbox("no network")
@@ -296,7 +296,7 @@ def test_a_receipt_says_that_a_build_was_not_hermetic_and_the_person_is_told_bef
 
 
 @pytest.mark.slow
-def test_where_builds_must_be_hermetic_none_begins_without_bubblewrap(
+def test_a_required_sandbox_that_is_missing_stops_the_build_before_it_starts(
     saxpy: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sandbox, "available", lambda: Sandbox("no network"))
@@ -310,7 +310,7 @@ def test_where_builds_must_be_hermetic_none_begins_without_bubblewrap(
 
 @pytest.fixture
 def shop(tmp_path: Path, repository: Path) -> Workshop:
-    """A place for a build of one source and no compiler."""
+    """A build of one source without compilers."""
     tree, home = tmp_path / "source", tmp_path / "toolkit"
     for folder in (tree, home):
         folder.mkdir()
@@ -323,12 +323,12 @@ def shop(tmp_path: Path, repository: Path) -> Workshop:
 
 
 def prepared(shop: Workshop) -> list[str]:
-    """Prepare it, and give what is in its tree."""
+    """Prepare the build and return the files of its tree."""
     shop.prepare()
     return sorted(path.name for path in shop.folders["tree"].iterdir())
 
 
-def test_what_was_compiled_is_kept(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compiled_objects_survive_a_failed_build(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     prepared(shop)
     (shop.folders["tree"] / "a.o").write_text("object")
     assert prepared(shop) == ["a.c", "a.o"]
@@ -336,7 +336,7 @@ def test_what_was_compiled_is_kept(shop: Workshop, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("late", ["a.o", "deeper/below/a.o"])
-def test_after_the_clock_was_set_back_nothing_that_was_compiled_is_trusted(
+def test_objects_are_discarded_after_the_clock_was_set_back(
     shop: Workshop, late: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepared(shop)
@@ -349,16 +349,16 @@ def test_after_the_clock_was_set_back_nothing_that_was_compiled_is_trusted(
 
 
 def begun(shop: Workshop) -> None:
-    """A build that made an object and left without a word."""
+    """A build that wrote an object and was killed."""
     prepared(shop)
     files.write_json(shop.work / build.UNSYNCED, build.booted())
     (shop.folders["tree"] / "a.o").write_text("object")
 
 
-def test_after_the_machine_went_down_in_a_build_nothing_that_it_compiled_is_trusted(
+def test_objects_are_discarded_after_the_machine_went_down_in_a_build(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """ninja has noted an object as done whose end never came to the disk."""
+    """ninja recorded an object as done whose last bytes never reached the disk."""
     begun(shop)
     monkeypatch.setattr(build, "BOOT", tmp_path / "boot")
     (tmp_path / "boot").write_text("another boot\n")
@@ -366,14 +366,14 @@ def test_after_the_machine_went_down_in_a_build_nothing_that_it_compiled_is_trus
     assert "starting from scratch: the machine went down during the last build" in said(capsys)
 
 
-def test_a_build_that_was_killed_goes_on_where_it_was(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_build_resumes(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     begun(shop)
     assert prepared(shop) == ["a.c", "a.o"]
     assert said(capsys) == ""
 
 
 @pytest.mark.parametrize("end", [None, RuntimeError, KeyboardInterrupt])
-def test_what_a_build_left_is_on_the_disk_and_outlives_a_reboot(
+def test_files_of_a_finished_build_are_synced_to_disk(
     shop: Workshop, end: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     prepared(shop)
@@ -388,10 +388,10 @@ def test_what_a_build_left_is_on_the_disk_and_outlives_a_reboot(
     assert prepared(shop) == ["a.c", "a.o"]
 
 
-def test_objects_whose_compilers_did_not_ask_are_not_gone_on_with(
+def test_objects_of_a_build_with_another_launcher_are_discarded(
     shop: Workshop, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Some build systems configure once: all that they still compile would start at the same time."""
+    """Some build systems configure once; their compilers would all start at once."""
     prepared(shop)
     asking = replace(shop, scheduler=Scheduler(tmp_path / "gate", 1, {}))
     (shop.folders["tree"] / "a.o").write_text("object")
@@ -401,7 +401,7 @@ def test_objects_whose_compilers_did_not_ask_are_not_gone_on_with(
     assert "a.o" in prepared(asking)
 
 
-def test_a_clock_may_be_coarse_and_a_link_may_lead_anywhere(tmp_path: Path) -> None:
+def test_coarse_clocks_and_dangling_links_are_tolerated(tmp_path: Path) -> None:
     (tmp_path / "now").touch()
     os.utime(tmp_path / "now", (time.time() + 1,) * 2)
     (tmp_path / "work").mkdir()
@@ -412,10 +412,10 @@ def test_a_clock_may_be_coarse_and_a_link_may_lead_anywhere(tmp_path: Path) -> N
     assert from_the_future(tmp_path / "work") is None
 
 
-def test_objects_of_a_tree_that_was_elsewhere_are_not_gone_on_with(
+def test_objects_of_a_tree_at_another_path_are_discarded(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """CMake refuses to: its cache names the folder."""
+    """CMake refuses another folder: its cache names the old one."""
     prepared(shop)
     (shop.folders["tree"] / "a.o").write_text("object")
     monkeypatch.setattr(sandbox, "obstacle", lambda *_: "as in this test")
@@ -429,7 +429,7 @@ def test_objects_of_a_tree_that_was_elsewhere_are_not_gone_on_with(
 def test_a_toolkit_of_the_machine_is_not_linked_file_by_file(
     shop: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It may be all of /usr/local."""
+    """The toolkit can be all of /usr/local."""
     outside = replace(shop, sandbox=Sandbox("none"), toolchain=replace(shop.toolchain, origin="system"))
     assert outside.places == outside.folders
     assert "(the CUDA toolkit belongs to the machine)" in said(capsys)
@@ -454,7 +454,7 @@ ROOM = "make room on the disk"
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_or_read_only_is_told_with_what_to_do(saxpy: Pipeline) -> None:
+def test_a_full_or_read_only_disk_is_reported_with_a_remedy(saxpy: Pipeline) -> None:
     namespace = ["unshare", "--user", "--map-root-user", "--mount", "--"]
     if subprocess.run([*namespace, "true"], check=False).returncode:  # as in many containers, but not in CI
         pytest.skip("unshare(1) cannot make namespaces on this machine")
@@ -479,7 +479,7 @@ def test_a_disk_that_is_full_or_read_only_is_told_with_what_to_do(saxpy: Pipelin
         assert done.stderr == ""
 
 
-def test_a_folder_that_belongs_to_somebody_else_is_a_sentence(shop: Workshop) -> None:
+def test_a_folder_of_another_user_is_reported(shop: Workshop) -> None:
     shop.work.mkdir(parents=True)
     shop.work.chmod(0o555)
     with ordinary_user(), pytest.raises(DiskError) as caught:
@@ -488,7 +488,7 @@ def test_a_folder_that_belongs_to_somebody_else_is_a_sentence(shop: Workshop) ->
     assert caught.value.hint == "check who owns it; the next run resumes"
 
 
-def test_a_copy_that_stopped_half_way_is_a_sentence_too() -> None:
+def test_an_interrupted_copy_is_reported() -> None:
     error = shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
     told = DiskError("saxpy", Path("log"), error)
     assert told.what == "saxpy was not built: log: [Errno 28] No space left on device: 'b'"

@@ -1,4 +1,4 @@
-"""How many jobs run at once: bounded by cores and by the memory that can really be had."""
+"""The number of jobs is bounded by the cores and by the memory that is really free."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SYSTEM = Memory(20 * GIB, 24 * GIB)
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """A machine of 24 GiB, of which 20 are free."""
+    """A machine with 24 GiB, 20 of them free."""
     there = psutil.virtual_memory()._replace(available=SYSTEM.free, total=SYSTEM.limit)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
 
 
 class Groups:
-    """Control groups as the kernel lays them out. Made up, for only an administrator can set real ones."""
+    """Control groups in the kernel's layout, made up, because only an administrator can set real ones."""
 
     def __init__(self, folder: Path) -> None:
         self.mount, self.own = folder / "cgroup", folder / "own"
@@ -52,7 +52,7 @@ def groups(tmp_path: Path) -> Groups:
     return Groups(tmp_path)
 
 
-def test_the_cores_are_those_that_this_process_may_use():
+def test_only_the_cores_of_this_process_count():
     mine = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(mine)})
@@ -62,50 +62,50 @@ def test_the_cores_are_those_that_this_process_may_use():
     assert jobs.cores() == len(mine)
 
 
-def test_without_a_control_group_the_systems_memory_counts(groups):
+def test_the_system_memory_counts_without_a_control_group(groups):
     assert groups.memory() == SYSTEM
 
 
-def test_a_control_group_that_leaves_less_counts(groups):
+def test_a_smaller_limit_of_a_control_group_counts(groups):
     groups.are("0::/build")
     groups.write("build", str(2 * GIB), GIB, 1000)
     assert groups.memory() == Memory(GIB + 1000, 2 * GIB)
 
 
-def test_so_does_the_one_around_it(groups):
+def test_a_smaller_limit_of_an_outer_control_group_counts(groups):
     groups.are("0::/user/build")
     groups.write("user/build", "max", GIB, 0)
     groups.write("user", str(3 * GIB), GIB, 0)
     assert groups.memory() == Memory(2 * GIB, 3 * GIB)
 
 
-def test_of_several_limits_the_least_counts(groups):
+def test_the_smallest_of_several_limits_counts(groups):
     groups.are("0::/user/build")
     groups.write("user/build", str(8 * GIB), GIB, 0)
     groups.write("user", str(6 * GIB), 5 * GIB, 0)
     assert groups.memory() == Memory(GIB, 6 * GIB)
 
 
-def test_a_container_sees_its_group_at_the_top(groups):
+def test_a_container_reads_its_group_at_the_root(groups):
     groups.are("0::/what/the/host/calls/it")
     groups.write("", str(2 * GIB), GIB, 0)
     assert groups.memory() == Memory(GIB, 2 * GIB)
 
 
-def test_groups_of_version_1_count_as_well(groups):
+def test_control_groups_of_version_1_count(groups):
     groups.are("4:memory:/build", "3:cpuset:/", "0::/")
     groups.write("memory/build", str(2 * GIB), GIB, 500, version=1)
     groups.write("memory", str(2**63 - 4096), 4 * GIB, 0, version=1)
     assert groups.memory() == Memory(GIB + 500, 2 * GIB)
 
 
-def test_groups_of_other_controllers_do_not(groups):
+def test_groups_of_other_controllers_are_ignored(groups):
     groups.are("4:cpu,cpuacct:/build")
     groups.write("cpu,cpuacct/build", "1000", 10, 0)
     assert groups.memory() == SYSTEM
 
 
-def test_a_control_group_without_a_limit_does_not_count(groups):
+def test_a_control_group_without_a_limit_is_ignored(groups):
     groups.write("", "max", 10**15, 0)
     assert groups.memory() == SYSTEM
 
@@ -116,7 +116,7 @@ def test_a_control_group_that_is_full_leaves_nothing(groups):
 
 
 @pytest.mark.parametrize("content", ["", "nonsense", "-", "1 2"])
-def test_control_group_files_that_make_no_sense_do_not_count(groups, content):
+def test_unreadable_control_group_files_are_ignored(groups, content):
     groups.write("", "1000", 5, 0)
     for path in groups.mount.iterdir():
         path.write_text(content)
@@ -124,7 +124,7 @@ def test_control_group_files_that_make_no_sense_do_not_count(groups, content):
 
 
 @pytest.mark.parametrize("error", [OSError("no /proc/meminfo"), KeyError("MemTotal"), ValueError("odd")])
-def test_where_nothing_tells_there_is_no_figure(groups, monkeypatch, error):
+def test_memory_is_unknown_if_no_source_reports_it(groups, monkeypatch, error):
     def odd() -> None:
         raise error
 
@@ -134,12 +134,12 @@ def test_where_nothing_tells_there_is_no_figure(groups, monkeypatch, error):
     assert groups.memory() == Memory(4000, 5000)
 
 
-def test_an_eighth_is_left_to_the_rest_or_a_gigabyte():
+def test_an_eighth_of_the_memory_or_a_gibibyte_stays_free():
     assert Memory(4 * GIB, 4 * GIB).room == 7 * GIB // 2
     assert Memory(20 * GIB, 24 * GIB).room == 19 * GIB
 
 
-def test_a_persons_limit_bounds_what_can_be_had():
+def test_a_limit_of_the_user_bounds_the_memory():
     assert SYSTEM.within(6 * GIB, 2 * GIB) == Memory(4 * GIB, 6 * GIB)
     assert SYSTEM.within(6 * GIB, 7 * GIB) == Memory(0, 6 * GIB)
     assert SYSTEM.within(100 * GIB, 0) == SYSTEM
@@ -197,7 +197,7 @@ def test_the_cores_decide_if_the_memory_is_unknown(monkeypatch):
     assert jobs.count("", GIB) == (jobs.cores(), "by cores; the free memory is unknown")
 
 
-def test_on_this_machine_it_is_at_least_one_and_at_most_the_cores():
+def test_the_number_of_jobs_is_between_one_and_the_cores():
     count, why = jobs.count("", GIB)
     assert 1 <= count <= jobs.cores()
     assert why.startswith(("by cores", "by memory"))

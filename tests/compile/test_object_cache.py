@@ -1,4 +1,4 @@
-"""Objects from a cache: real ccache, real compilers, a real redis-server and a real nginx, and servers that fail."""
+"""The object cache with real ccache, compilers, redis-server and nginx, and with failing servers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from voltforge.pipeline.pipeline import Pipeline
 from voltforge.system import files, records
 
 SOURCES = 3
-"""Those of the small package: two for the GPU, one in C."""
+"""The sources of the small package: two CUDA files and one C file."""
 
 # The README asks for it and for both servers below, a build can do without: CI has all three and skips none of these.
 needs_ccache = pytest.mark.skipif(not shutil.which("ccache"), reason="there is no ccache (apt-get install ccache)")
@@ -42,7 +42,7 @@ def built(pipeline: Pipeline) -> dict:
 
 
 def again(pipeline: Pipeline) -> Pipeline:
-    """The same checkout with nothing that was compiled but what the cache has."""
+    """The same checkout with nothing but the cache."""
     for name in ("work", "wheels", "stages/build-saxpy.json"):
         files.remove(pipeline.scratch / name)
     return Pipeline.load(pipeline.root, pipeline.settings)
@@ -64,7 +64,7 @@ def until_it_listens(port: int) -> None:
 
 @contextlib.contextmanager
 def redis(folder: Path, *words: str) -> Iterator[int]:
-    """A real redis-server; gives its port."""
+    """Start a real redis-server and return its port."""
     if not (program := shutil.which("redis-server")):  # CI has it
         pytest.skip("there is no redis-server (apt-get install redis-server)")
     port = free_port()
@@ -82,7 +82,7 @@ def redis(folder: Path, *words: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def webdav(folder: Path) -> Iterator[int]:
-    """A real nginx that takes files by PUT; gives its port."""
+    """Start a real nginx that accepts PUT and return its port."""
     if not (program := shutil.which("nginx")):  # CI has it
         pytest.skip("there is no nginx (apt-get install nginx)")
     port = free_port()
@@ -110,7 +110,7 @@ def webdav(folder: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def odd(behave: Callable[[socket.socket], object]) -> Iterator[int]:
-    """A server that does with each connection what it likes; gives its port."""
+    """Start a server that handles each connection as the test says and return its port."""
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         door.listen(64)
@@ -130,13 +130,13 @@ def odd(behave: Callable[[socket.socket], object]) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, toolchain: object) -> str:
-    """The sha256 of the small package's wheel without any cache."""
+    """The SHA-256 of the small package's wheel without any cache."""
     return built(small_checkout(tmp_path_factory.mktemp("plain") / "checkout", Settings(ccache="off")))["sha256"]
 
 
 @needs_ccache
 @pytest.mark.slow
-def test_a_clean_tree_is_built_of_the_cache_with_the_same_bytes_and_no_compiler(saxpy, plain, capsys):
+def test_a_clean_tree_is_built_from_the_cache_with_the_same_bytes(saxpy, plain, capsys):
     first = built(saxpy)
     assert first["sha256"] == plain
     assert first["objects"]["hits"] == 0
@@ -154,7 +154,7 @@ def test_a_clean_tree_is_built_of_the_cache_with_the_same_bytes_and_no_compiler(
 
 @needs_ccache
 @pytest.mark.slow
-def test_a_source_that_changed_is_compiled_and_the_others_are_not(saxpy):
+def test_only_a_changed_source_is_compiled(saxpy):
     built(saxpy)
     changed = built(again(edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] = a * x[i]")))["objects"]
     assert (changed["hits"], changed["misses"]) == (SOURCES - 1, 1)
@@ -163,7 +163,7 @@ def test_a_source_that_changed_is_compiled_and_the_others_are_not(saxpy):
 @needs_ccache
 @pytest.mark.slow
 @pytest.mark.parametrize("serve", [redis, webdav], ids=["redis", "WebDAV"])
-def test_a_second_checkout_compiles_nothing_that_the_first_gave_to_a_server(tmp_path, toolchain, plain, serve):
+def test_a_second_checkout_compiles_nothing_that_the_server_has(tmp_path, toolchain, plain, serve):
     (tmp_path / "server").mkdir()
     with serve(tmp_path / "server") as port:
         scheme = "redis" if serve is redis else "http"
@@ -190,7 +190,7 @@ def garbage(connection: socket.socket) -> None:
 @needs_ccache
 @pytest.mark.slow
 @pytest.mark.parametrize("behave", [silent, garbage, socket.socket.close], ids=["slow", "garbage", "hangs up"])
-def test_a_server_that_fails_changes_nothing_of_the_wheel(tmp_path, toolchain, plain, behave, capsys, monkeypatch):
+def test_a_failing_server_does_not_change_the_wheel(tmp_path, toolchain, plain, behave, capsys, monkeypatch):
     monkeypatch.setattr(object_cache, "PATIENCE", 1.0)
     with odd(behave) as port:
         pipeline = small_checkout(tmp_path / "checkout", Settings(ccache=f"redis://127.0.0.1:{port}"))
@@ -203,7 +203,7 @@ def test_a_server_that_fails_changes_nothing_of_the_wheel(tmp_path, toolchain, p
 
 @needs_ccache
 @pytest.mark.slow
-def test_a_server_that_is_full_or_holds_broken_objects_changes_nothing_of_the_wheel(tmp_path, toolchain, plain):
+def test_a_full_server_or_broken_objects_do_not_change_the_wheel(tmp_path, toolchain, plain):
     with redis(tmp_path, "--maxmemory", "1mb", "--maxmemory-policy", "noeviction") as port:
         full = built(small_checkout(tmp_path / "full", Settings(ccache=f"redis://127.0.0.1:{port}")))
     assert (full["sha256"], full["objects"]["shared"]) == (plain, 0)
@@ -218,7 +218,7 @@ def test_a_server_that_is_full_or_holds_broken_objects_changes_nothing_of_the_wh
         assert built(small_checkout(tmp_path / "other", settings))["sha256"] == plain
 
 
-def test_a_compiler_may_take_longer_than_a_server_has_to_answer(tmp_path, monkeypatch):
+def test_a_compiler_may_take_longer_than_the_server_timeout(tmp_path, monkeypatch):
     monkeypatch.setattr(object_cache, "PATIENCE", 0.3)
     with redis(tmp_path) as port, socket.socket(socket.AF_UNIX) as asks:
         Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse(f"redis://127.0.0.1:{port}")).lead(tmp_path)
@@ -230,7 +230,7 @@ def test_a_compiler_may_take_longer_than_a_server_has_to_answer(tmp_path, monkey
             time.sleep(1)
 
 
-def test_a_server_that_is_down_is_told_and_the_objects_are_those_of_this_disk(tmp_path, capsys):
+def test_an_unreachable_server_is_reported_and_the_local_cache_is_used(tmp_path, capsys):
     port = free_port()
     made = Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse(f"redis://:secret@127.0.0.1:{port}"))
     assert not made.reachable()
@@ -242,7 +242,7 @@ def test_a_server_that_is_down_is_told_and_the_objects_are_those_of_this_disk(tm
 # --- what is chosen ---
 
 
-def test_without_ccache_everything_is_compiled_and_a_server_that_is_named_is_told(tmp_path, monkeypatch, capsys):
+def test_a_server_without_ccache_is_reported_and_everything_is_compiled(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     assert object_cache.chosen("", tmp_path) is None
     assert not capsys.readouterr().out
@@ -250,18 +250,18 @@ def test_without_ccache_everything_is_compiled_and_a_server_that_is_named_is_tol
     assert "ccache is not installed; ./doit doctor prints how to install it" in capsys.readouterr().out
 
 
-def test_a_folder_that_cannot_be_written_is_told_and_everything_is_compiled(tmp_path, capsys):
+def test_an_unwritable_cache_folder_is_reported_and_everything_is_compiled(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert object_cache.chosen("", tmp_path / "file" / "cache") is None
     assert f"! {tmp_path}/file/cache cannot be written (" in capsys.readouterr().out
 
 
-def test_a_name_that_is_none_of_a_host_is_told(tmp_path, capsys):
+def test_an_invalid_host_name_is_reported(tmp_path, capsys):
     assert not Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse("redis://cache..lan")).reachable()
     assert "cannot be reached" in capsys.readouterr().out
 
 
-def test_a_ccache_that_knows_no_server_is_told(tmp_path, monkeypatch, capsys):
+def test_a_ccache_without_remote_storage_is_reported(tmp_path, monkeypatch, capsys):
     files.write(tmp_path / "ccache", "#!/bin/sh\necho ccache version 4.5.1\n")
     (tmp_path / "ccache").chmod(0o755)
     monkeypatch.setattr(shutil, "which", lambda _: str(tmp_path / "ccache"))
@@ -272,7 +272,7 @@ def test_a_ccache_that_knows_no_server_is_told(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "! redis://127.0.0.1:1 is not used: ccache 4.5 is older than 4.7\n"
 
 
-def test_off_is_off(tmp_path):
+def test_the_cache_can_be_switched_off(tmp_path):
     assert object_cache.chosen("off", tmp_path) is None
 
 
@@ -280,19 +280,19 @@ def test_off_is_off(tmp_path):
     "address",
     ["s3://", "ftp://a", "redis://", "localhost:6379", "on", "redis://a:port", "http://a/ b", "redis://a|read-only", "http://[::1"],
 )  # fmt: skip
-def test_an_address_that_ccache_cannot_be_given_is_a_sentence(address, tmp_path):
+def test_an_unsupported_address_fails_with_a_sentence(address, tmp_path):
     with pytest.raises(VoltforgeError, match="is not the address of an object cache") as caught:
         object_cache.chosen(address, tmp_path)
     assert "ccache=redis://host:6379" in caught.value.hint
 
 
 @given(st.text())
-def test_any_address_is_a_server_or_a_sentence(address):
+def test_any_address_is_parsed_or_refused_with_a_sentence(address):
     with contextlib.suppress(VoltforgeError):
         assert Server.parse(address).port > 0
 
 
-def test_a_server_keeps_user_and_folder_where_a_build_sees_it_elsewhere():
+def test_user_and_folder_of_a_server_survive_the_tunnel():
     assert {Server.parse(f"redis://{user}secret@cache").address for user in ("", ":", "default:")} == {
         "redis://default:secret@cache"  # as ccache and redis both understand it
     }
@@ -331,13 +331,13 @@ def test_hits_misses_and_seconds_are_read_from_ccaches_own_log(tmp_path):
 
 
 @given(st.text())
-def test_a_log_that_makes_no_sense_counts_nothing_wrong(tmp_path_factory, text):
+def test_an_unreadable_ccache_log_counts_nothing(tmp_path_factory, text):
     log = tmp_path_factory.mktemp("log") / "log"
     log.write_text(text, errors="replace")
     assert object_cache.found(log, None).saved == 0
 
 
-def test_a_build_without_a_log_found_nothing(tmp_path):
+def test_a_build_without_a_ccache_log_has_no_hits(tmp_path):
     assert object_cache.found(tmp_path / "none", None) == Found()
 
 
@@ -345,7 +345,7 @@ def test_a_build_without_a_log_found_nothing(tmp_path):
 
 
 @needs_ccache
-def test_a_header_that_was_not_there_before_is_noticed(tmp_path):
+def test_a_new_header_changes_the_key_of_objects(tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "a.cpp").write_text('#if __has_include("b.h")\n#include "b.h"\n#else\nint a = 1;\n#endif\n')
     cache = Objects(Path(shutil.which("ccache")), tmp_path / "cache")
@@ -364,8 +364,8 @@ def test_a_header_that_was_not_there_before_is_noticed(tmp_path):
 
 
 @needs_ccache
-def test_another_link_to_a_header_is_no_reason_to_compile_again(tmp_path):
-    """Folders that no sandbox shows are copied by links, and uv's environments are links."""
+def test_a_new_hard_link_to_a_header_recompiles_nothing(tmp_path):
+    """Without a sandbox, folders are copied by links, and uv's environments consist of links."""
     (tmp_path / "a.h").write_text("int a = 1;\n")
     (tmp_path / "a.cpp").write_text('#include "a.h"\n')
     cache = Objects(Path(shutil.which("ccache")), tmp_path / "cache")
@@ -378,7 +378,7 @@ def test_another_link_to_a_header_is_no_reason_to_compile_again(tmp_path):
     assert object_cache.found(cache.log("a"), None) == Found(hits=1, misses=1)
 
 
-def test_names_of_headers_and_what_makes_headers_count_and_sources_do_not(tmp_path):
+def test_header_names_and_cmake_files_count_and_sources_do_not(tmp_path):
     for name in ("one", "other"):
         files.write(tmp_path / name / "a.h", "1")
         files.write(tmp_path / name / "CMakeLists.txt", "1")
@@ -395,7 +395,7 @@ def test_names_of_headers_and_what_makes_headers_count_and_sources_do_not(tmp_pa
 
 @needs_ccache
 @pytest.mark.slow
-def test_a_new_header_compiles_all_again(saxpy):
+def test_a_new_header_recompiles_everything(saxpy):
     built(saxpy)
     first = edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] = a * x[i]")
     (first.root / "saxpy" / "csrc" / "new.h").write_text("")
@@ -407,7 +407,7 @@ def test_a_new_header_compiles_all_again(saxpy):
 
 @pytest.fixture
 def carried() -> Iterator[tuple[socket.socket, socket.socket, Callable[[], bool]]]:
-    """Who asks and who answers, with the relay between; and what it says once who asks has gone."""
+    """A client and a server with the tunnel between them, and its result after the client has left."""
     ask, one = socket.socketpair()
     other, answer = socket.socketpair()
     said: list[bool] = []
@@ -426,7 +426,7 @@ def carried() -> Iterator[tuple[socket.socket, socket.socket, Callable[[], bool]
     answer.close()
 
 
-def test_what_is_asked_and_answered_is_carried_both_ways(carried):
+def test_the_tunnel_forwards_both_ways(carried):
     ask, answer, gone = carried
     answer.sendall(b"answer")
     assert ask.recv(100) == b"answer"
@@ -434,12 +434,12 @@ def test_what_is_asked_and_answered_is_carried_both_ways(carried):
     assert answer.recv(100) == b""
 
 
-def test_a_question_without_an_answer_is_noticed_when_it_is_given_up(carried):
+def test_a_request_without_an_answer_counts_as_a_failure(carried):
     _, _, gone = carried
     assert gone() is False
 
 
-def test_a_server_that_hangs_up_before_it_is_asked_is_noticed():
+def test_a_server_that_hangs_up_before_a_request_counts_as_a_failure():
     ask, one = socket.socketpair()
     other, answer = socket.socketpair()
     answer.close()
@@ -447,7 +447,7 @@ def test_a_server_that_hangs_up_before_it_is_asked_is_noticed():
         assert tunnel.join(one, other) is False
 
 
-def test_settings_have_the_cache_of_this_disk_unless_told_otherwise(saxpy):
+def test_the_cache_on_this_disk_is_the_default(saxpy):
     if not shutil.which("ccache"):
         assert saxpy.objects is None
         return

@@ -1,4 +1,4 @@
-"""Objects in a bucket of S3: real ccache and rclone, moto's server on loopback, and buckets that are not there."""
+"""Objects in an S3 bucket: real ccache and rclone, moto's server on loopback, and missing buckets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_rclone = pytest.mark.skipif(not shutil.which("rclone"), reason="there is n
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of moto's S3, which has a bucket ``objects``."""
+    """The address of moto's S3, with a bucket ``objects``."""
     folder = tmp_path_factory.mktemp("moto")
     made = environment.create(PACKAGES / "moto.txt", folder / "environment", configured())
     port = free_port()
@@ -57,7 +57,7 @@ def told(endpoint: str) -> dict[str, str]:
 
 
 @needs_rclone
-def test_a_bucket_keeps_what_is_put_and_nobody_else_on_the_machine_reads_it(endpoint):
+def test_a_bucket_stores_objects_and_other_users_cannot_read_them(endpoint):
     url = s3.served("s3://objects/here", told(endpoint))
     assert requests.put(f"{url}/one", data=b"1", timeout=30).ok
     assert requests.get(f"{url}/one", timeout=30).content == b"1"
@@ -69,7 +69,7 @@ def test_a_bucket_keeps_what_is_put_and_nobody_else_on_the_machine_reads_it(endp
 
 
 @needs_rclone
-def test_its_server_ends_with_the_process_that_wanted_it_even_by_sigkill(endpoint):
+def test_rclone_ends_with_its_process_even_by_sigkill(endpoint):
     program = (
         "import time; from voltforge.compile import s3; print(s3.served('s3://objects'), flush=True); time.sleep(60)"
     )
@@ -89,9 +89,7 @@ def test_its_server_ends_with_the_process_that_wanted_it_even_by_sigkill(endpoin
 
 @needs_rclone
 @pytest.mark.parametrize("lost", ["the bucket", "the server"])
-def test_a_bucket_that_cannot_be_reached_is_a_sentence_and_objects_are_those_of_this_disk(
-    endpoint, lost, tmp_path, monkeypatch, capsys
-):
+def test_an_unreachable_bucket_is_reported_and_the_local_cache_is_used(endpoint, lost, tmp_path, monkeypatch, capsys):
     place = endpoint if lost == "the bucket" else f"http://127.0.0.1:{free_port()}"
     for name, value in told(place).items():
         monkeypatch.setenv(name, value)
@@ -106,14 +104,14 @@ def test_a_bucket_that_cannot_be_reached_is_a_sentence_and_objects_are_those_of_
     assert ("directory not found" if lost == "the bucket" else "connection refused") in said
 
 
-def test_without_rclone_it_says_what_gets_it(monkeypatch):
+def test_missing_rclone_is_reported_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(VoltforgeError, match=r"s3://bucket needs rclone, which is not installed") as caught:
         s3.served("s3://bucket", {})
     assert "rclone" in caught.value.hint
 
 
-def test_rclone_is_told_what_awss_own_tools_read_and_its_own_variables_count_before_that():
+def test_rclone_reads_the_aws_variables_and_its_own_override_them():
     assert s3.variables({"AWS_REGION": "eu-central-1", "AWS_CA_BUNDLE": "/ca.pem", "HOME": "/home/me"}) == {
         "RCLONE_S3_ENV_AUTH": "true", "RCLONE_S3_PROVIDER": "AWS", "RCLONE_S3_REGION": "eu-central-1",
         "RCLONE_CA_CERT": "/ca.pem", "RCLONE_CONFIG": os.devnull, "AWS_REGION": "eu-central-1", "HOME": "/home/me",
@@ -127,7 +125,7 @@ def test_rclone_is_told_what_awss_own_tools_read_and_its_own_variables_count_bef
 @needs_ccache
 @needs_rclone
 @pytest.mark.slow
-def test_a_second_checkout_compiles_nothing_that_the_first_gave_to_a_bucket(tmp_path, toolchain, endpoint, monkeypatch):
+def test_a_second_checkout_compiles_nothing_that_the_bucket_has(tmp_path, toolchain, endpoint, monkeypatch):
     for name, value in told(endpoint).items():
         monkeypatch.setenv(name, value)
     settings = Settings(ccache="s3://objects/vllm")

@@ -1,4 +1,4 @@
-"""What a sandboxed build sees, tried from the inside: its folders, a read-only system, no network, no home."""
+"""A sandboxed build sees its folders, a read-only system, no network and no home; tried from the inside."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ needs_unshare = pytest.mark.skipif(not can_unshare(), reason="unshare(1) cannot 
 
 @pytest.fixture
 def rooms(tmp_path) -> dict[str, Path]:
-    """A folder to read and one to write."""
+    """A read-only folder and a writable folder."""
     folders = {"tree": tmp_path / "work" / "tree", "environment": tmp_path / "some" / "environment"}
     for folder in folders.values():
         folder.mkdir(parents=True)
@@ -66,7 +66,7 @@ def rooms(tmp_path) -> dict[str, Path]:
 
 @pytest.fixture
 def inside(rooms) -> Callable[..., str]:
-    """Run words inside, with the two folders, and give what they print."""
+    """Run a command inside, with the two folders, and return its output."""
 
     def run_inside(*words: str) -> str:
         argv = Sandbox("bubblewrap").command(
@@ -91,7 +91,7 @@ def server() -> Iterator[Server]:
 
 
 @needs_bubblewrap
-def test_the_folders_are_where_they_always_are(inside, rooms):
+def test_folders_are_at_their_fixed_paths(inside, rooms):
     assert inside("pwd") == "/build/tree"
     assert inside("cat", "/build/tree/file", "/build/environment/file") == "treeenvironment"
     box = Sandbox("bubblewrap")
@@ -99,7 +99,7 @@ def test_the_folders_are_where_they_always_are(inside, rooms):
 
 
 @needs_bubblewrap
-def test_what_is_written_into_a_writable_folder_stays(inside, rooms):
+def test_files_written_into_a_writable_folder_stay(inside, rooms):
     inside("sh", "-c", "echo object > /build/tree/new.o")
     assert (rooms["tree"] / "new.o").read_text() == "object\n"
     assert (rooms["tree"] / "new.o").stat().st_uid == os.getuid()
@@ -126,7 +126,7 @@ def test_scratch_space_is_private_and_gone_afterwards(inside):
 
 
 @needs_bubblewrap
-def test_the_network_is_within_reach_outside_and_out_of_reach_inside(inside, server):
+def test_the_network_is_unreachable_inside_and_reachable_outside(inside, server):
     assert run([PYTHON, "-c", ASK, server.url]).output == "reached"
     with pytest.raises(ProgramFailed) as caught:
         inside(PYTHON, "-c", ASK, server.url)
@@ -154,7 +154,7 @@ def test_home_and_the_checkout_cannot_be_seen(inside, repository):
 
 
 @needs_bubblewrap
-def test_no_other_process_can_be_seen_and_the_build_is_always_the_first(inside):
+def test_the_build_sees_no_other_process_and_has_pid_1(inside):
     assert inside("sh", "-c", "echo $$") == "1"
     assert (
         inside(PYTHON, "-c", "import os; print(sorted(name for name in os.listdir('/proc') if name.isdecimal()))")
@@ -163,12 +163,12 @@ def test_no_other_process_can_be_seen_and_the_build_is_always_the_first(inside):
 
 
 @needs_bubblewrap
-def test_the_machine_has_no_name_of_its_own_inside(inside):
+def test_the_host_name_is_hidden_inside(inside):
     assert inside("uname", "-n") == "build"
 
 
 @needs_bubblewrap
-def test_nothing_can_be_mounted_and_no_rights_are_left(inside):
+def test_nothing_can_be_mounted_and_no_capabilities_are_left(inside):
     with pytest.raises(ProgramFailed):
         inside("mount", "-o", "remount,rw", "/usr")
     capabilities = re.findall(r"^Cap(?:Prm|Eff|Bnd):\s*(\w+)", inside("cat", "/proc/self/status"), re.MULTILINE)
@@ -182,7 +182,7 @@ def test_the_interpreter_and_the_compiler_work_inside(inside):
 
 
 @needs_bubblewrap
-def test_a_program_of_two_builds_in_different_places_sees_no_difference(tmp_path):
+def test_builds_in_different_folders_see_the_same_paths(tmp_path):
     seen = set()
     for name in ("one", "two/deeper"):
         tree = tmp_path / name
@@ -203,8 +203,8 @@ def test_a_failure_inside_has_the_status_of_the_program(inside):
     "kind", [pytest.param("bubblewrap", marks=needs_bubblewrap), pytest.param("no network", marks=needs_unshare)]
 )
 @pytest.mark.parametrize("user", [None, NOBODY])
-def test_everything_inside_ends_with_the_program_that_started_it(kind, user, monkeypatch):
-    """Even when that is killed, and can end nothing any more."""
+def test_processes_inside_end_with_the_program_that_started_them(kind, user, monkeypatch):
+    """Also after SIGKILL, which leaves no time to clean up."""
     if user and os.geteuid() != 0:
         pytest.skip("these tests run as an ordinary user anyway")
     monkeypatch.setattr(sandbox.sys, "base_prefix", "/usr")
@@ -226,7 +226,7 @@ def test_everything_inside_ends_with_the_program_that_started_it(kind, user, mon
 
 
 def in_time(so: Callable[[], bool]) -> bool:
-    """Whether it becomes so; a minute is more than enough."""
+    """Wait until a condition holds, for a minute at most; return whether it does."""
     deadline = time.monotonic() + 60
     while not so() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -234,8 +234,8 @@ def in_time(so: Callable[[], bool]) -> bool:
 
 
 @needs_bubblewrap
-def test_an_ordinary_user_gets_the_same(server, monkeypatch):
-    """As root these tests would miss what only root may do."""
+def test_an_ordinary_user_gets_the_same_sandbox(server, monkeypatch):
+    """As root these tests would miss errors that only root can make."""
     monkeypatch.setattr(sandbox.sys, "base_prefix", "/usr")  # root's own interpreter may be out of that user's reach
     host, port = server.url.removeprefix("http://").split(":")
     try_all = f"touch new; touch /usr/evil /build/evil; exec 3<>/dev/tcp/{host}/{port}"
@@ -257,7 +257,7 @@ def test_an_ordinary_user_gets_the_same(server, monkeypatch):
 
 
 @needs_unshare
-def test_without_bubblewrap_at_least_the_network_is_out_of_reach(server, tmp_path):
+def test_without_bubblewrap_the_network_is_still_unreachable(server, tmp_path):
     box = Sandbox("no network")
     words = [PYTHON, "-c", ASK, server.url]
     argv = box.command(words, writable={"tree": tmp_path}, readable={}, cwd=tmp_path)
@@ -271,7 +271,7 @@ def test_without_bubblewrap_at_least_the_network_is_out_of_reach(server, tmp_pat
 
 @needs_unshare
 @pytest.mark.parametrize("user", [None, NOBODY])
-def test_without_bubblewrap_the_folders_are_where_they_always_are(user):
+def test_without_bubblewrap_folders_are_still_at_their_fixed_paths(user):
     if user and os.geteuid() != 0:
         pytest.skip("these tests run as an ordinary user anyway")
     look = "pwd; cat /build/environment/file; echo object > new.o; uname -n; echo $$; grep CapEff /proc/self/status"
@@ -297,25 +297,25 @@ def test_without_bubblewrap_the_folders_are_where_they_always_are(user):
 
 
 @needs_unshare
-def test_without_bubblewrap_a_container_that_hides_parts_of_proc_is_enough(tmp_path):
+def test_without_bubblewrap_a_container_with_a_masked_proc_is_enough(tmp_path):
     words = Sandbox("no network").command(["pwd"], writable={"tree": tmp_path}, readable={}, cwd=Path("/build/tree"))
     hide = 'mount -t tmpfs hidden /proc/sys/kernel && exec "$@"'
     done = run(["unshare", "--user", "--map-root-user", "--mount", "--", "sh", "-c", hide, "sh", *words])
     assert done.output == "/build/tree"
 
 
-def test_only_bubblewrap_shows_what_was_declared_and_nothing_else():
+def test_only_bubblewrap_shows_declared_inputs_alone():
     assert [Sandbox(kind).hermetic for kind in ("bubblewrap", "no network", "none")] == [True, False, False]
     assert not Sandbox("none", moves=True).hermetic
 
 
-def test_a_folder_is_in_the_same_place_wherever_that_can_be(tmp_path):
+def test_a_folder_has_the_same_path_in_every_sandbox_that_can_map_it(tmp_path):
     places = [one.place("tree", tmp_path) for one in (Sandbox("bubblewrap"), Sandbox("no network"))]
     assert [*places, Sandbox("none", moves=True).place("tree", tmp_path)] == [Path("/build/tree")] * 3
     assert Sandbox("none").place("tree", tmp_path) == tmp_path
 
 
-def test_without_any_sandbox_the_words_are_as_they_were(tmp_path):
+def test_without_a_sandbox_the_command_is_unchanged(tmp_path):
     words = ["make", "-j", "2", tmp_path]
     for box in (Sandbox("none"), Sandbox("none", moves=True)):
         assert box.command(words, writable={}, readable={}, cwd=tmp_path) == [str(word) for word in words]
@@ -326,7 +326,7 @@ def test_without_any_sandbox_the_words_are_as_they_were(tmp_path):
 
 @pytest.fixture
 def fixed(tmp_path, monkeypatch) -> Path:
-    """Another folder in the place of /build, which an ordinary user cannot make."""
+    """Use another folder in the place of /build, which an ordinary user cannot create."""
     monkeypatch.setattr(sandbox, "ROOT", tmp_path / "fixed")
     return tmp_path / "fixed"
 
@@ -339,7 +339,7 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_folders_are_moved_for_the_time_of_the_run(fixed, rooms):
+def test_folders_are_moved_while_the_build_runs(fixed, rooms):
     with shown(rooms):
         assert content(fixed / "tree") == content(fixed / "environment") | {"file": "tree"}
         assert not rooms["tree"].exists()
@@ -350,14 +350,14 @@ def test_the_folders_are_moved_for_the_time_of_the_run(fixed, rooms):
 
 
 @pytest.mark.parametrize("error", [ProgramFailed(["make"], 2, "", None, "failed"), KeyboardInterrupt()])
-def test_they_are_back_whatever_happens(fixed, rooms, error):
+def test_moved_folders_are_back_after_any_error(fixed, rooms, error):
     with pytest.raises(type(error)), shown(rooms):
         raise error
     assert content(rooms["tree"]) == {"file": "tree"}
     assert not fixed.exists()
 
 
-def test_they_are_back_where_one_of_them_could_not_be_moved(fixed, rooms):
+def test_moved_folders_are_back_if_another_could_not_be_moved(fixed, rooms):
     rooms["environment"] = rooms["environment"] / "absent"
     with pytest.raises(OSError, match="absent"), shown(rooms):
         pytest.fail("not all of them are there")
@@ -365,7 +365,7 @@ def test_they_are_back_where_one_of_them_could_not_be_moved(fixed, rooms):
     assert not fixed.exists()
 
 
-def test_the_real_path_of_what_is_only_read_cannot_be_seen(fixed, rooms):
+def test_the_real_path_of_a_read_only_folder_is_hidden(fixed, rooms):
     deeper = rooms["environment"] / "lib" / "include"
     deeper.mkdir(parents=True)
     (deeper / "a.h").write_text("#pragma once")
@@ -376,8 +376,8 @@ def test_the_real_path_of_what_is_only_read_cannot_be_seen(fixed, rooms):
         assert all(path.is_relative_to(fixed.resolve()) for path in seen)
 
 
-def test_the_compilers_stay_as_the_toolchain_knows_them(fixed, rooms):
-    """By their ctime, which a hard link changes."""
+def test_the_compilers_keep_their_ctime(fixed, rooms):
+    """The toolchain compares the ctime of compilers, which a hard link changes."""
     compiler = rooms["environment"] / COMPILERS[0]
     compiler.parent.mkdir()
     compiler.write_text("nvcc")
@@ -387,7 +387,7 @@ def test_the_compilers_stay_as_the_toolchain_knows_them(fixed, rooms):
     assert compiler.stat().st_ctime_ns == before
 
 
-def test_two_builds_do_not_meet(fixed, rooms, tmp_path, capsys):
+def test_two_builds_take_turns(fixed, rooms, tmp_path, capsys):
     other = {name: tmp_path / "other" / name for name in rooms}
     for folder in other.values():
         folder.mkdir(parents=True)
@@ -421,7 +421,7 @@ with sandbox.Sandbox("none", moves=True).shown({"tree": tree}, {}):
 
 @pytest.fixture
 def killed(fixed, rooms, repository) -> None:
-    """What a build leaves that was killed, with a compiler at work."""
+    """The state after a killed build, with a compiler still running."""
     environ = {**os.environ, "PYTHONPATH": str(repository)}
     words = [sys.executable, "-c", KILLED, str(fixed), str(rooms["tree"])]
     with subprocess.Popen(words, env=environ, stdout=subprocess.PIPE) as child:
@@ -430,7 +430,7 @@ def killed(fixed, rooms, repository) -> None:
     assert not rooms["tree"].exists()
 
 
-def test_what_a_killed_run_left_goes_back_when_its_compilers_have_ended(fixed, rooms, killed, capsys):
+def test_folders_of_a_killed_run_are_moved_back_after_its_compilers_ended(fixed, rooms, killed, capsys):
     began = time.monotonic()
     sandbox.recover(rooms["tree"].parent)
     assert content(rooms["tree"]) == {"file": "tree", "new.o": "object"}
@@ -439,7 +439,7 @@ def test_what_a_killed_run_left_goes_back_when_its_compilers_have_ended(fixed, r
     assert "waiting for processes of a killed build" in capsys.readouterr().out
 
 
-def test_the_next_build_of_another_checkout_gives_back_what_a_killed_run_left(fixed, rooms, killed, tmp_path):
+def test_the_next_build_of_another_checkout_moves_folders_of_a_killed_run_back(fixed, rooms, killed, tmp_path):
     sandbox.recover(tmp_path / "other" / "work")
     assert not rooms["tree"].exists(), "it has nothing to do with that"
     assert sandbox.obstacle(tmp_path / "other" / "work", {}) == ""
@@ -447,7 +447,7 @@ def test_the_next_build_of_another_checkout_gives_back_what_a_killed_run_left(fi
 
 
 @pytest.mark.parametrize("fate", ["made anew", "gone with its checkout"])
-def test_what_a_killed_run_left_is_removed_where_its_place_is_not_free(fixed, rooms, killed, fate):
+def test_folders_of_a_killed_run_are_removed_if_their_place_is_taken(fixed, rooms, killed, fate):
     if fate == "made anew":
         rooms["tree"].mkdir()
     else:
@@ -458,7 +458,7 @@ def test_what_a_killed_run_left_is_removed_where_its_place_is_not_free(fixed, ro
 
 
 def obstacles(fixed: Path, rooms: dict[str, Path]) -> Iterator[tuple[str, str]]:
-    """What can be in the way, made one after the other, and how that is told."""
+    """Each thing that can be in the way, and its message."""
     yield "nothing", ""
     (fixed / "theirs").mkdir(parents=True)
     yield "somebody's own folder", "theirs exists there"
@@ -478,7 +478,7 @@ def obstacles(fixed: Path, rooms: dict[str, Path]) -> Iterator[tuple[str, str]]:
         yield "no right to make it", "Permission denied"
 
 
-def test_what_is_in_the_way_is_told_and_nothing_is_left_of_the_try(fixed, rooms):
+def test_a_foreign_file_at_the_fixed_path_is_reported_and_nothing_is_left(fixed, rooms):
     work = rooms["tree"].parent
     for what, told in obstacles(fixed, rooms):
         assert (what, sandbox.obstacle(work, {"environment": rooms["environment"]})) == (what, told)
@@ -491,7 +491,7 @@ def test_what_is_in_the_way_is_told_and_nothing_is_left_of_the_try(fixed, rooms)
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch) -> Callable[..., None]:
-    """A machine that has these tools, with what they do as shell scripts. Fakes: a real machine has what it has."""
+    """A machine with these tools, as shell scripts. They are fakes, because a real machine has its own."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
 
@@ -517,16 +517,16 @@ def machine(tmp_path, monkeypatch) -> Callable[..., None]:
         ({"bwrap": "exit 1", "unshare": "exit 1"}, "none"),
     ],
 )
-def test_the_strongest_sandbox_that_works_is_taken(machine, tools, kind):
+def test_the_strongest_sandbox_that_works_is_chosen(machine, tools, kind):
     machine(**tools)
     assert choose("auto") == Sandbox(kind)
 
 
-def test_off_is_none_even_where_there_is_a_better_one():
+def test_off_means_no_sandbox_even_if_one_works():
     assert choose("off") == Sandbox("none")
 
 
-def test_require_is_refused_where_bubblewrap_does_not_work(machine):
+def test_require_fails_without_bubblewrap(machine):
     machine(unshare="exit 0")
     with pytest.raises(VoltforgeError) as caught:
         choose("require")
@@ -535,12 +535,12 @@ def test_require_is_refused_where_bubblewrap_does_not_work(machine):
 
 
 @needs_bubblewrap
-def test_require_is_granted_where_bubblewrap_works():
+def test_require_succeeds_with_bubblewrap():
     assert choose("require") == Sandbox("bubblewrap")
 
 
 @pytest.mark.parametrize("choice", ["", "yes", "bubblewrap", "AUTO"])
-def test_any_other_choice_is_refused_with_the_ones_there_are(choice):
+def test_an_unknown_choice_is_refused_with_the_valid_ones(choice):
     with pytest.raises(VoltforgeError) as caught:
         choose(choice)
     assert caught.value.what == f"sandbox={choice} is not a valid choice"
@@ -548,8 +548,8 @@ def test_any_other_choice_is_refused_with_the_ones_there_are(choice):
 
 
 @needs_bubblewrap
-def test_an_interpreter_below_a_link_is_seen_by_both_its_names(tmp_path, monkeypatch):
-    """As where the home folder is a link, or uv keeps its interpreters."""
+def test_an_interpreter_below_a_link_is_visible_under_both_names(tmp_path, monkeypatch):
+    """As with a home folder that is a link, or with uv's interpreters."""
     real = tmp_path / "python-3.1.4"
     (real / "bin").mkdir(parents=True)
     (real / "bin" / "python").write_text("here")
@@ -573,21 +573,21 @@ while True:
     answer = b"\\xc0\\x0c\\0\\1\\0\\1\\0\\0\\0\\x3c\\0\\4\\xc0\\0\\2\\1"
     line.sendto(data[:2] + b"\\x81\\x80\\0\\1\\0\\1\\0\\0\\0\\0" + data[12:] + answer, whoever)
 """
-"""Answers whatever comes with the address 192.0.2.1, as RFC 1035 has it."""
+"""A server that answers every query with the address 192.0.2.1 (RFC 1035)."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """Something that a build may try: a function of tests/packages/curious/setup.py and its words."""
+    """An attempt of a build: a function of tests/packages/curious/setup.py and its arguments."""
 
     what: str
     words: tuple[object, ...]
     by_root: bool = False
-    """Whether only root succeeds even without a sandbox."""
+    """True if only root succeeds even without a sandbox."""
 
 
 class World:
-    """What there is to be seen around a build: listeners, homes, a checkout, a process."""
+    """The surroundings of a build: listeners, homes, a checkout, a process."""
 
     def __init__(self, user: int, held: contextlib.ExitStack) -> None:
         self.user = user
@@ -610,14 +610,14 @@ class World:
         )
 
     def folder(self, where: Path) -> Path:
-        """A folder of the user's with a secret in it, for the time of the test."""
+        """A folder of the user with a secret in it, for the length of the test."""
         made = Path(self.held.enter_context(tempfile.TemporaryDirectory(prefix="voltforge-test-", dir=where)))
         (made / "secret").write_text(self.secret)
         made.chmod(0o755)
         return made
 
     def listening(self, family: int, address: object) -> socket.socket:
-        """A listener whose callers can be counted later."""
+        """A listener that counts its callers."""
         line = self.held.enter_context(socket.socket(family))
         line.bind(address)
         line.listen()
@@ -635,7 +635,7 @@ class World:
                 child.kill()
 
     def callers(self) -> int:
-        """How many have called since the last time."""
+        """Return the number of callers since the last call."""
         count = 0
         for line in self.network:
             with contextlib.suppress(BlockingIOError):
@@ -649,7 +649,7 @@ class World:
         return count
 
     def attempts(self, places: dict[str, Path]) -> list[Attempt]:
-        """The table. Each has to fail inside the sandbox, and to succeed outside of it."""
+        """The attempts. Each must fail inside the sandbox and succeed outside."""
         port = self.network[0].getsockname()[1]
         return [
             Attempt("network: a TCP connection", ("connect", "127.0.0.1", port)),
@@ -675,14 +675,14 @@ class World:
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory, toolchain) -> Environment:
-    """What builds a package without compilers."""
+    """The environment that builds a package without compilers."""
     pipeline = small_checkout(tmp_path_factory.mktemp("tools") / "checkout")
     pipeline.package(pipeline.recipes["saxpy"]).stages["environment"].run()
     return Environment(pipeline.scratch / "environments" / "saxpy")
 
 
 def interpreter(user: int) -> Path:
-    """A Python that this user may run: root's own may be out of reach."""
+    """A Python that this user can run; root's own can be out of reach."""
     for path in (PYTHON, "/usr/bin/python{}.{}".format(*sys.version_info)):
         with contextlib.suppress(OSError):
             if user == os.geteuid() or not subprocess.run([path, "-c", ""], user=user, group=user).returncode:
@@ -691,7 +691,7 @@ def interpreter(user: int) -> Path:
 
 
 def curious(world: World, tools: Environment, saxpy: Pipeline, kind: str) -> build.Workshop:
-    """A place for the build of tests/packages/curious, all of it within reach of the user."""
+    """A build of tests/packages/curious whose files the user can reach."""
     tree, home, toolkit = (world.checkout / name for name in ("curious", "environment", "toolkit"))
     shutil.copytree(PACKAGES / "curious", tree)
     shutil.copytree(tools.path, home, symlinks=True, ignore=shutil.ignore_patterns("cmake", "nvidia", "ninja"))
@@ -712,7 +712,7 @@ def curious(world: World, tools: Environment, saxpy: Pipeline, kind: str) -> bui
 
 
 def tried(shop: build.Workshop, world: World) -> None:
-    """Build, as this user, and note what came of each attempt: ``done``, or what stopped it."""
+    """Build as this user and return the result of each attempt: ``done``, or the error."""
     attempts = [one for one in world.attempts(shop.places) if os.geteuid() == 0 or not one.by_root]
     files.write_json(world.checkout / "attempts.json", [attempt.words for attempt in attempts])
     shutil.copy(world.checkout / "attempts.json", shop.tree.path)
@@ -734,7 +734,7 @@ def tried_by(user: int, shop: build.Workshop, world: World) -> None:
 @needs_bubblewrap
 @pytest.mark.slow
 @pytest.mark.parametrize("user", [os.geteuid(), NOBODY], ids=["me", "an ordinary user"])
-def test_a_build_that_looks_around_sees_nothing_inside_and_everything_outside(
+def test_a_curious_build_sees_nothing_inside_and_everything_outside(
     user: int, saxpy: Pipeline, tools: Environment, counted: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if user != os.geteuid() != 0:

@@ -1,4 +1,4 @@
-"""A CUDA_HOME that can target the arch is found or put together, and one that cannot is passed over in words."""
+"""A CUDA_HOME for the arch is found or assembled, and an unsuitable one is rejected with a reason."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def recipe(repository: Path) -> CudaRecipe:
 
 @pytest.fixture
 def empty_store(tmp_path: Path) -> Store:
-    """A store that has nothing and may ask nobody."""
+    """An empty store that may use no network."""
     return Store(tmp_path / "downloads", offline=True)
 
 
 def toolkit(folder: Path, version: str) -> Path:
-    """A stand-in for a toolkit: an nvcc that only says its version, all that is asked of a wrong one."""
+    """A stand-in for a toolkit: an nvcc that prints a version."""
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.88'\n")
@@ -47,7 +47,7 @@ def toolkit(folder: Path, version: str) -> Path:
 
 
 def compile_for_sm_70(toolchain: Toolchain, tmp_path: Path) -> None:
-    """Compile a kernel and look at what is in the library."""
+    """Compile a kernel and check the device code of the library."""
     source, library = tmp_path / "kernel.cu", tmp_path / "kernel.so"
     source.write_text(
         "__global__ void twice(float *x) { x[threadIdx.x] *= 2; }\nvoid run(float *x) { twice<<<1, 32>>>(x); }\n"
@@ -81,7 +81,7 @@ def test_a_toolkit_without_headers_names_what_it_lacks(recipe: CudaRecipe, tmp_p
     assert "nvvm/bin/cicc" in (reason or "")
 
 
-def test_a_folder_that_is_no_toolkit_and_an_nvcc_that_does_not_run_are_said(recipe: CudaRecipe, tmp_path: Path) -> None:
+def test_a_folder_without_nvcc_and_a_broken_nvcc_are_reported(recipe: CudaRecipe, tmp_path: Path) -> None:
     assert "has no bin/nvcc" in (module.unsuitable(recipe, tmp_path) or "")
     broken = toolkit(tmp_path / "cuda", "12.4")
     (broken / "bin/nvcc").write_text("#!/bin/sh\nexit 3\n")
@@ -90,14 +90,14 @@ def test_a_folder_that_is_no_toolkit_and_an_nvcc_that_does_not_run_are_said(reci
     assert "prints no version" in (module.unsuitable(recipe, broken) or "")
 
 
-def test_cuda_home_comes_before_path_and_each_toolkit_is_named_once(tmp_path: Path) -> None:
+def test_cuda_home_precedes_path_and_each_toolkit_is_tried_once(tmp_path: Path) -> None:
     named, found = toolkit(tmp_path / "named", "12.4"), toolkit(tmp_path / "found", "12.4")
     environ = {"CUDA_HOME": str(named), "CUDA_PATH": str(named), "PATH": str(found / "bin")}
     assert list(module.candidates(environ)) == [named, found]
     assert list(module.candidates({"PATH": str(tmp_path)})) == []
 
 
-def test_all_reasons_are_told_when_no_toolkit_will_do(recipe: CudaRecipe, tmp_path: Path, empty_store: Store) -> None:
+def test_all_reasons_are_listed_if_no_toolkit_works(recipe: CudaRecipe, tmp_path: Path, empty_store: Store) -> None:
     environ = {"CUDA_HOME": str(toolkit(tmp_path / "cuda", "13.0")), "PATH": ""}
     with pytest.raises(ToolchainError) as caught:
         module.select(recipe, "auto", empty_store, tmp_path / "made", environ)
@@ -109,7 +109,7 @@ def test_all_reasons_are_told_when_no_toolkit_will_do(recipe: CudaRecipe, tmp_pa
     assert "CUDA_HOME" in caught.value.hint
 
 
-def test_one_origin_can_be_picked_and_an_unknown_one_is_refused(
+def test_one_origin_can_be_chosen_and_an_unknown_one_is_refused(
     recipe: CudaRecipe, tmp_path: Path, empty_store: Store
 ) -> None:
     with pytest.raises(ToolchainError) as caught:
@@ -119,7 +119,7 @@ def test_one_origin_can_be_picked_and_an_unknown_one_is_refused(
         module.select(recipe, "nix", empty_store, tmp_path)
 
 
-def test_a_host_compiler_newer_than_the_headers_allow_is_refused_with_the_one_to_install(tmp_path: Path) -> None:
+def test_a_too_new_host_compiler_is_refused_with_the_one_to_install(tmp_path: Path) -> None:
     header = tmp_path / "include/crt/host_config.h"
     header.parent.mkdir(parents=True)
     header.write_text("#if __GNUC__ > 4\n#error unsupported GNU version\n#endif\n")
@@ -129,8 +129,8 @@ def test_a_host_compiler_newer_than_the_headers_allow_is_refused_with_the_one_to
         module.host_compiler(tmp_path, {"PATH": str(tmp_path)})
 
 
-def test_an_archive_is_unpacked_while_another_is_still_on_its_way(recipe: CudaRecipe, tmp_path: Path) -> None:
-    """They hold no compilers: that is found out when all of them are unpacked, and nothing is left behind then."""
+def test_an_archive_is_unpacked_while_another_is_downloading(recipe: CudaRecipe, tmp_path: Path) -> None:
+    """The archives hold no compilers: that is found after all are unpacked, and nothing is left behind."""
     lock = tmp_path / "none.txt"
     lock.write_text("")
     hold = threading.Event()
@@ -172,7 +172,7 @@ def test_an_archive_is_unpacked_while_another_is_still_on_its_way(recipe: CudaRe
 
 
 @pytest.mark.slow
-def test_a_whole_toolkit_in_cuda_home_is_taken_as_it_is(
+def test_a_complete_toolkit_in_cuda_home_is_used_unchanged(
     recipe: CudaRecipe, toolchain: Toolchain, empty_store: Store, tmp_path: Path
 ) -> None:
     environ = {**os.environ, "CUDA_HOME": str(toolchain.home)}
@@ -181,10 +181,10 @@ def test_a_whole_toolkit_in_cuda_home_is_taken_as_it_is(
 
 
 @pytest.mark.slow
-def test_archives_laid_out_as_nvidias_are_put_together_and_compile(
+def test_archives_of_nvidias_layout_are_assembled_and_compile(
     recipe: CudaRecipe, toolchain: Toolchain, tmp_path: Path
 ) -> None:
-    """NVIDIA's own could not be reached where this was written: these hold the distribution's compilers instead."""
+    """NVIDIA's archives could not be downloaded here; these hold the distribution's compilers in NVIDIA's layout."""
     folder = tmp_path / "cuda_nvcc-linux-x86_64-archive"
     for name in ("bin", "nvvm"):
         shutil.copytree(toolchain.home / name, folder / name)
@@ -206,7 +206,7 @@ def test_the_toolkit_compiles_for_sm_70(toolchain: Toolchain, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_toolkit_has_what_cmake_and_torch_look_for(toolchain: Toolchain) -> None:
+def test_the_toolkit_has_the_files_that_cmake_and_torch_need(toolchain: Toolchain) -> None:
     for name in (
         "bin/cuobjdump",
         "include/cusparse.h",
