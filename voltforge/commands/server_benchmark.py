@@ -1,4 +1,4 @@
-"""How fast a running server answers: text for many at once, one request alone, decisions of one token."""
+"""Measure a running server: throughput of many requests at once, latency of one, and decisions of one token."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from voltforge.errors import VoltforgeError
 from voltforge.system import console, files
 
 EARLIER = "earlier project, CMP 100-210"
-"""Whose figures stand beside ours. Its model, prompts and number of cards are not known here: a landmark, no more."""
+"""The source of the figures for comparison. Its model, prompts and number of cards are unknown."""
 KEYS = ("VOLTFORGE_API_KEY", "OPENAI_API_KEY")
-"""Variables that may hold the server's key: the first that is set."""
+"""Environment variables with the server's key; the first that is set is used."""
 CONNECT, SILENCE = 10.0, 300.0
 """Seconds to wait for a connection, and for the next byte of an answer."""
 GIVE_UP = 20
-"""Failures in a row, or as many as there are requests at once if those are more, after which nothing more is asked."""
+"""Failures in a row that end a measurement; more if more requests are made at once."""
 BUSY = 0.8
-"""The share of a core from which on our own client may be what is measured."""
+"""The share of a core from which the client itself may limit the result."""
 WARM_TOKENS = 8
-"""New tokens of a request that only warms the server: its kernels are compiled at their first use."""
+"""New tokens of a warm-up request: a server compiles kernels at their first use."""
 TICK = 0.5
-"""Seconds between two looks at how far a measurement is."""
+"""Seconds between two updates of the progress row."""
 WORDS = (
     "the a of and to in is that for it was on are as with his they at be this from have or by one had not but what "
     "all were when we there can an your which their said if do will each about how up out them then she many some so "
     "these would other into has more her two like him see time could no make than first been its who now people my "
     "made over did down only way find use may water long little very after words called just where most know"
 )
-"""What prompts are made of: common words, one token each in most vocabularies."""
+"""The words of the prompts: common words, one token each in most vocabularies."""
 
 
 class ServeError(VoltforgeError):
@@ -51,12 +51,12 @@ class ServeError(VoltforgeError):
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a server in one measurement."""
+    """The requests of one measurement."""
 
     name: str
-    """What the table calls it."""
+    """Its name in the table."""
     concurrency: int
-    """Requests at once, never more."""
+    """The largest number of requests at once."""
     requests: int
     """Requests in all."""
     earlier: float
@@ -64,14 +64,14 @@ class Load:
     unit: str = "tok/s"
     """``tok/s``, or ``decisions/s``: requests that ended well."""
     new_tokens: int = 128
-    """Tokens that each answer is to have."""
+    """Tokens of each answer."""
     words: int = 140
-    """Words of each prompt, 150 tokens or so; what the server counted is told beside the result."""
+    """Words of each prompt, about 150 tokens; the server's own count is printed with the result."""
     streamed: bool = True
-    """Whether the tokens are asked for one by one, as they come."""
+    """True for a streamed answer."""
 
     def quick(self) -> Load:
-        """The same in a minute or less: one round, which says whether it works and little about how fast."""
+        """Return the same load with one round of requests: a test that the server works, not a measurement."""
         return replace(self, requests=max(self.concurrency, 2))
 
 
@@ -82,25 +82,25 @@ LOADS = (
     Load("decisions, 200 at once", concurrency=200, requests=2000, earlier=200, unit="decisions/s", new_tokens=1,
          streamed=False),
 )  # fmt: skip
-"""The three kinds of work that the earlier project gave figures for."""
+"""The loads for which the earlier project published figures."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """An OpenAI-compatible server and the model that it is asked for."""
+    """An OpenAI-compatible server and a model on it."""
 
     url: str
     """Its address, without ``/v1``."""
     model: str
     key: str = field(default="", repr=False)
-    """What it is shown (RFC 6750); nothing, if empty. It is never written anywhere."""
+    """The bearer token (RFC 6750); empty for none. It is never written to a file."""
     version: str = ""
-    """What it says that it is, where it says so: vLLM does, at ``/version``."""
+    """The server's version from ``/version``, as vLLM has it; empty if unknown."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request. Times are seconds from when it was sent."""
+    """The outcome of one request. Times are seconds since it was sent."""
 
     whole: float
     """Until the answer was complete, or had failed."""
@@ -114,7 +114,7 @@ class Outcome:
     error: str = ""
     """The kind of failure; empty where there was none."""
     detail: str = ""
-    """What was said of it."""
+    """The message of the failure."""
 
 
 @dataclass(frozen=True)
@@ -137,28 +137,28 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one load gave. Tokens and times are those of requests that ended well."""
+    """The outcomes of one load. Tokens and times are those of successful requests."""
 
     load: Load
     outcomes: tuple[Outcome, ...]
     seconds: float
     """From the first request to the last answer."""
     busy: float
-    """The share of one core that our client used meanwhile."""
+    """The share of one core that the client used."""
 
     @property
     def good(self) -> list[Outcome]:
-        """The requests that ended well."""
+        """The successful requests."""
         return [one for one in self.outcomes if not one.error]
 
     @property
     def errors(self) -> dict[str, int]:
-        """How many failed, by kind, the commonest first."""
+        """The number of failures by kind, the most frequent first."""
         return dict(Counter(one.error for one in self.outcomes if one.error).most_common())
 
     @property
     def unasked(self) -> int:
-        """Requests that were not made, because so many before them had failed."""
+        """The number of requests that were not made after too many failures."""
         return self.load.requests - len(self.outcomes)
 
     @property
@@ -173,12 +173,12 @@ class Measurement:
 
     @property
     def requests_per_second(self) -> float:
-        """Requests that ended well, over the whole time."""
+        """Successful requests per second, over the whole time."""
         return len(self.good) / self.seconds
 
     @property
     def figure(self) -> float:
-        """The one that the earlier project's is held against."""
+        """The figure that is compared with the earlier project's."""
         return self.tokens_per_second if self.load.unit == "tok/s" else self.requests_per_second
 
     @property
@@ -193,7 +193,7 @@ class Measurement:
 
     @property
     def counted(self) -> str:
-        """How the tokens were counted: ``usage`` only if the server counted every answer."""
+        """``usage`` if the server counted the tokens of every answer, else ``chunks``."""
         return "chunks" if any(one.counted == "chunks" for one in self.good) else "usage"
 
     @property
@@ -203,7 +203,7 @@ class Measurement:
         return sum(known) / len(known) if known else None
 
     def facts(self) -> dict[str, Any]:
-        """All of it as JSON has it; times are seconds."""
+        """Return all values for JSON; times are seconds."""
         return {
             **asdict(self.load), "asked": len(self.outcomes), "ended_well": len(self.good), "errors": self.errors,
             "seconds": self.seconds, "tokens": self.tokens, "tokens_counted_by": self.counted,
@@ -214,13 +214,13 @@ class Measurement:
         }  # fmt: skip
 
 
-# --- the whole of it ---
+# --- the benchmark ---
 
 
 def check(url: str, out: Path, *, model: str = "", loads: Sequence[Load] = LOADS) -> list[Measurement]:
-    """Measure the server at ``url`` and tell: a table, and ``serve.json`` and ``serve.png`` in the folder ``out``.
+    """Measure the server at ``url``; print a table, and write ``serve.json`` and ``serve.png`` to the folder ``out``.
 
-    What was measured before a failure, or before Ctrl-C, is told all the same.
+    Results from before a failure or Ctrl-C are printed and written too.
 
     Raises:
         ServeError: it cannot be measured, or requests failed.
@@ -279,7 +279,7 @@ def _address(url: str) -> str:
     try:
         parts = urlsplit(full)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none
+    except ValueError:  # an invalid port
         sound = False
     if not sound:
         raise ServeError(f"{url!r} is no address of a server", hint="url=http://127.0.0.1:8000")
@@ -297,14 +297,14 @@ async def _get(url: str, key: str) -> tuple[int, str]:
 
 
 def _session(key: str) -> aiohttp.ClientSession:
-    """Connections without a limit of their own, and without a proxy: the server is what is measured."""
+    """Return a session without a limit of connections and without a proxy."""
     patience = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT, sock_read=SILENCE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=patience, headers=headers)
 
 
 def _refusal(address: str, status: int, key: str) -> ServeError | None:
-    """The sentence for a status that stands for the server as a whole."""
+    """Return the error for a status that concerns the server as a whole, else None."""
     if status in (401, 403):
         what = f"{address} does not accept the key" if key else f"{address} wants a key"
         return ServeError(
@@ -319,10 +319,10 @@ def _refusal(address: str, status: int, key: str) -> ServeError | None:
 
 
 def measure(server: Server, load: Load, *, warm: bool = True) -> Measurement:
-    """Put one load on a server, after a short round of the same that is not counted, and tell how far it is.
+    """Measure one load after a short warm-up round, and show the progress.
 
     Raises:
-        ServeError: not one request of the first round was answered.
+        ServeError: every request of the warm-up failed.
     """
     texts = prompts(load)
     with console.progress(load.name) as tell:
@@ -336,7 +336,7 @@ def measure(server: Server, load: Load, *, warm: bool = True) -> Measurement:
 
 
 def prompts(load: Load) -> Iterator[str]:
-    """Texts that no server has seen: what a prompt shares with an earlier one would come from the prefix cache."""
+    """Yield random prompts, because a prompt with a known prefix is answered from the prefix cache."""
     source, words = random.Random(), WORDS.split()
     return (" ".join(source.choices(words, k=load.words)) for _ in range(load.requests))
 
@@ -356,7 +356,7 @@ def _answered(server: Server, measured: Measurement) -> None:
 
 
 class _Run:
-    """One load under way: as many workers as requests at once."""
+    """One running load, with a worker for each request at once."""
 
     def __init__(self, server: Server, load: Load, texts: Iterator[str]) -> None:
         self.server, self.load, self.texts = server, load, texts
@@ -401,7 +401,7 @@ class _Run:
 async def _request(session: aiohttp.ClientSession, server: Server, load: Load, text: str) -> Outcome:
     """Ask for one completion (OpenAI's ``POST /v1/completions``); never raises for what the server does."""
     body: dict[str, Any] = {"model": server.model, "prompt": text, "max_tokens": load.new_tokens, "temperature": 0}
-    body["ignore_eos"] = True  # vLLM's own: all answers are equally long
+    body["ignore_eos"] = True  # an option of vLLM: all answers have the same length
     if load.streamed:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     reader = _Reader(time.perf_counter())
@@ -419,7 +419,7 @@ async def _request(session: aiohttp.ClientSession, server: Server, load: Load, t
 
 
 class _StreamError(Exception):
-    """What a server says in a stream that it cannot go on with."""
+    """An error that the server sends in a stream."""
 
 
 class _Reader:
@@ -450,19 +450,19 @@ class _Reader:
                 self.first = self._now()
 
     def ended(self) -> Outcome:
-        """What a stream came to that the server closed in good order."""
+        """Return the outcome of a stream that the server closed."""
         if not self.done:
             return self.failed("ended early", f"the stream ended after {self.chunks} chunks, without [DONE]")
         return self._good()
 
     def plain(self, body: Any) -> Outcome:
-        """What an answer in one piece came to."""
+        """Return the outcome of an answer that was not streamed."""
         answer = _object(body)
         self.usage, self.chunks = answer.get("usage") or {}, len(answer.get("choices") or ())
         return self._good()
 
     def failed(self, kind: str, detail: str = "") -> Outcome:
-        """What an answer came to that is none."""
+        """Return the outcome of a failed request."""
         return Outcome(self._now(), self.first, error=kind, detail=detail)
 
     def _good(self) -> Outcome:
@@ -484,7 +484,7 @@ def _object(value: Any) -> Mapping[str, Any]:
 
 
 def _kind(error: Exception) -> tuple[str, str]:
-    """What kind of failure an exception is, and what is to be said of it."""
+    """Return the kind of failure of an exception, and its message."""
     if isinstance(error, _StreamError):
         return "error in the stream", str(error)
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # one and the same from Python 3.11 on
@@ -498,18 +498,18 @@ def _kind(error: Exception) -> tuple[str, str]:
 
 
 def _message(text: str) -> str:
-    """What an error's body says: OpenAI's form, or its first line."""
+    """Return the message in the body of an error: OpenAI's field, or the first line."""
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
         body = json.loads(text)
         return str((body.get("error") or body).get("message") or body)[:300]
     return text.strip().partition("\n")[0][:300]
 
 
-# --- telling ---
+# --- output ---
 
 
 def report(done: Sequence[Measurement]) -> None:
-    """Print the results as a table, and below it what has to be known to read them."""
+    """Print the results as a table, with notes on how they were measured."""
     columns = ("", "measured", EARLIER, "requests/s", "first token, ms: p50/p90/p99", "whole answer, ms", "failed")
     console.table("", columns, [_row(one) for one in done])
     for one in done:
