@@ -6,6 +6,7 @@ import hashlib
 import re
 import struct
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -151,3 +152,9 @@ def wheel(
     """A well-formed wheel in ``folder``."""
     source = unpacked(folder / "unpacked", content, name=name, version=version, tag=tag, metadata=metadata)
     return normalise(source, folder, tag=tag, epoch=EPOCH)
+
+
+def loads(path: Path) -> bool:
+    """Whether the real dynamic linker loads a file and finds all its symbols."""
+    script = "import ctypes, os, sys; ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW)"
+    return subprocess.run([sys.executable, "-c", script, path], capture_output=True).returncode == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from voltforge.binary import elf
+from voltforge.binary import loader
 from voltforge.compile import driver_stub
 from voltforge.errors import VoltforgeError, listed
 from voltforge.sources import environment, materials
@@ -275,7 +275,7 @@ def _assemble(archives: Sequence[Artifact], lock: Path, store: Store, home: Path
     for folder in ("bin", "lib64"):  # archives of other origins can lack them
         (home / folder).mkdir(exist_ok=True)
     (home / "lib").symlink_to("lib64")
-    elf.link_libraries(home / "lib64")
+    loader.link_libraries(home / "lib64")
     (home / "bin/nvcc.profile").write_text(NVCC_PROFILE)
     device_runtime = home / "lib64/libcudadevrt.a"
     if not device_runtime.exists():

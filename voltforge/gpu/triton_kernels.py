@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from voltforge.binary.elf import system_libraries
+from voltforge.binary.loader import system_libraries
 from voltforge.compile.jobs import count
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.pipeline import Pipeline

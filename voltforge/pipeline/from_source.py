@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from voltforge.binary import elf
+from voltforge.binary import loader
 from voltforge.compile import build, jobs, sandbox
 from voltforge.compile.build import Workshop
 from voltforge.compile.object_cache import Objects
@@ -159,7 +159,7 @@ class FromSource:
         console.step(f"environment {lock.stem}")
         made = self.checkout.environment(lock, lock.stem)
         for folder in {path for pattern in self.recipe.build.links for path in made.site_packages.glob(pattern)}:
-            elf.link_libraries(folder)
+            loader.link_libraries(folder)
         return made
 
     def _compile(self, key: str) -> BuiltWheel:

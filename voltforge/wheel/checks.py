@@ -20,7 +20,8 @@ from packaging.tags import Tag
 from packaging.utils import canonicalize_name
 
 from voltforge.binary import cubin
-from voltforge.binary.elf import Elf, ElfError, Loader, is_binary, system_libraries
+from voltforge.binary.elf import Elf, ElfError, is_binary
+from voltforge.binary.loader import Loader, system_libraries
 from voltforge.errors import VoltforgeError
 from voltforge.sources import options
 from voltforge.system import console, files
