@@ -39,8 +39,7 @@ DOIT_CONFIG = {
 
 def task_wheels():
     """make the wheels in wheelhouse/: all, or one with wheels:vllm (torch=source compiles PyTorch too)"""
-    yield {"name": None, "doc": task_wheels.__doc__, "task_dep": ["downloads"]}
-    yield from tasks.wheels(PIPELINE)
+    yield from tasks.wheels(PIPELINE, task_wheels.__doc__)
 
 
 def task_image():
@@ -68,13 +67,9 @@ def task_verify():
     """check the wheels of the wheelhouse against their recipes, or any wheel with file=PATH.whl"""
     triton = "compile vLLM's Triton kernels for 7.0 and check them against Volta's limits"
     card = "run the kernels of 7.0 on this machine's NVIDIA card, and compare the results with float64"
-    yield {**tasks.action(verify.verify_wheels, PIPELINE, turn=PIPELINE.turn), "basename": "verify"}
-    yield {
-        **tasks.action(triton_kernels.verify, PIPELINE, turn=PIPELINE.turn),
-        "basename": "verify:triton",
-        "doc": triton,
-    }
-    on_card = tasks.action(bundle.verify, PIPELINE, turn=PIPELINE.turn)
+    yield {**tasks.locked(verify.verify_wheels, PIPELINE), "basename": "verify"}
+    yield {**tasks.locked(triton_kernels.verify, PIPELINE), "basename": "verify:triton", "doc": triton}
+    on_card = tasks.locked(bundle.verify, PIPELINE)
     yield {**on_card, "basename": "verify:gpu", "doc": card, "task_dep": ["gpu-bundle"]}
 
 
@@ -86,20 +81,20 @@ def task_gpu_bundle():
 def task_reproduce():
     """build again in another place and environment, and compare the bytes: reproduce:vllm, reproduce:image"""
     for name in PIPELINE.recipes:
-        again = tasks.action(reproduce.wheel, PIPELINE, name, turn=PIPELINE.turn)
+        again = tasks.locked(reproduce.wheel, PIPELINE, name)
         yield {"name": name, "task_dep": [f"wheels:{name}"], **again}
-    again = tasks.action(reproduce.image, PIPELINE, RUNTIME, turn=PIPELINE.turn)
+    again = tasks.locked(reproduce.image, PIPELINE, RUNTIME)
     yield {"name": "image", "task_dep": ["image"], **again}
 
 
 def task_key():
     """print the public key that signs the wheels; the first call makes it"""
-    return tasks.action(keys.show_key, PIPELINE, turn=PIPELINE.turn)
+    return tasks.locked(keys.show_key, PIPELINE)
 
 
 def task_push():
     """upload the wheels to the shared cache that VOLTFORGE_CACHE names: a folder or a URL"""
-    return tasks.action(push.push_wheels, PIPELINE, turn=PIPELINE.turn)
+    return tasks.locked(push.push_wheels, PIPELINE)
 
 
 def task_farm():
@@ -111,7 +106,7 @@ def task_farm():
 
 def task_gc():
     """list files that no recipe needs, with sizes; gc=delete removes them"""
-    return tasks.action(gc.collect, PIPELINE, RUNTIME, turn=PIPELINE.turn)
+    return tasks.locked(gc.collect, PIPELINE, RUNTIME)
 
 
 def task_thin():
@@ -156,12 +151,12 @@ def task_downloads():
 
 def task_fetch():
     """stage 1: download the source and check its hash"""
-    yield from tasks.each(PIPELINE, "fetch")
+    yield from tasks.each(PIPELINE, "fetch", task_fetch.__doc__)
 
 
 def task_tree():
     """stage 2: unpack the source and apply the patches"""
-    yield from tasks.each(PIPELINE, "tree")
+    yield from tasks.each(PIPELINE, "tree", task_tree.__doc__)
 
 
 def task_toolchain():
@@ -176,14 +171,14 @@ def task_driver_stub():
 
 def task_environment():
     """stage 4: install the locked Python environment of the build"""
-    yield from tasks.each(PIPELINE, "environment")
+    yield from tasks.each(PIPELINE, "environment", task_environment.__doc__)
 
 
 def task_build():
     """stage 5: compile the wheel (jobs=N, sandbox=auto|require|off)"""
-    yield from tasks.each(PIPELINE, "build")
+    yield from tasks.each(PIPELINE, "build", task_build.__doc__)
 
 
 def task_check():
     """stage 6: check the wheel's content, and import it in a fresh environment"""
-    yield from tasks.each(PIPELINE, "check")
+    yield from tasks.each(PIPELINE, "check", task_check.__doc__)

@@ -214,7 +214,7 @@ def test_what_no_recipe_needs_is_listed_by_its_kind_and_goes(made, name, listed,
         "build/bench/serve/",
         "build/trust.json",
         "build/doit.sqlite",
-        "build/.turn",
+        "build/.run-lock",
         home(VLLM.sha256, VLLM.file),
         home(VLLM.sha256, f"{VLLM.sha256}.part"),
         home(VLLM.sha256, ".lock"),
@@ -508,7 +508,7 @@ def test_what_a_run_may_be_at_work_in_stays_until_it_has_rested(made, monkeypatc
 
 def test_removal_waits_for_the_run_that_is_at_work_and_listing_does_not(made):
     gone = made.put("build/trees/gone/")
-    with (made.root / "build" / ".turn").open("w") as turn:
+    with (made.root / "build" / ".run-lock").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         made.report()
         removal = threading.Thread(target=made.report, args=(True,))

@@ -30,7 +30,7 @@ def run(file: Path, command: str, seconds: float) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    return tmp_path / "build" / ".turn"
+    return tmp_path / "build" / ".run-lock"
 
 
 def test_a_second_run_waits_and_names_the_first(file: Path) -> None:

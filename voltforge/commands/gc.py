@@ -38,7 +38,7 @@ _IN_OURS = re.compile(rf"{_BESIDE.pattern}|tmp{_RANDOM}/")
 """The same and the folders of tempfile, in a folder where only voltforge writes."""
 _KEPT_BESIDE = re.compile(rf"\.(simple|.+\.(whl|metadata|json|jsonl|html))\.{_RANDOM}(\.old)?/?")
 """The same in the wheelhouse, where people keep files of their own."""
-_OF_BUILD = re.compile(r"\.turn|doit\.sqlite.*|trust\.\w+|triton\.json")
+_OF_BUILD = re.compile(r"\.run-lock|\.turn|doit\.sqlite.*|trust\.\w+|triton\.json")
 """Small files of voltforge in build/ that stay."""
 
 
@@ -184,7 +184,7 @@ def report(pipeline: Pipeline, runtime: Runtime, delete: bool = False) -> None:
         VoltforgeError: something could not be removed; all else was.
     """
     if delete:
-        pipeline.turn.take()
+        pipeline.run_lock.take()
     items = unneeded(pipeline, runtime)
     _show(pipeline.root, items)
     _show_foreign(pipeline.root, foreign(pipeline, runtime))

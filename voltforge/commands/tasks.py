@@ -22,18 +22,19 @@ MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors that come from the machine and not from a fault in the program: they are printed without a traceback."""
 
 
-def each(pipeline: Pipeline, kind: str) -> Iterator[dict[str, Any]]:
-    """Yield a task for every package that has a stage of that kind."""
+def each(pipeline: Pipeline, kind: str, doc: str | None) -> Iterator[dict[str, Any]]:
+    """Yield a task for every package that has a stage of that kind. All of them together download at once first."""
+    yield {"name": None, "doc": doc, "task_dep": ["downloads"]}
     for recipe in pipeline.recipes.values():
         if stage := pipeline.package(recipe).stages.get(kind):
             yield {**of(stage, pipeline), "name": recipe.name, "doc": recipe.summary}
 
 
-def wheels(pipeline: Pipeline) -> Iterator[dict[str, Any]]:
+def wheels(pipeline: Pipeline, doc: str | None) -> Iterator[dict[str, Any]]:
     """Yield the tasks of all wheels; a package with several variants is announced before the first stage runs."""
-    for task in each(pipeline, "wheels"):
-        recipe = pipeline.recipes[task["name"]]
-        if recipe.name in CHOICES:
+    for task in each(pipeline, "wheels", doc):
+        recipe = pipeline.recipes.get(task["name"])
+        if recipe and recipe.name in CHOICES:
             task["meta"] = {ANNOUNCED: lambda recipe=recipe: variant_sentence(recipe)}
         yield task
 
@@ -51,18 +52,18 @@ def variant_sentence(recipe: Recipe) -> str:
 
 def of(stage: Stage[Any], checkout: Checkout) -> dict[str, Any]:
     """Return the task of a stage; it is up to date if the stage's own record is current."""
-    history, turn = checkout.history, checkout.turn
+    durations, lock = checkout.durations, checkout.run_lock
 
     def run_timed() -> None:
-        with console.stage(stage.name, history.usual(stage.name)), history.measured(stage.name):
+        with console.stage(stage.name, durations.usual(stage.name)), durations.measured(stage.name):
             stage.run()
 
     def is_current() -> bool:
         if stage.current():
             return True
         # The lock is taken here, in doit's own process, because its workers (doit -n) come and go.
-        waited = turn.take()
-        console.log_to(checkout.scratch / "logs" / "run.log", turn.command)
+        waited = lock.take()
+        console.log_to(checkout.scratch / "logs" / "run.log", lock.command)
         return waited and stage.current()
 
     return {**action(run_timed), "uptodate": [is_current], "task_dep": [before.name for before in stage.after()]}
@@ -74,26 +75,26 @@ def downloads(pipeline: Pipeline) -> dict[str, Any]:
     It is skipped offline: there each ``fetch`` task reports the file that it lacks.
     """
     is_current = lambda: pipeline.store.offline or not pipeline.missing_sources()  # noqa: E731
-    return {**action(pipeline.download, turn=pipeline.turn), "uptodate": [is_current]}
+    return {**action(pipeline.download, lock=pipeline.run_lock), "uptodate": [is_current]}
 
 
 def action(
-    work: Callable[..., Any], *arguments: Any, turn: RunLock | None = None, takes_names: bool = False
+    work: Callable[..., Any], *arguments: Any, lock: RunLock | None = None, takes_names: bool = False
 ) -> dict[str, Any]:
     """Return a task that calls ``work``; a VoltforgeError is printed without a traceback.
 
     Args:
         work: the function.
         arguments: its arguments.
-        turn: the run lock to take first, if any.
+        lock: the run lock to take first, if any.
         takes_names: pass the words that follow the task on the command line as further arguments.
     """
 
     def guarded(names: Sequence[str] = ()) -> TaskFailed | None:
         interrupts.treat_signals_like_ctrl_c()
         try:
-            if turn:
-                turn.take()
+            if lock:
+                lock.take()
             work(*arguments, *names)
         except VoltforgeError as error:
             return _failed(error)
@@ -108,6 +109,11 @@ def action(
 
     named = {"pos_arg": "names"} if takes_names else {}
     return {"actions": [guarded], "verbosity": 2, "io": {"capture": False}, **named}
+
+
+def locked(work: Callable[..., Any], pipeline: Pipeline, *arguments: Any) -> dict[str, Any]:
+    """Return a task that calls ``work`` with the pipeline while no other run is at work in the checkout."""
+    return action(work, pipeline, *arguments, lock=pipeline.run_lock)
 
 
 def _failed(error: VoltforgeError) -> TaskFailed:

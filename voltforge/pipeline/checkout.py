@@ -84,9 +84,9 @@ class Checkout:
         return Store.from_environment(self.scratch / "downloads")
 
     @cached_property
-    def turn(self) -> RunLock:
+    def run_lock(self) -> RunLock:
         """The lock that one run holds at a time."""
-        return RunLock(self.scratch / ".turn", " ".join(["doit", *map(redacted, sys.argv[1:])]))
+        return RunLock(self.scratch / ".run-lock", " ".join(["doit", *map(redacted, sys.argv[1:])]))
 
     @property
     def cache(self) -> Cache | None:
@@ -109,7 +109,7 @@ class Checkout:
         return Wheelhouse(self.root / "wheelhouse")
 
     @property
-    def history(self) -> Durations:
+    def durations(self) -> Durations:
         """How long the stages took here."""
         return Durations(self.record("history"))
 
