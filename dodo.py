@@ -24,11 +24,11 @@ from voltforge.commands import (
     why,
 )  # fmt: skip
 from voltforge.gpu import bundle, triton_kernels
-from voltforge.image.stages import Runtime
+from voltforge.image.stages import RuntimeImage
 
 ROOT = Path(__file__).parent
 PIPELINE = command_line.load_pipeline(ROOT, get_var)
-RUNTIME = Runtime(PIPELINE)
+RUNTIME = RuntimeImage(PIPELINE)
 DOIT_CONFIG = {
     "default_tasks": ["about"],
     "reporter": reporter.Reporter,

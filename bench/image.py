@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from voltforge.image import container_engine
-from voltforge.image.stages import NAME, Runtime
+from voltforge.image.stages import NAME, RuntimeImage
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.system import console, files
@@ -20,7 +20,7 @@ from voltforge.system.process import run
 
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    runtime = Runtime(Pipeline.load(ROOT, Settings(torch="thin")))
+    runtime = RuntimeImage(Pipeline.load(ROOT, Settings(torch="thin")))
     runtime.wheels()
     runtime.base.run()
     engine = container_engine.choose()

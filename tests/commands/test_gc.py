@@ -23,7 +23,7 @@ from tests.support.rights import ordinary_user
 from voltforge.commands import gc
 from voltforge.commands.gc import LEFT_OVER, Item
 from voltforge.errors import VoltforgeError
-from voltforge.image.stages import Runtime
+from voltforge.image.stages import RuntimeImage
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources.recipe import RecipeError, load
@@ -57,7 +57,7 @@ class Made:
         for name in ("recipes", "patches"):
             (root / name).symlink_to(ROOT / name)
         self.pipeline = Pipeline.load(root, Settings())
-        self.runtime = Runtime(self.pipeline)
+        self.runtime = RuntimeImage(self.pipeline)
 
     def put(self, *names: str, data: str | bytes = "content") -> Path:
         """Files of these names, and folders where a name ends with a slash; gives the last."""
@@ -299,7 +299,7 @@ def test_a_moved_checkout_is_known_by_its_names(made, tmp_path):
     made.built("vllm", NEW)
     made.root.rename(tmp_path / "elsewhere")
     moved = Pipeline.load(tmp_path / "elsewhere", Settings())
-    found = [item.path.name for item in gc.unneeded(moved, Runtime(moved))]
+    found = [item.path.name for item in gc.unneeded(moved, RuntimeImage(moved))]
     assert sorted(found) == [f"distro-12.4.131-{OLD}", f"vllm-{OLD}"]
 
 
@@ -687,7 +687,7 @@ def test_a_record_that_is_lost_or_rotten_never_makes_more_of_it_go(entries, reco
 @pytest.mark.slow
 def test_what_is_left_of_a_real_build_is_enough_for_the_next_and_the_last_ones_objects_go(saxpy: Pipeline):
     def listed(pipeline: Pipeline) -> set[str]:
-        found = gc.unneeded(pipeline, Runtime(pipeline))
+        found = gc.unneeded(pipeline, RuntimeImage(pipeline))
         return {item.path.relative_to(pipeline.scratch).as_posix() for item in found}
 
     def folders() -> set[str]:
@@ -699,17 +699,17 @@ def test_what_is_left_of_a_real_build_is_enough_for_the_next_and_the_last_ones_o
     files.write(saxpy.scratch / "work" / f"saxpy-{OLD}" / "tree" / "object.o", "the newest, of other settings")
     assert listed(saxpy) == set()
     files.remove(saxpy.scratch / "work" / f"saxpy-{OLD}")
-    gc.remove(gc.unneeded(saxpy, Runtime(saxpy)))
+    gc.remove(gc.unneeded(saxpy, RuntimeImage(saxpy)))
     assert folders() == first
     assert run(saxpy) == []
     changed = edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] *= a + 1")
     changed = rewritten(changed, "env = { TORCH", 'env = { NVCC_THREADS = "1", TORCH')
     assert "build" in run(changed)
     assert listed(changed) == first
-    gc.report(changed, Runtime(changed), delete=True)
+    gc.report(changed, RuntimeImage(changed), delete=True)
     assert len(folders() - first) == len(folders()) == 2
     assert run(changed) == []
-    assert gc.foreign(changed, Runtime(changed)) == []
+    assert gc.foreign(changed, RuntimeImage(changed)) == []
 
 
 @pytest.mark.parametrize(("choice", "removed"), [("", False), ("delete", True)])
@@ -717,7 +717,7 @@ def test_unneeded_files_are_removed_only_with_gc_delete(saxpy: Pipeline, capsys,
     stale = saxpy.scratch / "trees" / "gone" / "old.c"
     files.write(stale, b"0" * 5000)
     pipeline = Pipeline.load(saxpy.root, Settings(gc=choice))
-    gc.collect(pipeline, Runtime(pipeline))
+    gc.collect(pipeline, RuntimeImage(pipeline))
     assert "trees/gone" in capsys.readouterr().out
     assert stale.exists() != removed
     assert os.listdir(saxpy.scratch / "toolchains")
@@ -728,5 +728,5 @@ def test_unknown_value_of_gc_is_refused_and_removes_nothing(saxpy: Pipeline) -> 
     files.write(stale, b"0" * 5000)
     pipeline = Pipeline.load(saxpy.root, Settings(gc="yes"))
     with pytest.raises(VoltforgeError, match="gc=yes: unknown value"):
-        gc.collect(pipeline, Runtime(pipeline))
+        gc.collect(pipeline, RuntimeImage(pipeline))
     assert stale.exists()

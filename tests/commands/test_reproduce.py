@@ -24,7 +24,7 @@ from voltforge.errors import VoltforgeError
 from voltforge.gpu import triton_kernels
 from voltforge.image import container_engine
 from voltforge.image.layers import LAYERS
-from voltforge.image.stages import Runtime
+from voltforge.image.stages import RuntimeImage
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import environment, index
@@ -298,7 +298,7 @@ DOCKERFILE = "ARG BASE\nFROM ${BASE}\n" + "".join(f"COPY --chmod=755 {layer}/ /\
 
 
 @pytest.fixture
-def images(tmp_path: Path, toolchain: Toolchain, near: None, monkeypatch) -> Iterator[Runtime]:
+def images(tmp_path: Path, toolchain: Toolchain, near: None, monkeypatch) -> Iterator[RuntimeImage]:
     """A checkout whose image is of two small wheels on nothing, with a store of its own for the engine."""
     settings = tmp_path / "storage.conf"
     places = f'graphroot = "{tmp_path}/containers"\nrunroot = "{tmp_path}/state"\n'
@@ -316,13 +316,13 @@ def images(tmp_path: Path, toolchain: Toolchain, near: None, monkeypatch) -> Ite
     for name, needs in (("torch", ""), ("vllm", "Requires-Dist: torch\n")):
         content = {f"{name}/__init__.py": "", f"{name}/library.so": library}
         pipeline.wheelhouse.add(wheel(tmp_path / name, content, name=name, metadata=needs))
-    yield Runtime(pipeline)
+    yield RuntimeImage(pipeline)
     # Only the engine can remove the layers of an ordinary user.
     subprocess.run([container_engine.choose().kind, "rmi", "--all", "--force"], capture_output=True, check=False)
 
 
 @pytest.mark.slow
-def test_an_image_of_the_same_wheels_is_the_same_archive(images: Runtime, counted: Tally) -> None:
+def test_an_image_of_the_same_wheels_is_the_same_archive(images: RuntimeImage, counted: Tally) -> None:
     try:
         images.image.run()
     except VoltforgeError as error:

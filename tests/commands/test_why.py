@@ -6,7 +6,7 @@ import pytest
 
 from voltforge.commands.why import explain
 from voltforge.errors import VoltforgeError
-from voltforge.image.stages import Runtime
+from voltforge.image.stages import RuntimeImage
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.system import files
 
@@ -17,7 +17,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
 
 def why(pipeline: Pipeline, *names: str) -> None:
     again = Pipeline.load(pipeline.root, pipeline.settings)
-    explain(again, Runtime(again), *names)
+    explain(again, RuntimeImage(again), *names)
 
 
 def patched(pipeline: Pipeline, line: str) -> None:

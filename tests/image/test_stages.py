@@ -12,7 +12,7 @@ from tests.support.checkouts import ROOT
 from tests.support.samples import wheel
 from voltforge.image import container_engine, stages
 from voltforge.image.leave_out import ImageError
-from voltforge.image.stages import Runtime
+from voltforge.image.stages import RuntimeImage
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.pipeline.stage import NotRun
@@ -34,7 +34,7 @@ def kept(checkout: Pipeline, name: str, tag: str) -> None:
     checkout.wheelhouse.add(wheel(folder, {f"{name}/__init__.py": ""}, name=name, tag=tag))
 
 
-def before(made: Runtime) -> list[str]:
+def before(made: RuntimeImage) -> list[str]:
     """The stages that must run before the image is made."""
     return [stage.name for stage in made.image.after()]
 
@@ -43,13 +43,13 @@ def test_missing_wheels_are_named_with_the_command_that_makes_them(tmp_path: Pat
     checkout = pipeline(tmp_path)
     kept(checkout, "vllm", "cp38-abi3-linux_x86_64")
     with pytest.raises(ImageError, match="the wheelhouse has no torch for Python") as caught:
-        Runtime(checkout).wheels()
+        RuntimeImage(checkout).wheels()
     assert "./doit wheels" in caught.value.hint
 
 
 def test_a_base_is_made_unless_one_is_chosen(tmp_path: Path) -> None:
-    assert before(Runtime(pipeline(tmp_path))) == ["image:base"]
-    assert before(Runtime(pipeline(tmp_path, "python:3.11-slim"))) == []
+    assert before(RuntimeImage(pipeline(tmp_path))) == ["image:base"]
+    assert before(RuntimeImage(pipeline(tmp_path, "python:3.11-slim"))) == []
 
 
 def test_wheels_for_another_python_are_ignored(tmp_path: Path) -> None:
@@ -57,14 +57,14 @@ def test_wheels_for_another_python_are_ignored(tmp_path: Path) -> None:
     kept(checkout, "vllm", "cp38-abi3-linux_x86_64")
     kept(checkout, "torch", "cp27-cp27mu-linux_x86_64")
     with pytest.raises(ImageError, match="no torch"):
-        Runtime(checkout).wheels()
+        RuntimeImage(checkout).wheels()
     kept(checkout, "torch", f"{MINE}-{MINE}-linux_x86_64")
-    assert Runtime(checkout).wheels()["torch"].path.name == f"torch-1.0-{MINE}-{MINE}-linux_x86_64.whl"
+    assert RuntimeImage(checkout).wheels()["torch"].path.name == f"torch-1.0-{MINE}-{MINE}-linux_x86_64.whl"
 
 
 def test_sizes_of_an_image_that_was_not_made_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NotRun, match="image has not run"):
-        Runtime(pipeline(tmp_path)).why()
+        RuntimeImage(pipeline(tmp_path)).why()
 
 
 def test_a_change_of_the_image_code_makes_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,5 +78,5 @@ def test_a_change_of_the_image_code_makes_another_image(tmp_path: Path, monkeypa
     keys = []
     for text in ("one way", "another"):
         code.write_text(text)
-        keys.append(Runtime(checkout).image.key())
+        keys.append(RuntimeImage(checkout).image.key())
     assert keys[0] != keys[1]

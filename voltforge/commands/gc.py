@@ -18,7 +18,7 @@ from pathlib import Path
 from voltforge.commands.disk_usage import disk_usage
 from voltforge.commands.needed_files import HEX, HOME, IMAGE, JSON, TOOLKIT, entries, needed
 from voltforge.errors import VoltforgeError, listed
-from voltforge.image.stages import Runtime
+from voltforge.image.stages import RuntimeImage
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.system import console, files
 from voltforge.wheel import wheelhouse
@@ -116,7 +116,7 @@ class _Found:
     outside_turns: bool = False
 
 
-def unneeded(pipeline: Pipeline, runtime: Runtime) -> list[Item]:
+def unneeded(pipeline: Pipeline, runtime: RuntimeImage) -> list[Item]:
     """Return the items that no recipe needs: the kind that frees most first, and in it the largest item first.
 
     Raises:
@@ -132,7 +132,7 @@ def unneeded(pipeline: Pipeline, runtime: Runtime) -> list[Item]:
     return sorted(items, key=lambda item: (-sums[item.kind], item.kind, -item.size, item.path))
 
 
-def foreign(pipeline: Pipeline, runtime: Runtime) -> list[Item]:
+def foreign(pipeline: Pipeline, runtime: RuntimeImage) -> list[Item]:
     """Return the files that voltforge did not make and that no recipe needs; only a person may remove them.
 
     Raises:
@@ -164,7 +164,7 @@ def remove(items: Iterable[Item]) -> Removed:
     return Removed(freed, tuple(problems))
 
 
-def collect(pipeline: Pipeline, runtime: Runtime) -> None:
+def collect(pipeline: Pipeline, runtime: RuntimeImage) -> None:
     """List what no recipe needs, or remove it with ``gc=delete``.
 
     Raises:
@@ -176,7 +176,7 @@ def collect(pipeline: Pipeline, runtime: Runtime) -> None:
     report(pipeline, runtime, delete=choice == "delete")
 
 
-def report(pipeline: Pipeline, runtime: Runtime, delete: bool = False) -> None:
+def report(pipeline: Pipeline, runtime: RuntimeImage, delete: bool = False) -> None:
     """Print the files that no recipe needs; with ``delete``, wait for the run lock and remove them.
 
     Raises:
@@ -208,7 +208,7 @@ def report(pipeline: Pipeline, runtime: Runtime, delete: bool = False) -> None:
 # The files that exist.
 
 
-def _found(pipeline: Pipeline, runtime: Runtime) -> Iterator[_Found]:
+def _found(pipeline: Pipeline, runtime: RuntimeImage) -> Iterator[_Found]:
     """Yield unneeded paths, made by voltforge or not; none contains another, or a needed path."""
     stays = needed(pipeline, runtime)
     above = {parent for path in stays for parent in path.parents}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from voltforge.errors import VoltforgeError
-from voltforge.image.stages import Runtime
+from voltforge.image.stages import RuntimeImage
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.pipeline.stage import Values
 from voltforge.sources.fetch import Artifact
@@ -44,7 +44,7 @@ class _Known:
         return frozenset(recipe.name for recipe in self.recipes)
 
 
-def needed(pipeline: Pipeline, runtime: Runtime) -> frozenset[Path]:
+def needed(pipeline: Pipeline, runtime: RuntimeImage) -> frozenset[Path]:
     """Return the files and folders that must stay, for every recipe under every choice and for every receipt.
 
     Some of them may not exist.
@@ -191,7 +191,7 @@ def _changed(path: Path) -> int:
         return 0
 
 
-def _records(pipeline: Pipeline, runtime: Runtime, known: _Known) -> Iterator[Path]:
+def _records(pipeline: Pipeline, runtime: RuntimeImage, known: _Known) -> Iterator[Path]:
     """Yield the records of all stages, and other records unless their recipe is known to be gone."""
     stages = [stage for recipe in known.recipes for stage in pipeline.package(recipe).stages.values()]
     yield from (stage.path for stage in (*stages, runtime.base, runtime.image))
@@ -204,7 +204,7 @@ def _records(pipeline: Pipeline, runtime: Runtime, known: _Known) -> Iterator[Pa
             yield path
 
 
-def _images(runtime: Runtime) -> Iterator[Path]:
+def _images(runtime: RuntimeImage) -> Iterator[Path]:
     try:
         yield runtime.folder / runtime.image.result().path.name
     except CANNOT_TELL:

@@ -30,7 +30,7 @@ from voltforge.commands.build_conditions import (
 )  # fmt: skip
 from voltforge.errors import VoltforgeError
 from voltforge.image import container_engine
-from voltforge.image.stages import Runtime
+from voltforge.image.stages import RuntimeImage
 from voltforge.pipeline.checkout import Checkout
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import environment
@@ -110,7 +110,7 @@ def wheel(pipeline: Pipeline, name: str) -> Comparison:
     return _judged(pipeline, second, name, _file(pipeline, first), _file(there, again))
 
 
-def image(pipeline: Pipeline, runtime: Runtime) -> Comparison:
+def image(pipeline: Pipeline, runtime: RuntimeImage) -> Comparison:
     """Build the image a second time from the same wheels, and compare the two archives.
 
     The engine gets a store of its own, so that it reuses no layer of the first build. The user is the same: an engine
@@ -125,7 +125,7 @@ def image(pipeline: Pipeline, runtime: Runtime) -> Comparison:
     shutil.copytree(pipeline.wheelhouse.path, second.root / "wheelhouse", copy_function=shutil.copy)
     with _store_apart(second) as apart:
         _build(pipeline, apart, "image", "image:of-wheelhouse")
-    again = Runtime(Pipeline.load(second.root, pipeline.settings)).image.result().path
+    again = RuntimeImage(Pipeline.load(second.root, pipeline.settings)).image.result().path
     return _judged(pipeline, second, "image", first, again)
 
 

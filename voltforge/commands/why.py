@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from voltforge.errors import VoltforgeError
-from voltforge.image.stages import Runtime
+from voltforge.image.stages import RuntimeImage
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.pipeline.stage import shown
 from voltforge.system import console
 
 
-def explain(pipeline: Pipeline, runtime: Runtime, *names: str) -> None:
+def explain(pipeline: Pipeline, runtime: RuntimeImage, *names: str) -> None:
     """Print the recorded and the current value of each changed input; without names, for all wheels.
 
     Raises:

@@ -81,7 +81,7 @@ class ImageArchive:
     """Parts of the environment that the image does not need."""
 
 
-class Runtime:
+class RuntimeImage:
     """The stages ``image:base`` and ``image`` of a checkout."""
 
     def __init__(self, checkout: Pipeline) -> None:
