@@ -1,4 +1,4 @@
-"""What the tests share: the checkout, its toolchain, and a small checkout that nothing was built in yet."""
+"""Fixtures of all tests: the checkout, its toolchain, and a small checkout without any build."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from voltforge.system import console, files
 from voltforge.wheel import signing
 from voltforge.wheel.signing import Signer
 
-# The same commit gives the same answer. `pytest --hypothesis-profile=explore` looks for what nobody has tried yet.
+# The same commit gives the same result. `pytest --hypothesis-profile=explore` searches new examples.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", print_blob=True)
 settings.load_profile("repeatable")
 
 
-# What was started with a shell's & or with nohup has SIGINT or SIGHUP ignored, and so has all that it starts; what the
-# tests start they interrupt. A handler, unlike SIG_IGN, is not inherited: for pytest itself nothing changes.
+# A shell's & and nohup make their children ignore SIGINT or SIGHUP, and the tests send both to theirs. A handler,
+# unlike SIG_IGN, is not inherited; for pytest itself nothing changes.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
 
-# The tests read what a person does at home who sends it to a file: without times, and as wide as that is.
-# xdist gives its workers the width of a terminal.
+# The tests read the output as it is in a file: without times, and in the plain width. xdist gives its workers the width
+# of a terminal.
 os.environ.pop("CI", None)
 os.environ.pop("COLUMNS", None)
 console.screen.width = console.PLAIN_WIDTH
@@ -63,12 +63,11 @@ TOGETHER = {
     ),
     "/build": ("build", "crash", "keys", "sandbox"),
 }
-"""Modules that cannot be tried at the same time: they have the checkout's wheels, or a machine's one ``/build``, where
-builds without a sandbox are moved."""
+"""Modules that cannot run at the same time: they share the checkout's wheels, or the machine's one ``/build``."""
 
 
 class OneWorkerEach(LoadScopeScheduling):  # type: ignore[misc]
-    """Gives each module to one worker, for its fixtures are made once, and those that cannot meet to the same."""
+    """Give each module to one worker, because its fixtures are made once; conflicting modules share a worker."""
 
     def _split_scope(self, nodeid: str) -> str:
         module = Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
@@ -76,12 +75,12 @@ class OneWorkerEach(LoadScopeScheduling):  # type: ignore[misc]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneWorkerEach:
-    """How ``pytest -n 2`` shares out the tests; xdist's own groups do nothing in pytest 9.2."""
+    """Return the scheduler of ``pytest -n 2``; xdist's own groups have no effect in pytest 9.2."""
     return OneWorkerEach(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """See that no module is forgotten in :data:`TOGETHER`."""
+    """Check that no module is missing in :data:`TOGETHER`."""
     strangers = {item.path.name for item in items if "vllm" in getattr(item, "fixturenames", ())}
     if strangers := strangers - {f"test_{module}.py" for module in TOGETHER["vllm"]}:
         raise pytest.UsageError(f"{', '.join(strangers)}: has the checkout's wheels; name it in TOGETHER")
@@ -89,13 +88,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
-    """The checkout that is tested."""
+    """The checkout under test."""
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def toolchain(repository: Path, driver_stub: DriverStub) -> Toolchain:
-    """The CUDA 12 toolkit that this machine finds or puts together, in the checkout's own build/."""
+    """The CUDA 12 toolkit of this machine, found or assembled in the checkout's own build/."""
     pipeline = Pipeline.load(repository, Settings())
     pipeline.scratch.mkdir(exist_ok=True)
     with (pipeline.scratch / "toolchain.lock").open("w") as other_worker:
@@ -116,14 +115,14 @@ def driver_stub(repository: Path) -> DriverStub:
 
 @pytest.fixture(scope="session")
 def vllm(repository: Path, toolchain: Toolchain) -> Pipeline:
-    """The checkout after `./doit wheels:vllm`: ten minutes on two cores, nothing if it ran before."""
+    """The checkout after `./doit wheels:vllm`: up to ten minutes on two cores, nothing if it ran before."""
     doit("wheels:vllm")
     return Pipeline.load(repository, Settings())
 
 
 @pytest.fixture(scope="session")
 def installed(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    """A fresh environment into which uv installed the wheel from the wheelhouse's own index."""
+    """A fresh environment with the wheel, installed by uv from the wheelhouse's own index."""
     recipe = vllm.recipes["vllm"]
     folder = tmp_path_factory.mktemp("installed") / "fresh"
     fresh = create(recipe.vllm_python(recipe.expect.lock), folder, vllm.store.indexes)
@@ -143,22 +142,22 @@ def vllm_python(vllm: Pipeline, installed: Environment, tmp_path_factory: pytest
 
 @pytest.fixture
 def saxpy(tmp_path: Path, toolchain: Toolchain) -> Pipeline:
-    """A checkout of its own with one recipe, for the small CUDA package in tests/packages, and nothing built yet.
+    """A new checkout with one recipe, for the small CUDA package in tests/packages, and without any build.
 
-    The toolchain is the checkout's: putting another together would test nothing more.
+    It shares the toolchain of the checkout under test: assembling another would test nothing more.
     """
     return small_checkout(tmp_path / "checkout")
 
 
 @pytest.fixture(scope="session")
 def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
-    """A key of one's own."""
+    """A signing key."""
     return signing.make_key(tmp_path_factory.mktemp("signer") / "key.pem")
 
 
 @pytest.fixture(scope="session")
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Signer:
-    """A key that nobody trusts unless a test says so."""
+    """A key that no test trusts by default."""
     return signing.make_key(tmp_path_factory.mktemp("stranger") / "key.pem")
 
 

@@ -29,14 +29,14 @@ def found(pipeline: Pipeline, name: str) -> Check:
     return next(check for check in doctor.examine(pipeline) if check.name == name)
 
 
-def test_everything_that_a_build_needs_has_a_line(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_requirement_of_a_build_is_listed(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
     names = {check.name for check in doctor.examine(loaded(pipeline.root))}
     assert {"Python", "Python headers", "g++", "patch", "disk", "memory", "jobs", "sandbox", "NVIDIA driver"} <= names
     assert {"package index", "CUDA compiler"} <= names
 
 
-def test_a_missing_program_comes_with_the_command_that_gets_it(
+def test_a_missing_program_is_listed_with_its_install_command(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -47,7 +47,7 @@ def test_a_missing_program_comes_with_the_command_that_gets_it(
         doctor.report(pipeline)
 
 
-def test_without_an_engine_for_images_wheels_can_still_be_made(
+def test_a_missing_container_engine_does_not_fail_the_doctor(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -55,16 +55,14 @@ def test_without_an_engine_for_images_wheels_can_still_be_made(
     assert (check.state, "wheels need none" in check.detail) == ("note", True)
 
 
-def test_little_room_on_the_disk_is_told_and_how_much_is_needed(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_disk_is_reported_with_the_required_space(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "DISK", 10**18)
     check = found(pipeline, "disk")
     assert check.state == "note"
     assert "make room" in check.hint
 
 
-def test_an_index_without_the_source_is_missing(
+def test_an_index_without_the_source_is_reported(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", tmp_path.as_uri())
@@ -88,7 +86,7 @@ def upstream(pipeline: Pipeline, url: str) -> Check:
     return found(Pipeline(pipeline.root, Settings(), {"torch": elsewhere}, cuda=pipeline.cuda), "upstream")
 
 
-def test_a_source_upstream_is_asked_for_and_if_it_cannot_be_had_there_is_another_way(
+def test_an_unreachable_upstream_is_reported_with_the_alternative(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving() as server:
@@ -103,7 +101,7 @@ def test_a_source_upstream_is_asked_for_and_if_it_cannot_be_had_there_is_another
     assert "no host is asked" in upstream(pipeline, "http://127.0.0.1:1/a.tar.gz").detail
 
 
-def test_a_toolkit_that_cannot_target_volta_is_told(
+def test_a_toolkit_that_cannot_target_volta_is_reported(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"

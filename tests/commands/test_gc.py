@@ -133,7 +133,7 @@ def aged(path: Path, seconds: int) -> None:
     os.utime(path, ns=(10**18 - seconds * 10**9,) * 2)
 
 
-def test_what_was_learnt_and_what_was_compiled_before_is_never_too_much(made):
+def test_history_and_caches_always_stay(made):
     made.put("build/history/vllm.json", "build/cache/ccache/0/object", "build/gate/launcher.py")
     assert made.listed() == {}
     assert made.foreign() == []
@@ -177,7 +177,7 @@ def test_what_was_learnt_and_what_was_compiled_before_is_never_too_much(made):
         ("wheelhouse/receipts/.vllm-cp311.json.ab3_9xyz", "", LEFT_OVER),
     ],
 )
-def test_what_no_recipe_needs_is_listed_by_its_kind_and_goes(made, name, listed, kind):
+def test_unneeded_files_are_listed_by_kind_and_removed(made, name, listed, kind):
     made.put(name)
     assert made.listed() == {listed or name.rstrip("/"): kind}
     made.report(delete=True)
@@ -229,7 +229,7 @@ def test_what_no_recipe_needs_is_listed_by_its_kind_and_goes(made, name, listed,
         "tmpab3_9xyz/",
     ],
 )
-def test_what_a_recipe_needs_or_may_need_is_not_spoken_of(made, name):
+def test_files_that_a_recipe_may_need_are_not_listed(made, name):
     made.put(name)
     assert made.listed() == {}
     assert made.foreign() == []
@@ -250,14 +250,14 @@ def test_what_a_recipe_needs_or_may_need_is_not_spoken_of(made, name):
         (f"build/wheels/gone-{OLD}", ""),
     ],
 )
-def test_what_voltforge_did_not_put_there_is_told_and_stays(made, name, listed):
+def test_foreign_files_are_listed_and_stay(made, name, listed):
     path = made.put(name)
     assert made.foreign() == [(listed or name).rstrip("/")]
     made.report(delete=True)
     assert path.exists()
 
 
-def test_the_files_of_a_wheel_that_somebody_brought_stay_with_it(made):
+def test_files_beside_a_foreign_wheel_stay(made):
     wheel = made.put(f"wheelhouse/{WHEEL.format('brought')}.metadata", f"wheelhouse/{WHEEL.format('brought')}")
     assert made.listed() == {}
     wheel.unlink()
@@ -267,7 +267,7 @@ def test_the_files_of_a_wheel_that_somebody_brought_stay_with_it(made):
 # --- by records ---
 
 
-def test_the_toolchain_of_the_record_stays_and_without_a_record_all_do(made):
+def test_only_the_recorded_toolchain_stays_and_all_without_a_record(made):
     made.put(f"{CUDA}{OLD}/", f"build/toolchains/driver-stub-{OLD}/")
     made.choose(NEW)
     assert sorted(made.listed()) == [f"{CUDA}{OLD}", f"build/toolchains/driver-stub-{OLD}"]
@@ -287,13 +287,13 @@ def test_a_toolkit_of_the_machine_makes_those_of_the_checkout_unneeded(made, tmp
     assert sorted(made.listed()) == [f"{CUDA}{OLD}"]
 
 
-def test_a_record_of_a_toolchain_that_is_gone_says_nothing(made):
+def test_a_record_of_a_missing_toolchain_is_ignored(made):
     made.put(f"{CUDA}{OLD}/")
     made.toolchain("/nowhere/cuda")
     assert made.listed() == {}
 
 
-def test_a_moved_checkout_is_known_by_its_names(made, tmp_path):
+def test_a_moved_checkout_keeps_the_same_files(made, tmp_path):
     made.choose(NEW)
     made.put(f"{CUDA}{OLD}/", f"build/wheels/vllm-{OLD}/")
     made.built("vllm", NEW)
@@ -303,7 +303,7 @@ def test_a_moved_checkout_is_known_by_its_names(made, tmp_path):
     assert sorted(found) == [f"distro-12.4.131-{OLD}", f"vllm-{OLD}"]
 
 
-def test_the_wheel_of_the_last_build_stays_and_without_a_record_all_do(made):
+def test_only_the_last_built_wheel_stays_and_all_without_a_record(made):
     made.put(f"build/wheels/vllm-{OLD}/", f"build/wheels/torch-{OLD}/")
     made.built("vllm", NEW)
     assert made.listed() == {f"build/wheels/vllm-{OLD}": "wheels"}
@@ -311,13 +311,13 @@ def test_the_wheel_of_the_last_build_stays_and_without_a_record_all_do(made):
     assert made.listed() == {}
 
 
-def test_a_wheel_of_the_shared_cache_is_found_among_the_downloads(made):
+def test_a_wheel_from_the_shared_cache_stays_in_the_downloads(made):
     path = made.put("build/downloads/0123456789abcdef/vllm.whl")
     made.record("build:vllm", {"path": str(path), "sha256": ""})
     assert made.listed() == {}
 
 
-def test_the_work_folders_of_every_choice_stay_and_the_newest_of_all(made):
+def test_the_work_folders_of_every_choice_and_the_newest_stay(made):
     made.choose(NEW)
     made.record("tree:torch", {"path": str(made.root / "build/trees/torch"), "epoch": 1})
     with_cudnn, without = made.work("torch"), made.work("torch", cudnn="0")
@@ -331,7 +331,7 @@ def test_the_work_folders_of_every_choice_stay_and_the_newest_of_all(made):
     assert made.listed() == {}, "what the builds would go on in cannot be told"
 
 
-def test_the_work_folder_that_the_wheel_of_a_receipt_comes_from_stays(made):
+def test_the_work_folder_of_a_kept_wheel_stays(made):
     made.choose(NEW)
     made.record("tree:vllm", {"path": str(made.root / "build/trees/vllm"), "epoch": 1})
     made.built("vllm", NEW)
@@ -347,7 +347,7 @@ def test_the_work_folder_that_the_wheel_of_a_receipt_comes_from_stays(made):
     assert sorted(made.listed()) == [f"{WORK}/vllm-{OLD}"]
 
 
-def test_the_image_of_the_record_stays_and_without_a_record_all_do(made):
+def test_only_the_recorded_image_stays_and_all_without_a_record(made):
     image = made.put(IMAGE.format("0.11.0"), IMAGE.format("0.12.0"))
     made.image(str(image))
     assert made.listed() == {IMAGE.format("0.11.0"): "image"}
@@ -355,7 +355,7 @@ def test_the_image_of_the_record_stays_and_without_a_record_all_do(made):
     assert made.listed() == {}
 
 
-def test_records_of_recipes_that_are_gone_go(made):
+def test_records_of_removed_recipes_are_unneeded(made):
     for stage in ("build:gone", "build:vllm", "image:base"):
         made.record(stage, {})
     assert made.listed() == {"build/stages/build-gone.json": "stages"}
@@ -364,7 +364,7 @@ def test_records_of_recipes_that_are_gone_go(made):
 # --- by receipts ---
 
 
-def test_what_a_receipt_names_stays_though_no_recipe_does(made):
+def test_files_named_by_a_receipt_stay(made):
     stock, archive, old = STOCK[OTHER], "c" * 64, "d" * 64
     for sha256, file in ((stock.sha256, stock.file), (archive, "nvcc.tar.xz"), (old, "vllm-0.11.0.tar.gz")):
         made.put(home(sha256, file))
@@ -376,7 +376,7 @@ def test_what_a_receipt_names_stays_though_no_recipe_does(made):
     assert made.listed() == {}
 
 
-def test_a_wheel_with_a_receipt_is_ours(made):
+def test_a_wheel_with_a_receipt_is_not_foreign(made):
     made.put(f"wheelhouse/{WHEEL.format('vllm')}")
     assert made.foreign() == [f"wheelhouse/{WHEEL.format('vllm')}"]
     made.receive("vllm", TAG, {"file": VLLM.file, "sha256": VLLM.sha256}, WHEEL.format("vllm"))
@@ -384,7 +384,7 @@ def test_a_wheel_with_a_receipt_is_ours(made):
 
 
 @pytest.mark.parametrize("materials", ['"materials": [1]', '"materials": 1', '"name": null'])
-def test_a_receipt_that_cannot_be_read_may_need_any_download_and_any_work_folder(made, materials):
+def test_an_unreadable_receipt_keeps_all_downloads_and_work_folders(made, materials):
     made.choose(NEW)
     made.record("tree:vllm", {"path": str(made.root / "build/trees/vllm"), "epoch": 1})
     made.built("vllm", NEW)
@@ -402,7 +402,7 @@ def test_a_receipt_that_cannot_be_read_may_need_any_download_and_any_work_folder
     assert made.listed() == unneeded, "the folder of receipts itself cannot be read"
 
 
-def test_a_part_of_a_file_that_is_here_by_now_goes(made):
+def test_a_partial_download_of_a_complete_file_is_unneeded(made):
     part = made.put(home(VLLM.sha256, f"{VLLM.sha256}.part"))
     made.put(home(VLLM.sha256, VLLM.file), data=b"cut short")
     assert made.listed() == {}
@@ -410,7 +410,7 @@ def test_a_part_of_a_file_that_is_here_by_now_goes(made):
     assert list(made.listed()) == [part.relative_to(made.root).as_posix()]
 
 
-def test_any_stock_wheel_stays_where_the_python_that_runs_has_none(made, monkeypatch):
+def test_all_stock_wheels_stay_if_this_python_has_none(made, monkeypatch):
     made.put(home(STOCK[OTHER].sha256, STOCK[OTHER].file))
     monkeypatch.setattr("voltforge.pipeline.from_wheel.sys_tags", lambda: iter(()))
     assert made.listed() == {}
@@ -419,7 +419,7 @@ def test_any_stock_wheel_stays_where_the_python_that_runs_has_none(made, monkeyp
 # --- what it weighs ---
 
 
-def test_what_frees_most_comes_first_kind_by_kind(made):
+def test_the_largest_kinds_and_files_are_listed_first(made):
     for name, size in (("trees/b", 300), ("trees/a", 900), ("logs/gone.log", 500), ("environments/gone", 1000)):
         made.put(f"build/{name}" if "." in name else f"build/{name}/", data=b"x" * size * 1000)
     found = [(item.kind, item.path.name) for item in made.unneeded()]
@@ -459,7 +459,7 @@ def test_no_link_is_followed(made, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["build", "wheelhouse"])
-def test_a_whole_folder_that_is_a_link_is_not_looked_into(made, tmp_path, folder, capsys):
+def test_a_linked_folder_is_not_entered(made, tmp_path, folder, capsys):
     other = Made(tmp_path / "other")
     other.put("build/trees/gone/", "wheelhouse/.simple.ab3_9xyz/")
     (made.root / folder).symlink_to(other.root / folder)
@@ -468,7 +468,7 @@ def test_a_whole_folder_that_is_a_link_is_not_looked_into(made, tmp_path, folder
     assert f"links that were not followed: {folder}\n" in capsys.readouterr().out
 
 
-def test_what_cannot_be_removed_is_named_and_all_else_goes(capsys):
+def test_files_that_cannot_be_removed_are_named_and_the_rest_removed(capsys):
     with ordinary_user(), tempfile.TemporaryDirectory() as room:
         made = Made(Path(room, "checkout"))
         made.put("build/trees/gone/", "build/logs/gone.log", "build/environments/gone/")
@@ -483,7 +483,7 @@ def test_what_cannot_be_removed_is_named_and_all_else_goes(capsys):
         os.chmod(made.root / "build/trees", 0o755)
 
 
-def test_a_killed_removal_leaves_nothing_that_could_be_taken_for_whole(made, monkeypatch):
+def test_a_killed_removal_leaves_no_partial_folder_under_its_name(made, monkeypatch):
     made.choose(NEW)
     made.put(f"{CUDA}{OLD}/")
 
@@ -500,13 +500,13 @@ def test_a_killed_removal_leaves_nothing_that_could_be_taken_for_whole(made, mon
     assert [path.name for path in (made.root / "build/toolchains").iterdir()] == [f"distro-12.4.131-{NEW}"]
 
 
-def test_what_a_run_may_be_at_work_in_stays_until_it_has_rested(made, monkeypatch):
+def test_recently_changed_folders_stay(made, monkeypatch):
     made.put("build/reproduce/vllm/", "build/tmpab3_9xyz/", "build/thin/.torch.whl.ab3_9xyz", "build/trees/gone/")
     monkeypatch.setattr(gc, "AT_REST", 3600.0)
     assert made.listed() == {"build/trees/gone": "trees"}
 
 
-def test_removal_waits_for_the_run_that_is_at_work_and_listing_does_not(made):
+def test_removal_waits_for_a_running_build_and_listing_does_not(made):
     gone = made.put("build/trees/gone/")
     with (made.root / "build" / ".run-lock").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
@@ -533,7 +533,7 @@ def test_a_broken_recipe_removes_nothing(tmp_path):
 # --- what is said ---
 
 
-def test_the_listing_says_what_and_why_and_how_to_go_on(made, capsys):
+def test_the_list_states_files_reasons_and_the_next_command(made, capsys):
     made.put("build/trees/gone/", data=b"x" * 1_000_000)
     made.put("build/logs/gone.log", f"wheelhouse/{WHEEL.format('brought')}")
     made.report()
@@ -555,7 +555,7 @@ def test_the_listing_says_what_and_why_and_how_to_go_on(made, capsys):
     assert "* freed 0 B" in said
 
 
-def test_the_engines_own_store_is_spoken_of_last_where_an_image_was_made(made, capsys):
+def test_the_container_store_is_mentioned_if_an_image_was_made(made, capsys):
     made.put("build/trees/gone/")
     made.report()
     assert "buildah" not in capsys.readouterr().out
@@ -564,7 +564,7 @@ def test_the_engines_own_store_is_spoken_of_last_where_an_image_was_made(made, c
     assert "buildah rmi --prune" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_files_with_other_links_are_said_to_be_freed_by_nobody(made, tmp_path, capsys):
+def test_hard_linked_files_are_reported_as_freeing_nothing(made, tmp_path, capsys):
     folder = made.put("build/environments/gone/", data=b"x" * 1_000_000)
     os.link(folder / "file", tmp_path / "cache")
     made.report()
@@ -646,7 +646,7 @@ def everything(root: Path) -> set[Path]:
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(ENTRIES, max_size=30), records())
-def test_delete_takes_what_is_listed_and_nothing_that_is_needed(entries, recorded):
+def test_delete_removes_exactly_the_listed_files(entries, recorded):
     with tempfile.TemporaryDirectory() as room:
         made = laid_out(Path(room, "checkout"), entries, recorded)
         needed = gc.needed(made.pipeline, made.runtime)
@@ -668,7 +668,7 @@ def test_delete_takes_what_is_listed_and_nothing_that_is_needed(entries, recorde
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(ENTRIES, max_size=30), records(), st.data())
-def test_a_record_that_is_lost_or_rotten_never_makes_more_of_it_go(entries, recorded, data):
+def test_a_lost_or_damaged_record_never_removes_more(entries, recorded, data):
     with tempfile.TemporaryDirectory() as room:
         made = laid_out(Path(room, "checkout"), entries, recorded)
         before = set(made.listed())
@@ -685,7 +685,7 @@ def test_a_record_that_is_lost_or_rotten_never_makes_more_of_it_go(entries, reco
 
 
 @pytest.mark.slow
-def test_what_is_left_of_a_real_build_is_enough_for_the_next_and_the_last_ones_objects_go(saxpy: Pipeline):
+def test_the_next_build_reuses_what_gc_leaves(saxpy: Pipeline):
     def listed(pipeline: Pipeline) -> set[str]:
         found = gc.unneeded(pipeline, RuntimeImage(pipeline))
         return {item.path.relative_to(pipeline.scratch).as_posix() for item in found}

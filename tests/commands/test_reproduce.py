@@ -97,7 +97,7 @@ def test_a_second_build_has_another_user_umask_zone_home_language_and_hash_seed(
     assert (told["jobs"].first, told["jobs"].second, second.jobs) == ("2", "1", "1")
 
 
-def test_what_the_first_build_had_already_is_varied_the_other_way(saxpy: Pipeline, monkeypatch) -> None:
+def test_conditions_of_the_first_build_are_inverted(saxpy: Pipeline, monkeypatch) -> None:
     for key, value in (("TZ", "NPT-5:45"), ("PYTHONHASHSEED", "4242"), ("LC_ALL", "tr_TR.UTF-8"), ("LANG", "C")):
         monkeypatch.setenv(key, value)
     before = os.umask(0o077)
@@ -111,7 +111,7 @@ def test_what_the_first_build_had_already_is_varied_the_other_way(saxpy: Pipelin
     assert "umask 0022" in " ".join(second.around)
 
 
-def test_downloads_come_from_the_first_and_neither_shared_cache_nor_key_is_handed_on(
+def test_downloads_are_reused_but_not_the_shared_cache_and_the_key(
     tmp_path: Path, toolchain: Toolchain, monkeypatch
 ) -> None:
     monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
@@ -126,7 +126,7 @@ def test_downloads_come_from_the_first_and_neither_shared_cache_nor_key_is_hande
     assert [path.name for path in (second.root / "build").glob("*")] == []
 
 
-def test_another_home_hides_neither_the_index_nor_credentials_nor_uvs_cache(
+def test_another_home_keeps_index_credentials_and_uv_cache(
     saxpy: Pipeline, tmp_path: Path, near: None, monkeypatch
 ) -> None:
     home = tmp_path / "home"
@@ -149,7 +149,7 @@ def test_another_home_hides_neither_the_index_nor_credentials_nor_uvs_cache(
     assert "word" not in " ".join(second.around) + (saxpy.scratch / "logs" / "probe.log").read_text().splitlines()[0]
 
 
-def test_where_no_other_user_can_be_had_that_is_said(saxpy: Pipeline, monkeypatch) -> None:
+def test_an_unchanged_user_is_reported(saxpy: Pipeline, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     second = prepare(saxpy, "saxpy", made=FIRST)
     assert by_name(second)["user"].same_because == "unshare(1) cannot make another here"
@@ -159,7 +159,7 @@ def test_where_no_other_user_can_be_had_that_is_said(saxpy: Pipeline, monkeypatc
     assert {"user", "jobs"} <= set(same)
 
 
-def test_names_are_listed_in_another_order_where_the_file_system_keeps_one(kept: Pipeline) -> None:
+def test_directory_order_is_varied_where_the_file_system_allows(kept: Pipeline) -> None:
     """On tmpfs names are listed as they came."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
@@ -177,7 +177,7 @@ def test_names_are_listed_in_another_order_where_the_file_system_keeps_one(kept:
     assert order.first != order.second
 
 
-def test_what_an_interrupted_run_left_is_removed_first(saxpy: Pipeline) -> None:
+def test_leftovers_of_an_interrupted_run_are_removed(saxpy: Pipeline) -> None:
     left = saxpy.scratch / "reproduce" / "saxpy" / "half" / "done"
     left.mkdir(parents=True)
     (left / "file").touch()
@@ -192,7 +192,7 @@ def test_what_an_interrupted_run_left_is_removed_first(saxpy: Pipeline) -> None:
 
 
 @pytest.mark.slow
-def test_an_honest_package_is_the_same_and_nothing_of_the_second_build_stays(
+def test_a_reproducible_package_is_identical_and_the_second_build_is_removed(
     kept: Pipeline, near: None, counted: Tally, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compared = reproduce.wheel(kept, "saxpy")
@@ -240,7 +240,7 @@ static PyObject *where""",
 
 
 @pytest.mark.slow
-def test_a_package_with_noise_in_it_is_told_with_section_symbol_and_line_and_kept(saxpy: Pipeline, near: None) -> None:
+def test_a_difference_is_reported_with_section_symbol_and_line(saxpy: Pipeline, near: None) -> None:
     pipeline = saxpy
     for change in NOISE:
         pipeline = edited(pipeline, *change)
@@ -260,7 +260,7 @@ def test_a_package_with_noise_in_it_is_told_with_section_symbol_and_line_and_kep
 
 
 @pytest.mark.slow
-def test_a_second_build_that_fails_names_its_log(kept: Pipeline, monkeypatch) -> None:
+def test_a_failed_second_build_names_its_log(kept: Pipeline, monkeypatch) -> None:
     monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
     monkeypatch.delenv("VOLTFORGE_MIRRORS", raising=False)
     downloads = kept.scratch / "downloads"
@@ -276,7 +276,7 @@ def test_a_second_build_that_fails_names_its_log(kept: Pipeline, monkeypatch) ->
     assert "saxpy-1.0.tar.gz" in log.read_text()
 
 
-def test_without_a_first_build_there_is_nothing_to_compare(saxpy: Pipeline) -> None:
+def test_a_missing_first_build_is_reported(saxpy: Pipeline) -> None:
     with pytest.raises(VoltforgeError, match="the wheelhouse has no saxpy for cp3") as caught:
         reproduce.wheel(saxpy, "saxpy")
     assert caught.value.hint == "./doit wheels:saxpy"
@@ -322,7 +322,7 @@ def images(tmp_path: Path, toolchain: Toolchain, near: None, monkeypatch) -> Ite
 
 
 @pytest.mark.slow
-def test_an_image_of_the_same_wheels_is_the_same_archive(images: RuntimeImage, counted: Tally) -> None:
+def test_equal_wheels_give_equal_image_archives(images: RuntimeImage, counted: Tally) -> None:
     try:
         images.image.run()
     except VoltforgeError as error:

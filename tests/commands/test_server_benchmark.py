@@ -59,7 +59,7 @@ def unused() -> str:
 
 
 @pytest.mark.parametrize("load", [TEXT, ALONE, DECISIONS], ids=lambda load: load.name)
-def test_as_many_requests_are_made_as_was_said_and_never_more_at_once(load):
+def test_the_number_of_requests_and_the_concurrency_are_exact(load):
     with serving(delay=0.05 / load.new_tokens) as server:
         one = measured(server, load)
     assert len(server.asked) == len(one.outcomes) == load.requests
@@ -67,7 +67,7 @@ def test_as_many_requests_are_made_as_was_said_and_never_more_at_once(load):
     assert one.errors == {}
 
 
-def test_text_is_streamed_with_its_usage_and_a_decision_is_not():
+def test_text_is_streamed_with_usage_and_a_decision_is_not():
     with serving() as server:
         measured(server, TEXT)
         measured(server, DECISIONS)
@@ -77,7 +77,7 @@ def test_text_is_streamed_with_its_usage_and_a_decision_is_not():
     assert all(body["ignore_eos"] for body in server.asked)
 
 
-def test_no_prompt_begins_like_another_so_that_the_prefix_cache_cannot_help():
+def test_no_two_prompts_share_a_prefix():
     with serving() as server:
         for _ in range(2):
             measured(server)
@@ -85,14 +85,14 @@ def test_no_prompt_begins_like_another_so_that_the_prefix_cache_cannot_help():
     assert len(starts) == 2 * TEXT.requests
 
 
-def test_the_round_that_warms_up_is_short_and_not_counted():
+def test_the_warm_up_round_is_short_and_not_counted():
     with serving() as server:
         one = server_benchmark.measure(server_benchmark.find(server.url), TEXT)
     assert len(server.measured(server_benchmark.WARM_TOKENS)) == TEXT.concurrency
     assert len(server.measured(12)) == len(one.outcomes) == TEXT.requests
 
 
-def test_the_model_is_the_first_that_the_server_has_or_the_one_that_was_named():
+def test_the_first_model_is_the_default():
     with serving(models=("first", "second")) as server:
         assert server_benchmark.find(server.url).model == "first"
         assert server_benchmark.find(server.url, "second").model == "second"
@@ -106,7 +106,7 @@ def test_the_address_may_be_written_with_v1_and_without_http(form):
         assert server_benchmark.find(form.format(server.url.removeprefix("http://"))).url == server.url
 
 
-def test_the_key_is_shown_to_the_server_and_written_nowhere(tmp_path, monkeypatch, paper):
+def test_the_api_key_is_sent_and_never_printed(tmp_path, monkeypatch, paper):
     monkeypatch.setenv("OPENAI_API_KEY", "another")
     monkeypatch.setenv("VOLTFORGE_API_KEY", "sesame-7")
     with serving(key="sesame-7") as server:
@@ -120,14 +120,14 @@ def test_the_key_is_shown_to_the_server_and_written_nowhere(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("bundle", [1, 5])
-def test_tokens_are_those_that_the_server_counted_however_it_cuts_its_stream(bundle):
+def test_token_counts_of_the_server_are_used_for_any_chunking(bundle):
     with serving(bundle=bundle) as server:
         one = measured(server)
     assert (one.tokens, one.counted) == (40 * 12, "usage")
     assert one.prompt == TEXT.words
 
 
-def test_where_the_server_counts_nothing_chunks_are_counted_and_it_is_said(paper):
+def test_chunks_are_counted_and_reported_without_server_counts(paper):
     with serving(usage=False) as server:
         one = measured(server)
         decisions = measured(server, DECISIONS)
@@ -147,13 +147,13 @@ def test_a_stream_takes_as_long_as_its_tokens_and_its_first_one_comes_before_the
     assert one.seconds > 4 * 12 * 0.01
 
 
-def test_many_at_once_are_not_one_after_the_other():
+def test_concurrent_requests_overlap():
     with serving(delay=0.02) as server:
         one = measured(server, replace(TEXT, concurrency=20))
     assert one.tokens_per_second > 2 / 0.02
 
 
-def test_a_decision_has_no_first_token_but_a_whole_answer():
+def test_a_decision_has_no_time_to_first_token():
     with serving(delay=0.01) as server:
         one = measured(server, DECISIONS)
     assert one.first is None
@@ -162,7 +162,7 @@ def test_a_decision_has_no_first_token_but_a_whole_answer():
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1))
-def test_percentiles_are_times_that_were_measured_and_rise(times):
+def test_percentiles_are_measured_times_in_order(times):
     found = Percentiles.of(times)
     assert found.p50 <= found.p90 <= found.p99 <= max(times)
     assert {found.p50, found.p90, found.p99} <= set(times)
@@ -186,7 +186,7 @@ def test_percentiles_are_the_nearest_rank():
         ("error_every", "error in the stream"),
     ],
 )
-def test_every_fifth_request_that_fails_is_an_error_of_its_kind_and_none_of_its_tokens_count(fault, kind):
+def test_failed_requests_are_counted_by_kind_without_their_tokens(fault, kind):
     with serving(**{fault: 5}) as server:
         one = measured(server)
     assert one.errors == {kind: 8}
@@ -195,18 +195,18 @@ def test_every_fifth_request_that_fails_is_an_error_of_its_kind_and_none_of_its_
     assert one.requests_per_second == pytest.approx(32 / one.seconds)
 
 
-def test_a_decision_that_fails_is_an_error_too():
+def test_a_failed_decision_is_an_error():
     with serving(fail_every=3, status=503) as server:
         assert measured(server, DECISIONS).errors == {"status 503": 20}
 
 
-def test_errors_of_several_kinds_are_counted_apart_the_commonest_first():
+def test_errors_are_counted_by_kind_the_most_frequent_first():
     with serving(fail_every=4, stop_every=5) as server:
         errors = measured(server).errors
     assert list(errors.items()) == [("status 500", 10), ("ended early", 6)]
 
 
-def test_an_answer_without_a_token_is_no_answer():
+def test_an_answer_without_tokens_is_an_error():
     with serving(empty=True) as server:
         one = measured(server)
     assert list(one.errors) == ["empty"]
@@ -214,7 +214,7 @@ def test_an_answer_without_a_token_is_no_answer():
     assert (one.first, one.whole, one.tokens_per_second) == (None, None, 0)
 
 
-def test_a_server_that_has_died_is_not_asked_two_hundred_times_more(paper):
+def test_a_dead_server_stops_the_benchmark(paper):
     with serving(die_after=10) as server:
         one = measured(server, replace(TEXT, requests=300))
     assert len(one.good) == 10
@@ -226,7 +226,7 @@ def test_a_server_that_has_died_is_not_asked_two_hundred_times_more(paper):
     assert f"{one.unasked} not asked any more" in paper.getvalue()
 
 
-def test_what_is_not_json_is_an_error_and_no_traceback():
+def test_invalid_json_is_an_error_without_a_traceback():
     reader = server_benchmark._Reader(0)
     for line in (b"data: {", b"data: []", b"data: 7"):
         with pytest.raises(ValueError, match=r"."):
@@ -238,7 +238,7 @@ def test_what_is_not_json_is_an_error_and_no_traceback():
 # --- sentences ---
 
 
-def test_a_server_that_is_not_there_is_a_sentence():
+def test_an_unreachable_server_fails_with_a_sentence():
     address = unused()
     with pytest.raises(ServeError, match=rf"^{address} cannot be reached: Connection refused") as caught:
         server_benchmark.find(address)
@@ -246,19 +246,19 @@ def test_a_server_that_is_not_there_is_a_sentence():
 
 
 @pytest.mark.parametrize(("key", "said"), [("", "wants a key"), ("wrong", "does not accept the key")])
-def test_a_key_that_is_missing_or_wrong_is_a_sentence_that_says_which(key, said):
+def test_a_missing_and_a_wrong_key_are_told_apart(key, said):
     with serving(key="right") as server, pytest.raises(ServeError, match=rf"{said} \(status 401\)") as caught:
         server_benchmark.find(server.url, key=key)
     assert "VOLTFORGE_API_KEY" in caught.value.hint
 
 
-def test_a_model_that_is_not_there_is_a_sentence_with_those_that_are():
+def test_an_unknown_model_is_refused_with_the_available_ones():
     with serving(models=("first", "second")) as server, pytest.raises(ServeError, match="has no model third") as caught:
         server_benchmark.find(server.url, "third")
     assert "first, second" in caught.value.hint
 
 
-def test_a_web_server_of_another_kind_is_a_sentence():
+def test_another_kind_of_server_fails_with_a_sentence():
     with serving_files() as server:
         with pytest.raises(ServeError, match="not an OpenAI-compatible server: /v1/models gave status 404"):
             server_benchmark.find(server.url)
@@ -268,7 +268,7 @@ def test_a_web_server_of_another_kind_is_a_sentence():
 
 
 @pytest.mark.parametrize("url", ["", "ftp://x", "http://", "http://x:port", "http://x:99999", "http://[::1"])
-def test_what_is_no_address_is_a_sentence(url):
+def test_an_invalid_address_fails_with_a_sentence(url):
     with pytest.raises(ServeError, match="is no address of a server"):
         server_benchmark.find(url)
 
@@ -277,7 +277,7 @@ def test_what_is_no_address_is_a_sentence(url):
     ("status", "said"),
     [(500, "answers no request .*: status 500: told to fail"), (503, "is not ready"), (403, "wants a key")],
 )
-def test_a_server_that_answers_nothing_is_a_sentence_before_anything_is_measured(tmp_path, status, said):
+def test_a_silent_server_fails_before_the_measurement(tmp_path, status, said):
     with serving(fail_every=1, status=status) as server, pytest.raises(ServeError, match=said):
         server_benchmark.check(server.url, tmp_path, loads=[TEXT])
     assert server.measured(12) == []
@@ -287,7 +287,7 @@ def test_a_server_that_answers_nothing_is_a_sentence_before_anything_is_measured
 # --- what is told ---
 
 
-def test_the_table_has_each_figure_beside_the_earlier_projects_and_the_files_hold_them(tmp_path, paper):
+def test_the_table_compares_with_the_earlier_project(tmp_path, paper):
     with serving() as server:
         done = server_benchmark.check(server.url, tmp_path, loads=[TEXT, ALONE, DECISIONS])
     said = paper.getvalue()
@@ -302,7 +302,7 @@ def test_the_table_has_each_figure_beside_the_earlier_projects_and_the_files_hol
     assert (tmp_path / "serve.png").read_bytes().startswith(PNG)
 
 
-def test_what_was_measured_before_a_failure_is_told_and_kept_all_the_same(tmp_path, paper):
+def test_results_before_a_failure_are_printed_and_stored(tmp_path, paper):
     with serving(die_after=8 + 40) as server:  # the first load with its warming round
         with pytest.raises(ServeError, match=r"answers no request \(decisions\)"):
             server_benchmark.check(server.url, tmp_path, loads=[TEXT, DECISIONS])
@@ -311,7 +311,7 @@ def test_what_was_measured_before_a_failure_is_told_and_kept_all_the_same(tmp_pa
     assert (tmp_path / "serve.png").exists()
 
 
-def test_what_was_measured_before_ctrl_c_is_told_and_kept_all_the_same(tmp_path, paper):
+def test_results_before_ctrl_c_are_printed_and_stored(tmp_path, paper):
     def interrupted():
         yield ALONE
         raise KeyboardInterrupt
@@ -322,19 +322,19 @@ def test_what_was_measured_before_ctrl_c_is_told_and_kept_all_the_same(tmp_path,
     assert (tmp_path / "serve.json").exists()
 
 
-def test_requests_that_failed_are_told_and_are_a_failure_in_the_end(tmp_path, paper):
+def test_failed_requests_are_reported_and_fail_the_command(tmp_path, paper):
     with serving(fail_every=6) as server, pytest.raises(ServeError, match=r"text: 7 status 500, of 40"):
         server_benchmark.check(server.url, tmp_path, loads=[TEXT])
     assert "told to fail" in paper.getvalue()
     assert json.loads((tmp_path / "serve.json").read_text())["measurements"][0]["errors"] == {"status 500": 7}
 
 
-def test_a_client_that_is_busy_all_the_time_says_so(paper):
+def test_a_saturated_client_is_reported(paper):
     server_benchmark.report([server_benchmark.Measurement(TEXT, (Outcome(1.0, 0.1, 12),), seconds=1.0, busy=0.95)])
     assert "the server may be faster than this" in paper.getvalue()
 
 
-def test_a_load_that_nothing_came_of_is_told_and_drawn(tmp_path):
+def test_a_load_without_successes_is_reported_and_plotted(tmp_path):
     nothing = server_benchmark.Measurement(TEXT, (Outcome(1.0, error="timeout"),), seconds=1.0, busy=0)
     server_benchmark.report([nothing])
     server_benchmark.keep(server_benchmark.Server("http://x", "m"), [nothing], tmp_path)
@@ -351,7 +351,7 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_measures_all_and_leaves_a_table_json_and_a_plot(tmp_path):
+def test_the_command_writes_table_json_and_plot(tmp_path):
     with serving() as server:
         done = bench("--url", server.url, "--requests", "3", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -360,7 +360,7 @@ def test_the_command_measures_all_and_leaves_a_table_json_and_a_plot(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"serve.json", "serve.png"}
 
 
-def test_the_command_says_what_is_wrong_in_a_line_and_ends_with_1(tmp_path):
+def test_the_command_fails_with_one_line_and_status_1(tmp_path):
     done = bench("--url", unused(), "--quick", "--out", str(tmp_path))
     assert done.returncode == 1
     assert done.stdout.startswith("x http://127.0.0.1:")

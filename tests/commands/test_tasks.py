@@ -129,7 +129,7 @@ def test_stages_run_once_and_in_order(checkout, server):
     assert server.paths() == ["/thing-1.0.tar.gz"]
 
 
-def test_a_patch_makes_the_tree_grow_again_but_fetches_nothing(checkout, server):
+def test_a_new_patch_rebuilds_the_tree_without_a_download(checkout, server):
     checkout.doit("tree:thing")
     folder = checkout.root / "patches" / "thing"
     folder.mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_a_fresh_clone_needs_no_folder_made_by_hand(checkout):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_without_a_word_it_says_what_it_can_do(checkout):
+def test_without_arguments_the_tasks_are_listed(checkout):
     done = checkout.doit()
     assert done.returncode == 0, done.stderr
     assert "wheels" in done.stdout
@@ -219,7 +219,7 @@ def test_a_stage_that_fails_is_one_red_line_and_a_hint(checkout, server):
     assert said.splitlines()[-1].startswith("  try: ")
 
 
-def test_what_failed_is_tried_again_by_the_next_run(checkout, server):
+def test_a_failed_stage_runs_again(checkout, server):
     sdist = server.files.pop("/thing-1.0.tar.gz")
     assert checkout.doit("tree:thing").returncode == FAILED
     server.files["/thing-1.0.tar.gz"] = sdist
@@ -234,7 +234,7 @@ def test_a_patch_that_does_not_apply_names_file_and_hunk(checkout):
     assert said.startswith("thing/0001-two.patch does not apply:\n  - thing.py: Hunk #1 FAILED at 1.\n")
 
 
-def test_a_machine_that_refuses_is_a_sentence_too(checkout):
+def test_an_error_of_the_machine_is_one_sentence(checkout):
     """The full disk is a fake: it would take a file system of its own."""
     (checkout.root / "sitecustomize.py").write_text(
         "import errno, os, tempfile\n"
@@ -246,7 +246,7 @@ def test_a_machine_that_refuses_is_a_sentence_too(checkout):
     assert said.startswith("/the/disk: No space left on device\n  try: ")
 
 
-def test_a_problem_with_an_exit_status_of_its_own_ends_the_program_with_it(checkout):
+def test_an_error_with_its_own_exit_status_ends_the_program_with_it(checkout):
     """As ./doit reproduce:thing does where other bytes came out."""
     graph = checkout.root / "dodo.py"
     graph.write_text(
@@ -372,7 +372,7 @@ def test_image_makes_the_wheels_first_and_image_of_wheelhouse_does_not(checkout)
 # --- what a person sees of it ---
 
 
-def test_how_long_a_stage_took_is_remembered_and_a_record_of_it_that_is_spoilt_stops_nothing(checkout):
+def test_durations_are_stored_and_a_damaged_file_is_ignored(checkout):
     graph = checkout.root / "dodo.py"
     graph.write_text(f"{graph.read_text()}\n\nfrom voltforge.pipeline import durations\n\ndurations.SHORTEST = 0.0\n")
     kept = checkout.root / "build" / "stages" / "history.json"
@@ -382,7 +382,7 @@ def test_how_long_a_stage_took_is_remembered_and_a_record_of_it_that_is_spoilt_s
     assert set(files.read_json(kept)) == {"fetch:thing", "tree:thing"}
 
 
-def test_on_a_terminal_a_download_is_a_row_and_ctrl_c_leaves_nothing_of_it(checkout, server):
+def test_a_download_has_a_row_on_a_terminal_that_ctrl_c_removes(checkout, server):
     server.faults["/thing-1.0.tar.gz"] = [Fault(cut=100, stall=True)] * 20  # each time that it is tried again
     interrupted, row, last = False, re.compile(r"thing-1\.0\.tar\.gz +\d"), None
     for last in seen(["./doit", "tree:thing"], 80, checkout.root, checkout.env, INTERRUPTED):
@@ -397,7 +397,7 @@ def test_on_a_terminal_a_download_is_a_row_and_ctrl_c_leaves_nothing_of_it(check
     assert not last.screen.cursor.hidden
 
 
-def test_the_log_of_a_run_has_all_that_was_said_and_why_it_failed(checkout):
+def test_the_run_log_holds_all_output_and_the_failure(checkout):
     log = checkout.root / "build" / "logs" / "run.log"
     assert checkout.doit("tree:thing", "jobs=1").returncode == 0
     lines = log.read_text().splitlines()
@@ -422,7 +422,7 @@ COLOURS = re.compile(r"\x1b\[(?:\d+;)*[349]\d(?:;\d+)*m")
 
 
 @pytest.mark.parametrize("words", [("--no-color", "tree:thing"), ("tree:thing", "--no-color")])
-def test_without_colour_if_asked_wherever_on_the_line_it_stands(checkout, words):
+def test_no_color_works_anywhere_on_the_command_line(checkout, words):
     done = checkout.doit(*words)
     assert done.returncode == 0, done.stderr
     assert "fetch thing-1.0.tar.gz" in done.stdout
@@ -432,7 +432,7 @@ def test_without_colour_if_asked_wherever_on_the_line_it_stands(checkout, words)
     assert "--no-color" in checkout.doit().stdout
 
 
-def test_in_ci_each_line_has_its_time_but_a_table_of_contents_has_none(checkout):
+def test_lines_have_times_in_ci_except_in_lists(checkout):
     del checkout.env["FORCE_COLOR"]
     checkout.env["CI"] = "true"
     lines = checkout.doit("tree:thing").stdout.splitlines()
@@ -442,7 +442,7 @@ def test_in_ci_each_line_has_its_time_but_a_table_of_contents_has_none(checkout)
 
 
 @pytest.mark.parametrize("setting", ["ccache=ftp://host", "memory=lots", "jobs=many"])
-def test_a_setting_that_makes_no_sense_is_told_before_anything_is_fetched(checkout, server, setting):
+def test_an_invalid_setting_is_refused_before_any_download(checkout, server, setting):
     done = checkout.doit("tree:thing", setting)
     assert done.returncode == MISUSED
     assert setting in done.stderr
@@ -469,7 +469,7 @@ def only(folder: Path, *programs: str) -> Path:
     return folder
 
 
-def test_with_only_a_wrong_python_it_says_which_it_found_and_what_to_do(bare, tmp_path):
+def test_unsupported_pythons_are_listed_with_a_remedy(bare, tmp_path):
     tools = only(fake_python(tmp_path / "bin", "3.8.20"), "dirname", "readlink", "cmp", "cp")
     bare.env["PATH"] = str(tools)
     done = bare.doit("list")
@@ -480,7 +480,7 @@ def test_with_only_a_wrong_python_it_says_which_it_found_and_what_to_do(bare, tm
     assert not (bare.root / ".venv").exists()
 
 
-def test_a_python_that_is_asked_for_is_not_silently_another(bare, tmp_path):
+def test_a_requested_python_is_never_replaced_silently(bare, tmp_path):
     wrong = fake_python(tmp_path / "bin", "3.14.1") / "python3"
     bare.env["VOLTFORGE_PYTHON"] = str(wrong)
     done = bare.doit("list")
@@ -521,7 +521,7 @@ def test_the_first_call_makes_the_environment_and_the_second_only_runs(stocked):
 
 
 @pytest.mark.slow
-def test_requirements_with_another_hash_are_not_installed_and_not_taken_for_installed(stocked):
+def test_requirements_with_another_hash_are_not_installed(stocked):
     requirements = stocked.root / "requirements.txt"
     good = requirements.read_text()
     requirements.write_text(re.sub(r"sha256:\w{8}", "sha256:00000000", good))
@@ -535,7 +535,7 @@ def test_requirements_with_another_hash_are_not_installed_and_not_taken_for_inst
 
 
 @pytest.mark.slow
-def test_two_first_calls_at_once_make_one_environment(stocked):
+def test_two_simultaneous_first_calls_make_one_environment(stocked):
     calls = [
         subprocess.Popen(["./doit", "list"], cwd=stocked.root, env=stocked.env, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, text=True)
@@ -556,7 +556,7 @@ def test_the_script_is_plain_posix_shell(repository):
     assert subprocess.run([shell, "-n", repository / "doit"], check=False).returncode == 0
 
 
-def test_offline_all_that_is_missing_is_told_in_one_run(checkout, server):
+def test_offline_every_missing_file_is_listed_in_one_run(checkout, server):
     checkout.env |= {"VOLTFORGE_OFFLINE": "1", "CUDA_HOME": "", "PATH": "/usr/bin:/bin"}
     del checkout.env["FORCE_COLOR"]
     (checkout.root / "recipes" / "locks" / "thing.txt").write_text(f"nobody-has-this==1 --hash=sha256:{'0' * 64}\n")
@@ -568,7 +568,7 @@ def test_offline_all_that_is_missing_is_told_in_one_run(checkout, server):
     assert server.asked == []
 
 
-def test_the_graph_is_loaded_without_what_only_some_tasks_need():
+def test_loading_the_graph_imports_no_optional_library():
     look = (
         "import sys\n"
         "import dodo\n"

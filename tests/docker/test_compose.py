@@ -1,6 +1,6 @@
-"""docker/compose.yaml, read by a real Compose (Debian's docker-compose 1.29), and held to what lies beside it.
+"""docker/compose.yaml as a real Compose reads it (Debian's docker-compose 1.29), with its variables and presets.
 
-No engine runs here, so nothing is started: this is what Compose makes of the file, its variables and its presets.
+No engine runs here, so nothing is started.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SERVERS = ["vllm-0", "vllm-1"]
 
 
 def resolved(env_file: Path = EXAMPLE, **environment: str) -> dict[str, Any]:
-    """The file as Compose understands it, with the variables of a file, or of the environment, put in."""
+    """The file as Compose reads it, with the variables of a file or of the environment."""
     program = shutil.which("docker-compose")
     if not program:
         pytest.fail("docker-compose is not installed, and nobody else can say what it reads: apt-get install it")
@@ -51,8 +51,8 @@ def settings(path: Path) -> dict[str, str]:
 
 
 def variables() -> dict[str, str]:
-    """The variables that compose.yaml asks for, and the default that it has for each."""
-    # What Compose reads of the file: a comment may name a variable as well.
+    """The variables of compose.yaml, with their defaults."""
+    # Only what Compose reads: a comment can name a variable as well.
     text = json.dumps(yaml.safe_load(COMPOSE.read_text()))
     found = re.findall(r"\$\{([^}]+)\}", text)
     defaults: dict[str, str] = {}
@@ -64,14 +64,14 @@ def variables() -> dict[str, str]:
 
 @pytest.fixture
 def everything(tmp_path) -> Path:
-    """env.example with the sign taken away from every line that sets a variable."""
+    """env.example with every line that sets a variable uncommented."""
     path = tmp_path / "all.env"
     path.write_text(re.sub(r"(?m)^#(?=[A-Z0-9_]+=)", "", EXAMPLE.read_text()))
     return path
 
 
 def words(service: dict[str, Any]) -> dict[str, str]:
-    """What a server is started with: its options by name."""
+    """The options of a server by name."""
     command = service["command"]
     parts = shlex.split(command) if isinstance(command, str) else command
     assert len(parts) % 2 == 0, parts
@@ -85,7 +85,7 @@ def _plain() -> dict[str, Any]:
 
 @pytest.fixture
 def plain(_plain) -> dict[str, Any]:
-    """The file with no variable set; each test may take it apart."""
+    """The file without any variable set; tests may change it."""
     return copy.deepcopy(_plain)
 
 
@@ -102,7 +102,7 @@ def test_one_server_starts_without_a_profile_and_dual_adds_the_other_and_nginx(p
     assert profiles == {"vllm-0": [], "vllm-1": ["dual"], "nginx": ["dual"]}
 
 
-def test_each_server_has_its_own_gpu_port_and_address_and_all_else_in_common(plain):
+def test_servers_differ_in_gpu_port_and_address_only(plain):
     services = plain["services"]
     both = [services[name] for name in SERVERS]
     devices = [service.pop("deploy")["resources"]["reservations"]["devices"] for service in both]
@@ -114,7 +114,7 @@ def test_each_server_has_its_own_gpu_port_and_address_and_all_else_in_common(pla
     assert services["nginx"]["ports"] == ["127.0.0.1:80:80/tcp"]
 
 
-def test_the_servers_of_nginx_are_services_at_addresses_that_it_always_knows(plain):
+def test_the_servers_of_nginx_are_services_with_fixed_addresses(plain):
     text = (DOCKER / "nginx.conf").read_text()
     names = {*re.findall(r"(?m)^ *server ([a-z0-9-]+):8000", text)}
     assert names == {*SERVERS}
@@ -126,13 +126,13 @@ def test_the_servers_of_nginx_are_services_at_addresses_that_it_always_knows(pla
     assert volume == f"{DOCKER / 'nginx.conf'}:/etc/nginx/nginx.conf:ro"
 
 
-def test_what_is_downloaded_and_compiled_outlives_the_containers(plain):
+def test_downloads_and_compiled_kernels_outlive_the_containers(plain):
     mounts = dict(volume.split(":")[:2] for volume in plain["services"]["vllm-0"]["volumes"])
     assert mounts == {"hf-cache": "/home/vllm/.cache/huggingface", "triton-cache": "/home/vllm/.triton"}
     assert {*mounts} == {*plain["volumes"]}
 
 
-def test_every_service_is_watched_and_started_again(plain):
+def test_every_service_has_a_healthcheck_and_restarts(plain):
     for name, service in plain["services"].items():
         assert service["restart"] == "unless-stopped", name
         assert service["healthcheck"]["test"][0] == "CMD", "no shell, and none needed"
@@ -141,7 +141,7 @@ def test_every_service_is_watched_and_started_again(plain):
         assert service["logging"]["options"]["max-size"], "a log without an end fills the disk"
 
 
-def test_the_healthcheck_of_a_server_is_green_only_while_it_says_that_it_is_well(plain):
+def test_the_healthcheck_passes_only_while_the_server_is_healthy(plain):
     kind, python, *words = plain["services"]["vllm-0"]["healthcheck"]["test"]
     assert (kind, python) == ("CMD", "python3")
     server = Backend("vllm-0")
@@ -161,7 +161,7 @@ def test_the_healthcheck_of_a_server_is_green_only_while_it_says_that_it_is_well
         server.kill()
 
 
-def test_a_server_has_the_room_that_pytorch_needs(plain):
+def test_a_server_has_the_shared_memory_that_pytorch_needs(plain):
     service = plain["services"]["vllm-0"]
     assert service["shm_size"] == "2gb"
     assert service["ulimits"] == {"memlock": -1, "stack": 64 << 20}
@@ -170,7 +170,7 @@ def test_a_server_has_the_room_that_pytorch_needs(plain):
 # --- the settings ---
 
 
-def test_without_a_setting_a_server_has_what_is_recommended_for_volta(plain):
+def test_the_defaults_are_those_recommended_for_volta(plain):
     service = plain["services"]["vllm-0"]
     assert service["image"] == "localhost/voltforge:0.12.0-sm70"
     assert words(service) == {
@@ -194,7 +194,7 @@ def test_the_example_documents_every_variable_with_its_default(everything, plain
     assert resolved(everything) == plain
 
 
-def test_every_variable_arrives_where_it_is_meant_to():
+def test_every_variable_reaches_its_option():
     """Each is given a value of its own, and each value is found again."""
     options = {
         "MODEL": "some/model", "DTYPE": "float", "MAX_MODEL_LEN": "1001", "MAX_NUM_BATCHED_TOKENS": "1002",
@@ -225,7 +225,7 @@ def test_throughput_is_the_default(plain):
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_sets_only_what_is_used_and_vllm_accepts_it(preset):
+def test_a_preset_sets_only_used_variables_that_vllm_accepts(preset):
     chosen = settings(preset)
     assert {*chosen} == {*settings(PRESETS[-1])}, "all set the same, so that one takes the place of another"
     assert {*chosen} <= {*variables()}
@@ -237,5 +237,5 @@ def test_a_preset_sets_only_what_is_used_and_vllm_accepts_it(preset):
     assert 0 < float(options["--gpu-memory-utilization"]) <= 1
 
 
-def test_there_are_the_presets_that_the_file_speaks_of():
+def test_every_preset_named_in_the_file_exists():
     assert [path.stem for path in PRESETS] == ["decisions", "long-context", "throughput"]

@@ -1,4 +1,4 @@
-"""docker/nginx.conf, run by the real nginx in front of two real servers, one of which is down whenever that matters."""
+"""docker/nginx.conf, run by the real nginx in front of two real servers, one of them sometimes down."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.backends import Backend, free_port
 
 CONFIGURATION = Path(__file__).parents[2] / "docker" / "nginx.conf"
 LEFT_OUT = float(re.findall(r"fail_timeout=(\d+)s", CONFIGURATION.read_text())[0])
-"""For how many seconds a server that failed is left out."""
+"""Seconds for which a failed server is skipped."""
 CHAT = "/v1/chat/completions"
 
 
@@ -42,13 +42,13 @@ class Answer:
 
     @property
     def server(self) -> str:
-        """The name of the server that it is from."""
+        """The name of the server that sent the answer."""
         assert self.status == 200, self.body
         return self.json["system_fingerprint"]
 
     @property
     def error(self) -> dict[str, Any]:
-        """What went wrong, in OpenAI's shape."""
+        """The message of an error in OpenAI's format."""
         assert self.headers["Content-Type"] == "application/json"
         error = self.json["error"]
         assert set(error) == {"message", "type", "param", "code"}
@@ -72,11 +72,13 @@ class Front:
             return request(connection, method, path, body, **headers)
 
     def chat(self, session: str = "", **more: Any) -> Answer:
-        """The whole answer to a prompt, of a session or of none."""
+        """Return the whole answer to a prompt, with or without a session."""
         return self.ask("POST", CHAT, prompt(**more), **of(session))
 
     def log(self, count: int) -> list[dict[str, Any]]:
-        """The lines of the access log, which are so many once the last is written: that is after its answer came."""
+        """Return the lines of the access log, after it has the expected number of them: nginx writes a line after the
+        answer.
+        """
         path = self.folder / "access.log"
         within(5, lambda: path.read_bytes().count(b"\n") >= count)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -88,7 +90,7 @@ class Front:
 
 
 def request(connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, **headers: str) -> Answer:
-    """Ask on a connection, which is kept."""
+    """Send a prompt on a connection that stays open."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     connection.request(method, path, data, {name.replace("_", "-"): value for name, value in headers.items()})
     response = connection.getresponse()
@@ -104,7 +106,7 @@ def of(session: str) -> dict[str, str]:
 
 
 class Stream:
-    """An answer that comes in parts; ``words`` are those that came, ``times`` when each was sent and when it came."""
+    """A streamed answer; ``words`` are the received tokens, ``times`` when each was sent and received."""
 
     def __init__(self, front: Front, session: str = "", **more: Any) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=60)
@@ -118,10 +120,10 @@ class Stream:
         self.rest = b""
 
     def read(self, count: int | None = None) -> None:
-        """Read so many words, or all that is left; http.client raises IncompleteRead if the last chunk never comes."""
+        """Read some tokens, or all; http.client raises IncompleteRead if the last chunk never comes."""
         before = len(self.words)
         while count is None or len(self.words) < before + count:
-            data = self.response.read1()  # and not readline, which takes a cut for the end
+            data = self.response.read1()  # readline would take a cut for the end
             if not data:
                 return
             *events, self.rest = (self.rest + data).split(b"\n\n")
@@ -143,7 +145,7 @@ class Stream:
 
 
 def placed(folder: Path, port: int, addresses: list[str]) -> str:
-    """The configuration with other places: ports, addresses and paths, and nothing else."""
+    """The configuration with other ports, addresses and paths, otherwise unchanged."""
     text = CONFIGURATION.read_text()
     places = {
         "listen 80;": f"listen 127.0.0.1:{port};",
@@ -152,7 +154,7 @@ def placed(folder: Path, port: int, addresses: list[str]) -> str:
         "/dev/stdout": f"{folder}/access.log",
         "/dev/stderr": f"{folder}/error.log",
         "/run/nginx.pid": f"{folder}/nginx.pid",
-        # Where large bodies wait is compiled in, and belongs to root.
+        # The folder of large bodies is compiled in and belongs to root.
         "http {": "http {\n" + "".join(
             f"    {kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         ),
@@ -165,14 +167,14 @@ def placed(folder: Path, port: int, addresses: list[str]) -> str:
 
 @contextlib.contextmanager
 def running(folder: Path, addresses: list[str]) -> Iterator[Front]:
-    """nginx with docker/nginx.conf before two addresses, gone when the block ends."""
+    """Run nginx with docker/nginx.conf in front of two addresses until the block ends."""
     program = shutil.which("nginx", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
     if not program:
         pytest.fail("nginx is not installed, and its configuration can be tried by nothing else: apt-get install nginx")
     folder.mkdir()
     port = free_port()
     (folder / "nginx.conf").write_text(placed(folder, port, addresses))
-    # Its workers are the user nobody otherwise, who may not write into pytest's folders.
+    # Its workers would run as nobody, who may not write into pytest's folders.
     more = "daemon off; user root;" if os.geteuid() == 0 else "daemon off;"
     command = [program, "-p", str(folder), "-c", "nginx.conf", "-e", str(folder / "error.log"), "-g", more]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -200,7 +202,7 @@ def takes_connections(port: int) -> bool:
 
 
 def within(seconds: float, what: Callable[[], Any]) -> float:
-    """Wait until ``what`` is true, and say how long that took."""
+    """Wait until a condition holds, and return the seconds that it took."""
     begin = time.monotonic()
     while not what():
         assert time.monotonic() - begin < seconds, f"not within {seconds} seconds"
@@ -210,7 +212,7 @@ def within(seconds: float, what: Callable[[], Any]) -> float:
 
 @pytest.fixture
 def pair() -> Iterator[list[Backend]]:
-    """Two servers, both up."""
+    """Two running servers."""
     both = [Backend("vllm-0"), Backend("vllm-1")]
     try:
         for one in both:
@@ -223,13 +225,13 @@ def pair() -> Iterator[list[Backend]]:
 
 @pytest.fixture
 def front(tmp_path, pair) -> Iterator[Front]:
-    """nginx before both of them."""
+    """nginx in front of both servers."""
     with running(tmp_path / "nginx", [one.address for one in pair]) as nginx:
         yield nginx
 
 
 def sessions_of(front: Front, backend: Backend, count: int) -> list[str]:
-    """Sessions that are at home with a server."""
+    """Sessions that belong to a server."""
     found: list[str] = []
     for number in range(1000):
         if len(found) < count and front.chat(f"session {number}").server == backend.name:
@@ -266,13 +268,13 @@ def test_a_session_stays_with_its_server_and_a_thousand_sessions_are_shared_even
     assert 400 <= first <= 600
 
 
-def test_a_session_is_at_home_where_it_was_after_nginx_is_started_anew(tmp_path, front, pair):
+def test_a_session_keeps_its_server_after_nginx_restarts(tmp_path, front, pair):
     before = {f"session {number}": front.chat(f"session {number}").server for number in range(40)}
     with running(tmp_path / "again", [one.address for one in pair]) as again:
         assert {session: again.chat(session).server for session in before} == before
 
 
-def test_without_a_session_open_requests_are_shared_one_by_one(front, pair):
+def test_requests_without_a_session_go_to_the_server_with_fewer_of_them(front, pair):
     for one in pair:
         one.behave(pace=0.2)
     streams = [Stream(front, max_tokens=10) for _ in range(40)]
@@ -282,12 +284,12 @@ def test_without_a_session_open_requests_are_shared_one_by_one(front, pair):
     assert collections.Counter(stream.server for stream in streams) == {"vllm-0": 20, "vllm-1": 20}
 
 
-def test_an_empty_session_is_none(front, pair):
+def test_an_empty_session_header_is_ignored(front, pair):
     assert {front.ask("POST", CHAT, prompt(), X_Session_ID="").server for _ in range(20)} == {"vllm-0", "vllm-1"}
 
 
 @pytest.mark.slow
-def test_a_slow_server_does_not_hold_up_the_other(front, pair):
+def test_a_slow_server_does_not_delay_the_other(front, pair):
     slow, quick = pair
     slows, quicks = sessions_of(front, slow, 5), sessions_of(front, quick, 5)
     slow.behave(delay=6)
@@ -300,7 +302,7 @@ def test_a_slow_server_does_not_hold_up_the_other(front, pair):
         begin = time.monotonic()
         for session in quicks * 20:
             assert front.chat(session).server == quick.name
-        # Four of those without a session wait there, so it has more open than the other all the time.
+        # Four requests without a session wait there, so this server has more open requests all the time.
         for _ in range(100):
             assert front.chat().server == quick.name
         took = time.monotonic() - begin
@@ -312,7 +314,7 @@ def test_a_slow_server_does_not_hold_up_the_other(front, pair):
 
 
 @pytest.mark.parametrize("chunked", [1, 0], ids=["in chunks", "until the connection ends"])
-def test_every_word_comes_before_the_next_is_sent(front, pair, chunked):
+def test_every_token_is_passed_on_before_the_next_is_sent(front, pair, chunked):
     for one in pair:
         one.behave(pace=0.3, chunked=chunked)
     stream = Stream(front, max_tokens=6)
@@ -326,7 +328,7 @@ def test_every_word_comes_before_the_next_is_sent(front, pair, chunked):
     assert all(came < following for (_, came), (following, _) in zip(stream.times, stream.times[1:], strict=False))
 
 
-def test_a_client_that_hangs_up_ends_the_answer(front, pair):
+def test_a_client_that_hangs_up_stops_the_generation(front, pair):
     for one in pair:
         one.behave(pace=0.05)
     stream = Stream(front, max_tokens=1000)
@@ -336,7 +338,7 @@ def test_a_client_that_hangs_up_ends_the_answer(front, pair):
 
 
 @pytest.mark.slow
-def test_a_server_killed_in_the_middle_of_an_answer_cuts_it_and_its_sessions_move_and_return(front, pair):
+def test_a_killed_server_cuts_its_stream_and_its_sessions_move_and_return(front, pair):
     dies, stays = pair
     mine, others = sessions_of(front, dies, 5), sessions_of(front, stays, 5)
     for one in pair:
@@ -366,19 +368,19 @@ def test_a_server_killed_in_the_middle_of_an_answer_cuts_it_and_its_sessions_mov
 # --- what is asked again, and what not ---
 
 
-def test_a_prompt_that_could_not_be_delivered_goes_to_the_other_server_once(front, pair):
+def test_an_undelivered_prompt_is_retried_once_at_the_other_server(front, pair):
     dead, living = pair
     mine = sessions_of(front, dead, 3)
     before = len(asked(*pair))
     dead.kill()
     assert [front.chat(session, user=session).server for session in mine] == [living.name] * 3
     assert [asked(living).count(session) for session in mine] == [1, 1, 1]
-    # The second and third were not tried at the dead one: it is left out.
+    # The second and third request skip the dead server.
     tried = collections.Counter(line["upstream"] for line in front.log(before + 3)[before:])
     assert tried == {f"{dead.address}, {living.address}": 1, living.address: 2}
 
 
-def test_a_prompt_that_was_delivered_is_not_given_to_the_other_server(front, pair):
+def test_a_delivered_prompt_is_never_sent_twice(front, pair):
     dies, stays = pair
     mine = sessions_of(front, dies, 1)[0]
     dies.behave(delay=30)
@@ -393,8 +395,8 @@ def test_a_prompt_that_was_delivered_is_not_given_to_the_other_server(front, pai
 
 
 @pytest.mark.slow
-def test_a_server_that_nobody_refuses_connections_for_is_given_up_soon(tmp_path, pair):
-    """As when a container is gone from its network: the first packet is lost, and so are those sent again."""
+def test_a_server_that_drops_connections_is_skipped_soon(tmp_path, pair):
+    """A container that left its network: packets to it are lost."""
     with full() as silent, running(tmp_path / "nginx", [silent, pair[1].address]) as front:
         times = []
         for number in range(20):
@@ -408,7 +410,7 @@ def test_a_server_that_nobody_refuses_connections_for_is_given_up_soon(tmp_path,
 
 
 @pytest.mark.slow
-def test_two_such_servers_are_none(tmp_path):
+def test_two_servers_that_drop_connections_are_reported_as_down(tmp_path):
     with full() as one, full() as other, running(tmp_path / "nginx", [one, other]) as front:
         answer = front.chat()
         assert (answer.status, answer.error["message"]) == (503, "No server is ready.")
@@ -416,7 +418,7 @@ def test_two_such_servers_are_none(tmp_path):
 
 @contextlib.contextmanager
 def full() -> Iterator[str]:
-    """The address of a listener that takes no more connections, so that Linux drops what would open one."""
+    """The address of a listener with a full queue: Linux drops new connections to it."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -433,10 +435,10 @@ def full() -> Iterator[str]:
 
 def test_the_pair_is_healthy_while_one_server_is(front, pair):
     def health() -> set[int]:
-        return {front.ask("GET", "/health").status for _ in range(6)}  # they are asked in turn
+        return {front.ask("GET", "/health").status for _ in range(6)}  # the servers are tried in turn
 
     assert health() == {200}
-    pair[0].behave(health=503)  # as vLLM says when its engine is dead
+    pair[0].behave(health=503)  # as vLLM answers when its engine is dead
     assert health() == {200}
     pair[0].kill()
     assert health() == {200}
@@ -456,10 +458,10 @@ def test_the_pair_is_healthy_while_one_server_hangs(front, pair):
 
 
 @pytest.mark.slow
-def test_nginx_starts_while_both_servers_are_down_and_says_so(tmp_path):
+def test_nginx_starts_and_reports_that_both_servers_are_down(tmp_path):
     both = [Backend("vllm-0"), Backend("vllm-1")]
     with running(tmp_path / "nginx", [one.address for one in both]) as front:
-        for session in ("", "", "mine", "mine"):  # the first finds out, the second knows
+        for session in ("", "", "mine", "mine"):  # the first request finds out, the second skips the server
             answer = front.chat(session)
             assert answer.status == 503
             assert answer.error["message"] == "No server is ready."
@@ -487,18 +489,18 @@ def test_a_body_of_the_limit_goes_through_and_a_byte_more_is_refused_in_json(fro
     assert asked(*pair) == ["large"]
 
 
-def test_models_and_errors_of_the_servers_pass_as_they_are(front, pair):
+def test_models_and_errors_of_the_servers_pass_unchanged(front, pair):
     answer = front.ask("GET", "/v1/models?limit=1", Authorization="Bearer secret")
     assert answer.json["data"] == [{"id": "tiny", "object": "model", "owned_by": "Bearer secret"}]
     refused = front.chat(max_tokens=0)
     assert (refused.status, refused.error["type"]) == (400, "Refused")
 
 
-def test_metrics_are_asked_of_each_server_and_not_of_the_pair(front):
+def test_metrics_are_served_by_each_server_and_not_by_nginx(front):
     assert front.ask("GET", "/metrics").error["code"] == 404
 
 
-def test_the_access_log_says_which_server_answered_and_how_long_it_took(front, pair):
+def test_the_access_log_names_the_server_and_the_duration(front, pair):
     pair[0].behave(delay=0.3)
     pair[1].behave(delay=0.3)
     server = front.chat("somebody's own words").server
@@ -508,7 +510,7 @@ def test_the_access_log_says_which_server_answered_and_how_long_it_took(front, p
     assert line["seconds"] >= 0.3
     assert float(line["header_seconds"]) >= 0.3
     assert "somebody" not in str(line)
-    front.ask("GET", "/health")  # asked every ten seconds, and no line each time
+    front.ask("GET", "/health")  # the healthcheck runs every ten seconds and is not logged
     front.ask("GET", "/v1/models")
     assert {line["request"] for line in front.log(2)} == {f"POST {CHAT}", "GET /v1/models"}
 
@@ -519,7 +521,7 @@ def test_the_access_log_says_which_server_answered_and_how_long_it_took(front, p
 @pytest.mark.slow
 def test_ten_thousand_requests_two_hundred_at_once(front, pair):
     def ask(client: int) -> list[tuple[str, float]]:
-        """Fifty requests on one connection, half of them of a session."""
+        """Fifty requests on one connection, half of them with a session."""
         answers = []
         with front.connect() as connection:
             ready.wait(30)

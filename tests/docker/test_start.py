@@ -1,6 +1,6 @@
-"""What the image starts: a sentence where it cannot serve, signals handed on, a last word if the model is too large.
+"""The start script of the image: refusals in a sentence, signals passed on, and a message if the model is too large.
 
-No GPU is here: NVIDIA's management library is a fake that answers as its binding does.
+There is no GPU: NVIDIA's management library is a fake that answers as its binding does.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ AMPERE = ("NVIDIA A10", (8, 6))
         (nvml(cards=(VOLTA, AMPERE)), "GPU 1 (NVIDIA A10) has compute capability 8.6"),
     ],
 )
-def test_a_machine_that_cannot_serve_is_told_why(start, monkeypatch, library, said) -> None:
+def test_an_unsuitable_machine_is_refused_with_the_reason(start, monkeypatch, library, said) -> None:
     monkeypatch.setattr(start, "library", lambda: library)
     assert said in start.refusal({})
 
 
-def test_a_volta_with_a_new_driver_may_serve_and_any_card_if_asked(start, monkeypatch) -> None:
+def test_volta_with_a_recent_driver_is_accepted_and_any_card_on_request(start, monkeypatch) -> None:
     monkeypatch.setattr(start, "library", lambda: nvml(cards=(VOLTA, VOLTA)))
     assert start.refusal({}) == ""
     monkeypatch.setattr(start, "library", lambda: nvml(cards=(AMPERE,)))
@@ -89,7 +89,7 @@ def program(tmp_path: Path, text: str) -> list[str]:
         "which is larger than the available KV cache memory (1.00 GiB).",
     ],
 )
-def test_a_model_that_does_not_fit_is_told_at_the_end(start, tmp_path, capfd, line) -> None:
+def test_a_model_that_does_not_fit_is_reported_at_the_end(start, tmp_path, capfd, line) -> None:
     words = program(tmp_path, f"import sys; print({line!r}, file=sys.stderr); sys.exit(3)")
     assert start.serve(words) == 3
     said = capfd.readouterr().err.splitlines()
@@ -97,7 +97,7 @@ def test_a_model_that_does_not_fit_is_told_at_the_end(start, tmp_path, capfd, li
     assert said[-1].startswith("voltforge: the model does not fit into the GPU's memory (")
 
 
-def test_another_failure_has_no_last_word_of_ours(start, tmp_path, capfd) -> None:
+def test_other_failures_get_no_further_message(start, tmp_path, capfd) -> None:
     assert start.serve(program(tmp_path, "import sys; print('no such model', file=sys.stderr); sys.exit(1)")) == 1
     assert "voltforge" not in capfd.readouterr().err
 
@@ -113,7 +113,7 @@ time.sleep(60)
 """
 
 
-def test_sigterm_ends_the_server_and_its_status_is_ours(tmp_path) -> None:
+def test_sigterm_is_passed_on_and_the_exit_status_returned(tmp_path) -> None:
     words = program(tmp_path, SERVER)
     driver = f"import sys; sys.path.insert(0, {str(START.parent)!r}); import start; sys.exit(start.serve({words!r}))"
     child = subprocess.Popen([sys.executable, "-c", driver], stderr=subprocess.PIPE, text=True)
@@ -126,7 +126,7 @@ def test_sigterm_ends_the_server_and_its_status_is_ours(tmp_path) -> None:
     assert time.monotonic() - begun < 20
 
 
-def test_kernels_compiled_ahead_of_time_are_brought_to_tritons_cache(start, tmp_path, monkeypatch) -> None:
+def test_precompiled_kernels_are_copied_to_tritons_cache(start, tmp_path, monkeypatch) -> None:
     (tmp_path / "triton-cache/ABC").mkdir(parents=True)
     (tmp_path / "triton-cache/ABC/kernel.cubin").write_text("code")
     monkeypatch.setattr(start, "HERE", tmp_path)
@@ -136,7 +136,7 @@ def test_kernels_compiled_ahead_of_time_are_brought_to_tritons_cache(start, tmp_
     assert (tmp_path / "cache/ABC/kernel.cubin").read_text() == "code"
 
 
-def test_brought_kernels_are_found_by_tritons_whole_paths(start, tmp_path, monkeypatch) -> None:
+def test_copied_kernels_have_the_paths_that_triton_expects(start, tmp_path, monkeypatch) -> None:
     entry = tmp_path / "triton-cache/ABC"
     entry.mkdir(parents=True)
     (entry / "kernel.cubin").write_text("code")
@@ -149,8 +149,8 @@ def test_brought_kernels_are_found_by_tritons_whole_paths(start, tmp_path, monke
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ABC"]
 
 
-def test_what_a_start_that_was_ended_left_behind_keeps_no_later_one_from_bringing(start, tmp_path, monkeypatch) -> None:
-    """In a container every start has the process number 1, and two servers may share the folder."""
+def test_leftovers_of_an_interrupted_copy_do_not_prevent_the_next(start, tmp_path, monkeypatch) -> None:
+    """Each start in a container has the process id 1, and two servers can share the folder."""
     for name in ("ABC", "DEF"):
         (tmp_path / "triton-cache" / name).mkdir(parents=True)
         (tmp_path / "triton-cache" / name / "kernel.cubin").write_text("code")
@@ -174,9 +174,7 @@ def test_what_a_start_that_was_ended_left_behind_keeps_no_later_one_from_bringin
 
 
 @pytest.mark.parametrize("group", ["[]", "{", "{}", '{"child_paths": null}', '{"child_paths": []}'])
-def test_kernels_that_cannot_be_brought_do_not_keep_the_server_from_starting(
-    start, tmp_path, monkeypatch, capfd, group
-) -> None:
+def test_the_server_starts_if_kernels_cannot_be_copied(start, tmp_path, monkeypatch, capfd, group) -> None:
     (tmp_path / "triton-cache/ABC").mkdir(parents=True)
     (tmp_path / "triton-cache/ABC/__grp__kernel.json").write_text(group)
     monkeypatch.setattr(start, "HERE", tmp_path)
@@ -185,7 +183,7 @@ def test_kernels_that_cannot_be_brought_do_not_keep_the_server_from_starting(
     assert "cannot be filled" in capfd.readouterr().err
 
 
-def test_a_cache_that_is_a_file_does_not_keep_the_server_from_starting(start, tmp_path, monkeypatch, capfd) -> None:
+def test_the_server_starts_if_the_cache_is_a_file(start, tmp_path, monkeypatch, capfd) -> None:
     (tmp_path / "triton-cache/ABC").mkdir(parents=True)
     (tmp_path / "cache").write_text("")
     monkeypatch.setattr(start, "HERE", tmp_path)

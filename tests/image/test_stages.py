@@ -21,7 +21,7 @@ MINE = f"cp{sys.version_info[0]}{sys.version_info[1]}"
 
 
 def pipeline(root: Path, base: str = "") -> Pipeline:
-    """A checkout that can choose a toolkit and make an image, and has no packages."""
+    """A checkout without packages that can make an image."""
     for name in ("docker", "recipes/locks", "volta"):
         shutil.copytree(ROOT / name, root / name, dirs_exist_ok=True)
     shutil.copy(ROOT / "recipes" / "cuda.toml", root / "recipes")
@@ -35,7 +35,7 @@ def kept(checkout: Pipeline, name: str, tag: str) -> None:
 
 
 def before(made: RuntimeImage) -> list[str]:
-    """The stages that must run before the image is made."""
+    """The stages that run before the image."""
     return [stage.name for stage in made.image.after()]
 
 

@@ -1,4 +1,4 @@
-"""Real control groups, with a limit of memory or of processor time, where this machine lets one be made."""
+"""Real control groups with a limit of memory or CPU time, where this machine allows them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ FILES = {
     "memory.max": ("memory.current", "memory.events", "memory.swap.max"),
     "memory.limit_in_bytes": ("memory.usage_in_bytes", "memory.oom_control", "memory.memsw.limit_in_bytes"),
 }
-"""By the file with the limit: what is held now, the count of killed processes, the limit with swap; version 2 and 1."""
+"""By the file with the limit: the files with the usage, the count of killed processes and the limit with swap; versions
+2 and 1.
+"""
 
 
 PERIOD = 100_000
-"""Microseconds after which a share of processor time is given anew."""
+"""Microseconds of a scheduling period."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ class Group:
     path: Path
 
     def enter(self) -> None:
-        """Put this process into it; for ``preexec_fn``."""
+        """Move this process into the group; for ``preexec_fn``."""
         (self.path / "cgroup.procs").write_text(str(os.getpid()))
 
     def end(self) -> None:
-        """Kill all its processes, and wait until they are gone."""
+        """Kill all processes of the group and wait until they are gone."""
         while pids := (self.path / "cgroup.procs").read_text().split():
             for pid in map(int, pids):
                 with contextlib.suppress(ProcessLookupError):
@@ -44,30 +46,30 @@ class Group:
 
 @dataclass(frozen=True)
 class Limited(Group):
-    """One whose memory is limited."""
+    """A group with limited memory."""
 
     used: str
     events: str
 
     @property
     def held(self) -> int:
-        """Bytes that its processes hold, without the cache of files."""
+        """The bytes that its processes hold, without the file cache."""
         stat = dict(line.split() for line in (self.path / "memory.stat").read_text().splitlines())
         return int(stat.get("total_rss") or stat["anon"])
 
     @property
     def killed(self) -> int:
-        """Processes that the kernel ended for want of memory."""
+        """The number of processes that the kernel killed for lack of memory."""
         events = dict(line.split() for line in (self.path / self.events).read_text().splitlines())
         return int(events["oom_kill"])
 
 
 @contextlib.contextmanager
 def limited(limit: int) -> Iterator[Limited]:
-    """A group whose processes may hold ``limit`` bytes together.
+    """Make a group whose processes may hold ``limit`` bytes together.
 
     Raises:
-        OSError: this machine does not let one be made.
+        OSError: this machine does not allow it.
     """
     with _made("memory") as (path, alone):
         found = next((name for name in FILES if (path / name).exists()), None)
@@ -82,10 +84,10 @@ def limited(limit: int) -> Iterator[Limited]:
 
 @contextlib.contextmanager
 def slowed(cores: float) -> Iterator[Group]:
-    """A group whose processes get the time of so many cores together.
+    """Make a group whose processes together get the time of some cores.
 
     Raises:
-        OSError: this machine does not let one be made.
+        OSError: this machine does not allow it.
     """
     with _made("cpu") as (path, alone):
         quota = round(cores * PERIOD)
@@ -96,7 +98,7 @@ def slowed(cores: float) -> Iterator[Group]:
 
 @contextlib.contextmanager
 def _made(controller: str) -> Iterator[tuple[Path, bool]]:
-    """The folder of a new group, and whether that is the controller's alone, as in version 1."""
+    """Make the folder of a new group, and return whether the controller has its own hierarchy, as in version 1."""
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     own = next((path for _, names, path in lines if controller in names.split(",")), None)
     around = MOUNT / controller / own.strip("/") if own else MOUNT / lines[0][2].strip("/")

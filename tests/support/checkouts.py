@@ -1,4 +1,4 @@
-"""Small checkouts of their own, with one small CUDA package, for tests that build."""
+"""Small checkouts with one small CUDA package, for tests that build."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from voltforge.pipeline.pipeline import Pipeline
 from voltforge.system import files
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The checkout that is tested."""
+"""The checkout under test."""
 PACKAGES = ROOT / "tests" / "packages"
 
 
 def doit(*words: str) -> str:
-    """Run ./doit in the checkout that is tested, as a person would, and give what it printed."""
+    """Run ./doit in the checkout under test, as a user would, and return its output."""
     done = subprocess.run(["./doit", *words], cwd=ROOT, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
@@ -51,7 +51,7 @@ max_size = "100 kB"
 
 
 def small_checkout(root: Path, settings: Settings | None = None) -> Pipeline:
-    """A new checkout at ``root`` for the saxpy package, beside the toolchain of the real one."""
+    """Make a new checkout at ``root`` for the saxpy package, with the toolchain of the checkout under test."""
     locks, downloads = root / "recipes" / "locks", root / "build" / "downloads"
     for folder in (locks, downloads):
         folder.mkdir(parents=True)
@@ -70,7 +70,7 @@ def small_checkout(root: Path, settings: Settings | None = None) -> Pipeline:
 
 
 def pack(folder: Path, sdist: Path) -> Path:
-    """Make an sdist of ``folder``, the same bytes each time."""
+    """Make an sdist of ``folder``, always with the same bytes."""
 
     def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.mtime, member.uid, member.gid, member.uname, member.gname = 1_700_000_000, 0, 0, "", ""
@@ -84,7 +84,7 @@ def pack(folder: Path, sdist: Path) -> Path:
 
 
 def edited(pipeline: Pipeline, file: str, old: str, new: str) -> Pipeline:
-    """The same checkout after one file of the package's source was changed."""
+    """Change one file of the package's source and return the reloaded checkout."""
     source = pipeline.root / "saxpy"
     if not source.exists():
         files.remove(pipeline.scratch / "downloads")

@@ -1,6 +1,6 @@
-"""The PyTorch that can be had where the release tarball of 2.9.0 cannot: Debian's source of 2.6.0, to be built as ours.
+"""Debian's source of PyTorch 2.6.0, built with our recipe's options, in place of the 2.9.0 tarball.
 
-Debian's archive has it without most vendored parts; tests/packages/pytorch/debian.toml lists what stands in for them.
+Debian removes most vendored parts; tests/packages/pytorch/debian.toml lists their replacements.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ UNDONE = (
     ("cmake/Dependencies.cmake", '  add_library(fp16 STATIC "/usr/include/fp16.h")',
      '  find_file(FP16_HEADER fp16.h REQUIRED)\n  add_library(fp16 STATIC "${FP16_HEADER}")'),
 )  # fmt: skip
-"""Where Debian's packaging has its own version, its own paths, or prints every command."""
+"""Lines in which Debian's packaging has its own version, its own paths, or prints every command."""
 DEVIATIONS = {
-    "USE_SYSTEM_LIBS": "1",  # the vendored parts are gone
+    "USE_SYSTEM_LIBS": "1",  # Debian removes the vendored parts
     "USE_FBGEMM": "0",  # not in Debian
-    "USE_MKLDNN": "0",  # these three would take more packages, and nothing that is compiled here
+    "USE_MKLDNN": "0",  # these three need more packages and no file that is compiled here
     "USE_XNNPACK": "0",
     "USE_PYTORCH_QNNPACK": "0",
 }
 VENDORED = {"cutlass": "cutlass_library/source/", "cudnn_frontend": ""}
-"""Parts that come from wheels: where in the wheel the folder lies that upstream has in third_party/."""
+"""Parts that come from wheels, by their folder in third_party/, with the folder in the wheel."""
 
 
 def parts() -> dict[str, list[Source]]:
-    """The files that it is made of: ``source``, ``packaging`` and ``packages`` of Debian's, and :data:`VENDORED`."""
+    """Return the files of the source: ``source``, ``packaging`` and ``packages`` of Debian, and :data:`VENDORED`."""
     found = read_toml(PACKAGES / "pytorch" / "debian.toml")
     lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
     return {name: [Source.model_validate(one) for one in several] for name, several in lists.items()}
 
 
 def upstream(pipeline: Pipeline, folder: Path) -> Tree:
-    """The sources of 2.6.0 in the new ``folder``, as upstream has them but for what Debian left out."""
+    """Unpack the sources of 2.6.0 into the new ``folder``, as upstream has them without the parts that Debian removes."""
     folder.mkdir()
     [source] = parts()["source"]
     return Tree(folder, unpack(pipeline.store.get(source.artifact), folder))
 
 
 def patched(pipeline: Pipeline, original: Tree) -> Tree:
-    """The same, beside it: Debian's patches, its packages for vendored parts in ``deb/usr``, and :data:`VENDORED`."""
+    """Return a copy with Debian's patches, its packages for vendored parts in ``deb/usr``, and :data:`VENDORED`."""
     folder, known = original.path.with_name("patched"), parts()
     shutil.copytree(original.path, folder, symlinks=True)
     (folder / "debian").mkdir()
@@ -78,7 +78,7 @@ def patched(pipeline: Pipeline, original: Tree) -> Tree:
     for package in known["packages"]:
         part = original.path.with_name("package")
         part.mkdir()
-        unpack(pipeline.store.get(package.artifact), part)  # its single top folder, usr, is left out
+        unpack(pipeline.store.get(package.artifact), part)  # without its single top folder, usr
         shutil.copytree(part, folder / "deb/usr", symlinks=True, dirs_exist_ok=True)
         files.remove(part)
     for name, inside in VENDORED.items():
@@ -96,7 +96,7 @@ def patched(pipeline: Pipeline, original: Tree) -> Tree:
 def workshop(
     pipeline: Pipeline, grown: Tree, toolchain: Toolchain, work: Path, env: Mapping[str, str] | None = None
 ) -> Workshop:
-    """A place for the build with the recipe's options, but for what 2.6.0 and Debian do not have, and ``env``."""
+    """Return a build with the recipe's options, without those that 2.6.0 and Debian lack, and with ``env``."""
     recipe = pipeline.recipes["torch"]
     assert isinstance(recipe, SourceRecipe)
     pipeline.package(recipe).stages["environment"].run()
@@ -112,7 +112,7 @@ def workshop(
 
 
 def configured(shop: Workshop) -> list[str]:
-    """Run CMake in a workshop that was prepared; what it said, line by line."""
+    """Run CMake in a prepared build and return its output by lines."""
     log = shop.work / "configure.log"
     shop.run([shop.places["environment"] / "bin/python", "setup.py", "build", "--cmake-only"], log=log)
     return log.read_text(errors="replace").splitlines()

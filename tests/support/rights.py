@@ -1,4 +1,4 @@
-"""Being an ordinary user for a while: root may read and write whatever the modes say, and would notice nothing."""
+"""Become an ordinary user for a while: root may read and write whatever the modes are, and would notice no error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real HTTP servers on loopback, for files and for package indexes, that misbehave only when they are told to."""
+"""Real HTTP servers on loopback, for files and for package indexes, that fail on request."""
 
 from __future__ import annotations
 
@@ -17,46 +17,48 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass(frozen=True)
 class Fault:
-    """What a server does to one request instead of answering it well."""
+    """A fault in the answer to one request."""
 
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    """Header fields to send instead of, or beside, the true ones; an empty one is left out."""
+    """Header fields to send instead of, or beside, the true ones; an empty one is omitted."""
     body: bytes | None = None
-    """What to send as if it were the file."""
+    """The data to send instead of the file."""
     cut: int | None = None
-    """How many bytes of the body to send before the connection is dropped."""
+    """The number of body bytes to send before the connection is dropped."""
     stall: bool = False
-    """Whether to fall silent after ``cut`` bytes, with the connection open."""
+    """True to fall silent after ``cut`` bytes, with the connection open."""
     hold: threading.Event | None = None
-    """What to wait for before the body is sent."""
+    """An event to wait for before the body is sent."""
     whole: bool = False
-    """Whether to answer a range request with 200 and the whole file, as a server does that knows no ranges."""
+    """True to answer a range request with 200 and the whole file, as a server without ranges does."""
 
 
 @dataclass
 class Server:
-    """Serves ``files`` by path, with ranges (RFC 9110, section 14), and remembers what it was asked."""
+    """A server of ``files`` by path, with ranges (RFC 9110, section 14), that records its requests."""
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
     faults: dict[str, list[Fault]] = field(default_factory=dict)
-    """By path: one for each coming request; then all is well."""
+    """Faults by path, one for each coming request."""
     asked: list[tuple[str, Mapping[str, str]]] = field(default_factory=list)
     """Path and header fields of each request, in order."""
     sent: list[tuple[str, int, int]] = field(default_factory=list)
     """Path, first byte and number of bytes of each body, in order."""
     password: str = ""
-    """If set, what the user ``me`` has to give (RFC 7617)."""
+    """The password that the user ``me`` must send (RFC 7617), if any."""
     closing: threading.Event = field(default_factory=threading.Event)
 
     def paths(self) -> list[str]:
-        """The paths asked for, in order."""
+        """The requested paths, in order."""
         return [path for path, _ in self.asked]
 
     def project(self, name: str, *names: str, hashes: bool = True, base: str = "/files/") -> str:
-        """List files of ``/files/`` as a project of the simple index (PEP 503) at ``/simple/``, and give its URL."""
+        """List the files below ``/files/`` as a project of the simple index (PEP 503) at ``/simple/``, and return its
+        URL.
+        """
         lines = []
         for file in names:
             mark = f"#sha256={hashlib.sha256(self.files['/files/' + file]).hexdigest()}" if hashes else ""
@@ -69,7 +71,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(tls: ssl.SSLContext | None = None) -> Iterator[Server]:
-    """A server on a free port of the loopback interface, gone with all its threads when the block ends."""
+    """Run a server on a free port of the loopback interface; it ends with all its threads when the block ends."""
     server = Server()
 
     class Handler(_Handler):

@@ -1,4 +1,4 @@
-"""A real pseudo-terminal with a program on it, and what a person would see there, as pyte draws it."""
+"""A real pseudo-terminal with a program on it, and its screen as pyte draws it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from tests.support.checkouts import ROOT
 
 HEIGHT = 16
 NOT_OURS = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CI")
-"""Variables that would make another terminal of it."""
+"""Variables that would change the terminal."""
 
 
 class Terminal:
-    """So many columns wide; lines that leave it at the top are remembered."""
+    """The number of columns; lines that scroll off the top are kept."""
 
     def __init__(self, width: int, height: int = HEIGHT) -> None:
         self.screen = pyte.HistoryScreen(width, height, history=10_000, ratio=0.5)
         self.child: subprocess.Popen[bytes] | None = None
-        """The program that writes to it."""
+        """The program that writes to the terminal."""
         self.stream = pyte.ByteStream(self.screen)
 
     @property
     def rows(self) -> list[str]:
-        """What it shows now, without the blanks at the ends."""
+        """Return the visible lines, without trailing blanks."""
         return [line.rstrip() for line in self.screen.display]
 
     @property
     def transcript(self) -> list[str]:
-        """All lines that were ever left on it, the oldest first, without empty ones."""
+        """Return all lines that were ever left on the screen, the oldest first, without empty ones."""
         top = ["".join(line[x].data for x in range(self.screen.columns)) for line in self.screen.history.top]
         return [line for line in (*map(str.rstrip, top), *self.rows) if line]
 
@@ -45,7 +45,7 @@ class Terminal:
 def seen(
     argv: Sequence[str | Path], width: int, folder: Path, env: Mapping[str, str] | None = None, status: int = 0
 ) -> Iterator[Terminal]:
-    """Run a program in ``folder`` on a terminal, and give the terminal each time that more was written to it."""
+    """Run a program in ``folder`` on a terminal, and yield the terminal each time that it wrote more."""
     terminal = Terminal(width)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", terminal.screen.lines, width, 0, 0))
@@ -54,7 +54,7 @@ def seen(
     with subprocess.Popen(words, cwd=folder, env=environ, stdin=theirs, stdout=theirs, stderr=theirs) as child:
         os.close(theirs)
         terminal.child = child
-        with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
+        with contextlib.suppress(OSError):  # EIO: the program has closed the other end
             while data := os.read(ours, 1 << 16):
                 terminal.stream.feed(data)
                 yield terminal

@@ -1,1 +1,1 @@
-"""What is inside a binary: ELF files, fatbins and the cubins in them."""
+"""The contents of binaries: ELF files, fatbins and the cubins in them."""

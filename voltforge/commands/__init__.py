@@ -1,1 +1,1 @@
-"""What dodo.py calls: one module for each command of `./doit`."""
+"""The commands of `./doit`, one module each, called by dodo.py."""

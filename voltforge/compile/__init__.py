@@ -1,1 +1,1 @@
-"""From a patched tree to a wheel: toolchain, sandbox, compile jobs and the objects that are kept."""
+"""From a patched tree to a wheel: toolchain, sandbox, scheduler and object cache."""

@@ -1,1 +1,1 @@
-"""Kernels of compute capability 7.0: compiled ahead, and run on the card of a machine."""
+"""Kernels for compute capability 7.0: compiled ahead of time, and run on this machine's card."""

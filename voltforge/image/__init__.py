@@ -1,1 +1,1 @@
-"""The runtime image: its base, its layers and the OCI archive."""
+"""The runtime image: base, layers and OCI archive."""

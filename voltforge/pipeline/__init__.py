@@ -1,1 +1,1 @@
-"""The stages that lead from a recipe to a kept wheel, with their keys and records."""
+"""The stages from a recipe to a finished wheel, with their keys and records."""

@@ -1,1 +1,1 @@
-"""What goes in: recipes, downloads, patched trees and locked environments, each by its hash."""
+"""The inputs: recipes, downloads, patched trees and locked environments, each identified by its hash."""

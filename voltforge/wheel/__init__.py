@@ -1,1 +1,1 @@
-"""What a wheel holds: thinning, checks, SBOM, signatures, and the wheelhouse that keeps it."""
+"""Wheels: thinning, checks, SBOM, provenance, signatures and the wheelhouse."""
