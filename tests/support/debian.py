@@ -55,7 +55,7 @@ def parts() -> dict[str, list[Source]]:
 
 
 def upstream(pipeline: Pipeline, folder: Path) -> Tree:
-    """Unpack the sources of 2.6.0 into the new ``folder``, as upstream has them without the parts that Debian removes."""
+    """Unpack the sources of 2.6.0 into the new ``folder``, without the parts that Debian removes."""
     folder.mkdir()
     [source] = parts()["source"]
     return Tree(folder, unpack(pipeline.store.get(source.artifact), folder))
