@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gzip
 import hashlib
 import io
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from backports import zstd
 
 from tests.support.samples import EPOCH, compiled, container, image, unpacked, wheel, with_device_code
 from voltforge.binary import elf
@@ -246,16 +246,6 @@ def gzipped(data: bytes) -> bytes:
     return gzip.compress(data, mtime=0)
 
 
-def zstandard(data: bytes) -> bytes:
-    """Packed by the system's libzstd."""
-    library = ctypes.CDLL("libzstd.so.1")
-    room = ctypes.create_string_buffer(len(data) + 1000)
-    size = ctypes.c_size_t
-    library.ZSTD_compress.restype = size
-    count = library.ZSTD_compress(room, size(len(room)), data, size(len(data)), 3)
-    return room.raw[:count]
-
-
 def entries(**content: str | bytes) -> list[tarfile.TarInfo | tuple[tarfile.TarInfo, bytes]]:
     made = []
     for name, data in content.items():
@@ -302,7 +292,7 @@ def layout(path: Path, *layers: bytes, label: str = "one", names: tuple[str, ...
     return path
 
 
-@pytest.mark.parametrize("pack", [gzipped, zstandard, bytes])
+@pytest.mark.parametrize("pack", [gzipped, zstd.compress, bytes])
 def test_layers_of_the_same_members_are_archives_alone_however_they_are_packed(tmp_path: Path, pack) -> None:
     content = entries(opt__a="a", opt__b="b" * 300_000)
     one = layout(tmp_path / "one.tar", layer(content), layer(entries(c="c")))
@@ -311,7 +301,7 @@ def test_layers_of_the_same_members_are_archives_alone_however_they_are_packed(t
     assert (compared.tier, compared.differences) == ("archive only", ())
 
 
-@pytest.mark.parametrize("pack", [gzipped, zstandard])
+@pytest.mark.parametrize("pack", [gzipped, zstd.compress])
 def test_what_differs_in_a_layer_is_told_by_layer_and_member_and_digests_are_not(tmp_path: Path, pack) -> None:
     base = layer(entries(base="base"), pack)
     one = layout(tmp_path / "one.tar", base, layer(entries(opt__a="1\n2\n", opt__b="b"), pack))
@@ -358,19 +348,10 @@ def test_the_configuration_is_told_by_key_and_a_layer_more_by_its_digest(tmp_pat
     assert (named.file, named.section, named.other) == ("index.json", "latest", "absent")
 
 
-def test_a_layer_that_cannot_be_unpacked_here_is_told_by_its_digest(tmp_path: Path, monkeypatch) -> None:
-    """The machine without libzstd is a fake: Debian's own package manager needs it."""
-    made = [layout(tmp_path / f"{name}.tar", layer(entries(a=name), zstandard)) for name in ("one", "two")]
-
-    def absent(name: str) -> None:
-        raise OSError(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", absent)
-    difference = only(compare(*made))
-    assert (difference.file, difference.section) == ("layer 0", "not looked into: this machine has no libzstd.so.1")
-    monkeypatch.undo()
-    cut = layout(tmp_path / "cut.tar", layer(entries(a="cut"), zstandard)[:-9])
-    assert compare(made[0], cut).differences[0].section.startswith("byte 0x")
+def test_a_truncated_layer_is_compared_by_its_bytes(tmp_path: Path) -> None:
+    whole = layout(tmp_path / "whole.tar", layer(entries(a="whole"), zstd.compress))
+    cut = layout(tmp_path / "cut.tar", layer(entries(a="cut"), zstd.compress)[:-9])
+    assert compare(whole, cut).differences[0].section.startswith("byte 0x")
 
 
 # --- the report ---

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import ctypes
 import gzip
 import hashlib
 import io
@@ -24,6 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
+
+from backports import zstd
 
 from voltforge.binary import cubin
 from voltforge.binary.cubin import FatbinError, Image
@@ -77,7 +78,10 @@ _SHOWN = 8
 _TEXT_HEAD = 8192
 """Bytes in which a zero tells that a file is no text."""
 _LINKS = {tarfile.SYMTYPE: "a link to", tarfile.LNKTYPE: "another name of"}
-_UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, ValueError, NotImplementedError)
+_UNREADABLE = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, zstd.ZstdError,
+    EOFError, KeyError, ValueError, NotImplementedError,
+)  # fmt: skip
 """What opening an archive that is none can raise: its bytes are compared then."""
 
 
@@ -631,10 +635,7 @@ def _image(one: _Layout, other: _Layout, manifests: tuple[Any, Any], found: _Fou
 
 
 def _layers(name: str, one: _Layer, other: _Layer, found: _Found) -> None:
-    try:
-        _members(f"{name}, ", one, other, found)
-    except _NoLibraryError as error:
-        found.add([Difference(name, f"not looked into: {error}", "", one.digest[:19], other.digest[:19])])
+    _members(f"{name}, ", one, other, found)
 
 
 def _leaves(value: Any, left_out: set[str], path: str = "") -> Iterator[tuple[str, str]]:
@@ -653,64 +654,15 @@ def _leaves(value: Any, left_out: set[str], path: str = "") -> Iterator[tuple[st
 # Packed streams.
 
 
-class _NoLibraryError(Exception):
-    """The system has no library that unpacks this."""
-
-
 def _inflated(source: IO[bytes]) -> IO[bytes]:
-    """The unpacked bytes of a layer: gzip, zstd (RFC 8878) or plain tar, by its first bytes."""
+    """Return the unpacked bytes of a layer: gzip, zstd (RFC 8878) or plain tar, by its first bytes."""
     magic = source.read(4)
     source.seek(0)
     if magic[:2] == b"\x1f\x8b":
         return gzip.GzipFile(fileobj=source)  # type: ignore[return-value]
     if magic == b"\x28\xb5\x2f\xfd":
-        return io.BufferedReader(_Zstd(source), 1 << 17)
+        return zstd.ZstdFile(source)  # type: ignore[return-value]
     return source
-
-
-class _Buffer(ctypes.Structure):
-    """ZSTD_inBuffer and ZSTD_outBuffer of zstd.h."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t), ("pos", ctypes.c_size_t))
-
-
-class _Zstd(io.RawIOBase):
-    """A zstd stream, unpacked while it is read by the system's libzstd: Python has a module for it only since 3.14."""
-
-    def __init__(self, source: IO[bytes]) -> None:
-        try:
-            self._library = ctypes.CDLL("libzstd.so.1")
-        except OSError as error:
-            raise _NoLibraryError("this machine has no libzstd.so.1") from error
-        self._library.ZSTD_createDStream.restype = ctypes.c_void_p
-        self._library.ZSTD_decompressStream.restype = ctypes.c_size_t
-        self._stream = ctypes.c_void_p(self._library.ZSTD_createDStream())
-        self._source, self._held = source, b""
-        self._taken = _Buffer(None, 0, 0)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        """Fill ``target`` as far as one step goes; 0 at the end."""
-        room = (ctypes.c_char * len(target)).from_buffer(target)
-        given = _Buffer(ctypes.addressof(room), len(target), 0)
-        while not given.pos:
-            if self._taken.pos == self._taken.size:
-                self._held = self._source.read(files.BLOCK)
-                if not self._held:
-                    return 0
-                held = ctypes.cast(ctypes.c_char_p(self._held), ctypes.c_void_p)
-                self._taken = _Buffer(held, len(self._held), 0)
-            left = self._library.ZSTD_decompressStream(self._stream, ctypes.byref(given), ctypes.byref(self._taken))
-            if self._library.ZSTD_isError(ctypes.c_size_t(left)):
-                raise ValueError("a layer is no zstd stream")
-        return int(given.pos)
-
-    def close(self) -> None:
-        if not self.closed and hasattr(self, "_stream"):
-            self._library.ZSTD_freeDStream(self._stream)
-        super().close()
 
 
 # Small things.
