@@ -1,4 +1,4 @@
-"""Wheels: opened with care, tagged for what they need, and the same bytes however their files came to be."""
+"""Wheels are read safely, tagged for their binaries' needs, and equal content gives equal bytes."""
 
 import functools
 import io
@@ -37,7 +37,7 @@ PACKAGE = {"sample/__init__.py": "answer = 42\n", "sample/data.txt": "data\n"}
 
 
 def archive(path: Path, entries: dict[str, str | bytes], **attributes: int) -> Path:
-    """A zip file with these entries, whatever their names; ``attributes`` are set on each entry."""
+    """Write a zip file with these entries, whatever their names; ``attributes`` are set on each entry."""
     with zipfile.ZipFile(path, "w") as file:
         for name, data in entries.items():
             entry = zipfile.ZipInfo(name)
@@ -55,7 +55,7 @@ def parts(name: str = "sample", version: str = "1.0", more: str = "") -> dict[st
     }
 
 
-def test_a_wheel_says_what_it_is(tmp_path):
+def test_read_returns_name_version_tags_and_requirements(tmp_path):
     path = wheel(tmp_path, PACKAGE, metadata="Requires-Dist: torch==2.9.0\nRequires-Dist: ray; extra == 'ray'\n")
     found = Wheel.read(path)
     assert (found.name, found.version) == ("sample", Version("1.0"))
@@ -66,23 +66,23 @@ def test_a_wheel_says_what_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("name", "entries", "why"),
     [
-        ("sample.whl", parts(), "is not named like a wheel"),
-        ("sample-1.0-py3-none-any.whl", {"a.py": ""}, "has 0 dist-info folders, not one"),
+        ("sample.whl", parts(), "does not have a wheel's file name"),
+        ("sample-1.0-py3-none-any.whl", {"a.py": ""}, "has 0 dist-info folders instead of one"),
         ("sample-1.0-py3-none-any.whl", {**parts(), "b-1.dist-info/WHEEL": ""}, "has 2 dist-info folders"),
-        ("sample-1.1-py3-none-any.whl", parts(version="1.1"), "holds sample-1.0.dist-info, which does not go with"),
-        ("sample-1.0-py3-none-any.whl", parts(name="other"), "holds the metadata of other 1.0, not of sample 1.0"),
+        ("sample-1.1-py3-none-any.whl", parts(version="1.1"), "has sample-1.0.dist-info, which does not match"),
+        ("sample-1.0-py3-none-any.whl", parts(name="other"), "has the metadata of other 1.0, not of sample 1.0"),
         ("sample-1.0-py3-none-any.whl", parts(more="Requires-Dist: ~~\n"), "is not a well-formed wheel"),
         ("sample-1.0-py3-none-any.whl", {"sample-1.0.dist-info/WHEEL": ""}, "has no sample-1.0.dist-info/METADATA"),
         ("sample-1.0-py3-none-any.whl", {**parts(), "sample-1.0.dist-info/WHEEL": "Wheel-Version: 2.0\n"}, "2.0"),
         ("sample-1.0-py3-none-any.whl", {**parts(), "sample-1.0.dist-info/METADATA": b"\xff\xfe"}, "well-formed"),
     ],
 )
-def test_a_wheel_that_contradicts_itself_is_refused_in_a_sentence(tmp_path, name, entries, why):
+def test_contradictory_wheel_is_refused_in_a_sentence(tmp_path, name, entries, why):
     with pytest.raises(WheelError, match=why):
         Wheel.read(archive(tmp_path / name, entries))
 
 
-def test_what_is_no_zip_file_is_refused_in_a_sentence(tmp_path):
+def test_file_that_is_not_a_zip_is_refused_in_a_sentence(tmp_path):
     path = tmp_path / "sample-1.0-py3-none-any.whl"
     path.write_bytes(b"<html>404</html>")
     for open_it in (Wheel.read, lambda path: unpack(path, tmp_path / "out")):
@@ -93,9 +93,9 @@ def test_what_is_no_zip_file_is_refused_in_a_sentence(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../evil", "/evil", "a/../../evil", "a//b", "./a", "a\\..\\evil", "..", "a/./b", "C:\\evil", "a/.."]
 )
-def test_an_entry_that_would_land_elsewhere_is_refused(tmp_path, name):
+def test_entry_outside_the_folder_is_refused(tmp_path, name):
     path = archive(tmp_path / "bad.whl", {"good.py": "", name: "evil"})
-    with pytest.raises(WheelError, match="must not be unpacked"):
+    with pytest.raises(WheelError, match="is not safe to unpack"):
         unpack(path, tmp_path / "deep" / "out")
     assert sorted(tmp_path.rglob("*")) == [path]
 
@@ -114,7 +114,7 @@ def test_links_and_devices_are_refused(tmp_path, attributes, why):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_every_bad_entry_is_named_at_once(tmp_path):
+def test_all_bad_entries_are_named_at_once(tmp_path):
     with zipfile.ZipFile(tmp_path / "bad.whl", "w") as file:
         for name in ("../evil", "twice", "twice", "/evil"):
             file.writestr(name, "")
@@ -123,12 +123,12 @@ def test_every_bad_entry_is_named_at_once(tmp_path):
     assert caught.value.what.count("\n  - ") == 3
 
 
-def test_a_file_that_is_also_a_folder_is_refused(tmp_path):
+def test_path_that_is_both_file_and_folder_is_refused(tmp_path):
     with pytest.raises(WheelError, match="a: is both a file and a folder"):
         unpack(archive(tmp_path / "bad.whl", {"a": "", "a/b": ""}), tmp_path / "out")
 
 
-def test_unpacked_files_are_executable_only_if_marked(tmp_path):
+def test_only_files_marked_executable_are_unpacked_executable(tmp_path):
     old = os.umask(0o077)
     try:
         unpack(archive(tmp_path / "a.whl", {"tool": ""}, external_attr=(stat.S_IFREG | 0o777) << 16), tmp_path / "out")
@@ -149,7 +149,7 @@ def room(tmp_path_factory):
 
 
 def tried(room: Room, data: bytes, name: str = "sample-1.0-py3-none-any.whl") -> None:
-    """Read and unpack a wheel in a watched room, and look at its RECORD; each by itself."""
+    """Read and unpack a wheel in a watched folder, and validate its RECORD; each step on its own."""
     path = room.path.parent / name
     path.write_bytes(data)
     remove(room.out)
@@ -168,7 +168,7 @@ def whole() -> bytes:
         return wheel(Path(folder), {**PACKAGE, "sample/big": "z" * 3000}, metadata=metadata).read_bytes()
 
 
-def test_the_wheel_that_is_damaged_below_is_whole(tmp_path):
+def test_undamaged_base_of_the_damage_tests_is_valid(tmp_path):
     path = tmp_path / "sample-1.0-py3-none-any.whl"
     path.write_bytes(whole())
     assert Wheel.read(path, SMALL).requires
@@ -178,7 +178,7 @@ def test_the_wheel_that_is_damaged_below_is_whole(tmp_path):
 
 @cases(500)
 @given(damaged(whole(), zip_fields(whole())))
-def test_a_damaged_wheel_is_opened_or_refused_and_writes_nothing_elsewhere(room, counted, data):
+def test_damaged_wheel_never_writes_outside_the_folder(room, counted, data):
     tried(room, data)
     counted(COUNTED)
 
@@ -205,7 +205,7 @@ LINES = st.one_of(
         min_size=1,
     )
 )
-def test_whatever_metadata_says_a_wheel_is_read_or_refused(room, counted, texts):
+def test_arbitrary_metadata_is_read_or_refused(room, counted, texts):
     made = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(whole())) as old, zipfile.ZipFile(made, "w") as new:
         for entry in old.infolist():
@@ -228,7 +228,7 @@ def test_whatever_metadata_says_a_wheel_is_read_or_refused(room, counted, texts)
         st.builds("sample-{}-{}-{}-{}".format, *[st.text(st.sampled_from("ab1._"), max_size=30)] * 4),
     )
 )
-def test_whatever_its_file_is_called_a_wheel_is_read_or_refused(room, counted, name):
+def test_arbitrary_file_name_is_read_or_refused(room, counted, name):
     path = room.path.parent / f"{name}.whl"
     path.write_bytes(whole())
     with room.watched(WheelError):
@@ -240,7 +240,7 @@ def test_whatever_its_file_is_called_a_wheel_is_read_or_refused(room, counted, n
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @cases(150)
 @given(st.lists(st.text(st.sampled_from("abA./\\~ \0\u00e9\u0301\n"), min_size=1, max_size=8), max_size=4))
-def test_whatever_entries_are_called_nothing_is_written_elsewhere(room, counted, names):
+def test_arbitrary_entry_names_never_write_outside_the_folder(room, counted, names):
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as file:
         for name in names:
@@ -250,7 +250,7 @@ def test_whatever_entries_are_called_nothing_is_written_elsewhere(room, counted,
 
 
 @pytest.mark.parametrize("size", [20_001, 0xFFFFFFFE])
-def test_a_wheel_that_says_it_unpacks_to_too_much_is_refused(tmp_path, size):
+def test_declared_size_over_the_limit_is_refused(tmp_path, size):
     data = bytearray(whole())
     for mark, at in ((b"PK\3\4", 22), (b"PK\1\2", 24)):
         place = data.index(mark) + at
@@ -263,8 +263,8 @@ def test_a_wheel_that_says_it_unpacks_to_too_much_is_refused(tmp_path, size):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wheel_that_inflates_to_more_than_it_says_writes_no_more_than_it_says(tmp_path):
-    """Both of its headers say 100 bytes; 5 MB would come."""
+def test_no_more_than_the_declared_size_is_written(tmp_path):
+    """Write a zip file whose two headers declare 100 bytes for a member of 5 MB."""
     with zipfile.ZipFile(tmp_path / "bomb.whl", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a", bytes(5_000_000))
     data = bytearray((tmp_path / "bomb.whl").read_bytes())
@@ -277,7 +277,7 @@ def test_a_wheel_that_inflates_to_more_than_it_says_writes_no_more_than_it_says(
     assert (tmp_path / "out" / "a").stat().st_size <= 100
 
 
-def test_a_wheel_of_more_files_than_the_bound_is_refused(tmp_path):
+def test_number_of_files_over_the_limit_is_refused(tmp_path):
     path = archive(tmp_path / "a.whl", {str(number): "" for number in range(41)})
     with pytest.raises(WheelError, match="has more than 40 members"):
         unpack(path, tmp_path / "out", SMALL)
@@ -288,19 +288,19 @@ def test_a_wheel_of_more_files_than_the_bound_is_refused(tmp_path):
     [(b"PK\3\4", 8, 0), (b"PK\3\4", 14, 7), (b"PK\3\4", 18, 1), (b"PK\3\4", 22, 1), (b"PK\3\4", 30, 0x41)],
     ids=["method", "checksum", "compressed size", "size", "name"],
 )
-def test_a_file_that_is_told_in_two_ways_is_refused(tmp_path, mark, at, value):
+def test_contradictory_zip_headers_are_refused(tmp_path, mark, at, value):
     data = bytearray(whole())
     data[data.index(mark) + at] = value
     path = tmp_path / "sample-1.0-py3-none-any.whl"
     path.write_bytes(data)
     for open_it in (Wheel.read, lambda path: unpack(path, tmp_path / "out")):
-        with pytest.raises(WheelError, match="is told in two ways"):
+        with pytest.raises(WheelError, match="its own header and the archive.s directory differ"):
             open_it(path)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wheel_that_was_written_to_a_pipe_is_read(tmp_path):
-    """The sizes of its files stand behind them; in front of them are zeros (APPNOTE 4.3.9)."""
+def test_wheel_written_to_a_pipe_is_read(tmp_path):
+    """Write a zip file with the sizes after each member's data and zeros before it (APPNOTE 4.3.9)."""
 
     class Pipe(io.RawIOBase):
         def write(self, data: bytes) -> int:
@@ -317,7 +317,7 @@ def test_a_wheel_that_was_written_to_a_pipe_is_read(tmp_path):
     unpack(path, tmp_path / "out")
 
 
-def test_files_that_share_their_bytes_are_refused(tmp_path):
+def test_overlapping_zip_entries_are_refused(tmp_path):
     path = archive(tmp_path / "a.whl", {"a": "x" * 99, "b": "x" * 99})
     data = bytearray(path.read_bytes())
     second = data.index(b"PK\1\2", data.index(b"PK\1\2") + 4)
@@ -327,19 +327,19 @@ def test_files_that_share_their_bytes_are_refused(tmp_path):
         unpack(path, tmp_path / "out")
 
 
-def test_names_that_differ_in_case_alone_are_refused(tmp_path):
+def test_names_that_differ_only_in_case_are_refused(tmp_path):
     with pytest.raises(WheelError, match=r"a/b.txt: is the same as a/B.txt on file systems that ignore case"):
         unpack(archive(tmp_path / "bad.whl", {"a/B.txt": "", "a/b.txt": ""}), tmp_path / "out")
 
 
-def test_a_line_that_stands_for_millions_of_tags_is_refused_and_not_multiplied(tmp_path):
+def test_tag_line_that_expands_to_millions_is_refused_unexpanded(tmp_path):
     text = WHEEL.format(tag="-".join(["a." * 400 + "a"] * 3))
     path = archive(tmp_path / "sample-1.0-py3-none-any.whl", {**parts(), "sample-1.0.dist-info/WHEEL": text})
-    with bounded(), pytest.raises(WheelError, match="a WHEEL file of more than 1000 tags"):
+    with bounded(), pytest.raises(WheelError, match="has more than 1000 tags in its WHEEL file"):
         Wheel.read(path)
 
 
-def test_what_a_wheel_says_is_shown_shortened_and_without_control_characters(tmp_path):
+def test_messages_shorten_metadata_and_escape_control_characters(tmp_path):
     text = "Wheel-Version: \x1b[2J" + "x" * 100_000 + "\n"
     path = archive(tmp_path / "sample-1.0-py3-none-any.whl", {**parts(), "sample-1.0.dist-info/WHEEL": text})
     with pytest.raises(WheelError) as caught:
@@ -348,22 +348,22 @@ def test_what_a_wheel_says_is_shown_shortened_and_without_control_characters(tmp
     assert "\x1b" not in caught.value.what
 
 
-def test_metadata_is_that_of_the_wheel_and_not_of_a_package_that_it_brings_along(tmp_path):
-    """As setuptools' wheel does."""
+def test_metadata_of_a_vendored_package_is_ignored(tmp_path):
+    """A vendored dist-info folder, as in the wheel of setuptools, is no second one."""
     other = {"sample/_vendor/other-2.0.dist-info/METADATA": METADATA.format(name="other", version="2.0", more="")}
     path = archive(tmp_path / "sample-1.0-py3-none-any.whl", {**other, **parts()})
     assert metadata_bytes(path).decode() == parts()["sample-1.0.dist-info/METADATA"]
 
 
-def test_a_record_of_an_absurd_size_is_not_read(tmp_path):
+def test_oversized_record_is_not_read(tmp_path):
     unpack(wheel(tmp_path / "a", PACKAGE), tmp_path / "b")
     with (tmp_path / "b" / "sample-1.0.dist-info" / "RECORD").open("ab") as record:
         record.truncate(8 << 30)  # a hole
     with bounded():
-        assert record_problems(tmp_path / "b") == ["sample-1.0.dist-info/RECORD has more than 100.0 MB"]
+        assert record_problems(tmp_path / "b") == ["sample-1.0.dist-info/RECORD is larger than 100.0 MB"]
 
 
-def test_the_same_content_gives_the_same_bytes_whatever_its_history(tmp_path, monkeypatch):
+def test_equal_content_gives_equal_bytes(tmp_path, monkeypatch):
     content = {**PACKAGE, "sample/é.txt": "accent\n", "sample-1.0.data/scripts/sample": "#!python\n"}
     first = normalise(unpacked(tmp_path / "a", content), tmp_path / "one", tag="py3-none-any", epoch=EPOCH)
     monkeypatch.setenv("TZ", "Asia/Kolkata")
@@ -386,13 +386,13 @@ def test_the_same_content_gives_the_same_bytes_whatever_its_history(tmp_path, mo
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_another_zip_of_the_same_files_normalises_to_the_same_bytes(tmp_path):
+def test_different_zip_of_the_same_files_normalises_to_equal_bytes(tmp_path):
     first = wheel(tmp_path / "a", PACKAGE)
     unpack(first, tmp_path / "b")
     assert normalise(tmp_path / "b", tmp_path / "c", tag="py3-none-any", epoch=EPOCH).read_bytes() == first.read_bytes()
 
 
-def test_entries_are_sorted_with_record_last_and_carry_nothing_of_the_machine(tmp_path):
+def test_entries_are_sorted_and_independent_of_the_machine(tmp_path):
     library = compiled(tmp_path / "lib.so", "")
     library.chmod(0o600)
     content = {"zz.py": "", "sample/_C.so": library, "sample-1.0.data/scripts/run": "#!python\n", **PACKAGE}
@@ -411,13 +411,13 @@ def test_entries_are_sorted_with_record_last_and_carry_nothing_of_the_machine(tm
 
 
 @pytest.mark.parametrize(("epoch", "date"), [(0, (1980, 1, 1, 0, 0, 0)), (2**40, (2107, 12, 31, 23, 59, 58))])
-def test_a_time_that_zip_cannot_say_becomes_the_nearest(tmp_path, epoch, date):
+def test_epoch_outside_the_zip_range_becomes_the_nearest_time(tmp_path, epoch, date):
     path = normalise(unpacked(tmp_path / "a", PACKAGE), tmp_path, tag="py3-none-any", epoch=epoch)
     with zipfile.ZipFile(path) as file:
         assert {entry.date_time for entry in file.infolist()} == {date}
 
 
-def test_the_wheel_file_gets_the_tag_a_stable_generator_and_keeps_its_build_number(tmp_path):
+def test_wheel_file_gets_new_tag_and_generator_and_keeps_build_number(tmp_path):
     folder = unpacked(tmp_path / "a", PACKAGE)
     text = folder / "sample-1.0.dist-info" / "WHEEL"
     text.write_text(text.read_text() + "Build: 7\n")
@@ -430,7 +430,7 @@ def test_the_wheel_file_gets_the_tag_a_stable_generator_and_keeps_its_build_numb
         )
 
 
-def test_a_link_in_the_folder_is_refused(tmp_path):
+def test_link_in_the_folder_is_refused(tmp_path):
     folder = unpacked(tmp_path / "a", PACKAGE)
     (folder / "sample" / "link").symlink_to("/etc")
     with pytest.raises(WheelError, match="sample/link is neither a file nor a folder"):
@@ -438,7 +438,7 @@ def test_a_link_in_the_folder_is_refused(tmp_path):
     assert list(tmp_path.glob("*.whl")) == []
 
 
-def test_a_real_installer_accepts_the_wheel(tmp_path):
+def test_pip_installs_the_normalised_wheel(tmp_path):
     path = wheel(tmp_path, {**PACKAGE, 'sample/a "comma", quoted.txt': "x"})
     target = tmp_path / "target"
     command = [programs.find("uv"), "pip", "install", "--offline", "--no-deps", "--no-config", "--target", target, path]
@@ -446,12 +446,12 @@ def test_a_real_installer_accepts_the_wheel(tmp_path):
     assert (target / "sample" / 'a "comma", quoted.txt').read_text() == "x"
 
 
-def test_record_is_right_in_a_wheel_as_it_was_written(tmp_path):
+def test_normalised_wheel_has_a_correct_record(tmp_path):
     unpack(wheel(tmp_path / "a", {**PACKAGE, 'odd, "name".txt': "x"}), tmp_path / "b")
     assert record_problems(tmp_path / "b") == []
 
 
-def test_each_lie_of_record_is_told(tmp_path):
+def test_every_disagreement_with_record_is_reported(tmp_path):
     unpack(wheel(tmp_path / "a", {**PACKAGE, "gone.py": "", "grown.py": "", "unhashed.py": ""}), tmp_path / "b")
     (tmp_path / "b" / "sample" / "data.txt").write_text("changed\n")
     (tmp_path / "b" / "gone.py").unlink()
@@ -466,16 +466,16 @@ def test_each_lie_of_record_is_told(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_wheel_of_python_alone_is_for_any_platform(tmp_path):
+def test_pure_python_wheel_has_platform_any(tmp_path):
     assert platform_tag(wheel(tmp_path, PACKAGE)).tag == "any"
 
 
-def test_the_platform_tag_follows_the_newest_symbol(tmp_path):
+def test_platform_tag_follows_the_newest_symbol(tmp_path):
     old = compiled(tmp_path / "old.so", "#include <stdlib.h>\nvoid *f(void) { return malloc(1); }")
     tag = "py3-none-linux_x86_64"
     found = platform_tag(wheel(tmp_path / "a", {"sample/_C.so": old}, tag=tag))
     assert (found.tag, found.glibc) == ("manylinux_2_5_x86_64", "2.2.5")
-    # A made-up C library to link with: the version asked for must not depend on the machine's own.
+    # A C library made for this test: the required version must not depend on the machine's own glibc.
     script = tmp_path / "script"
     script.write_text("GLIBC_2.34 { global: f; };")
     flags = ("-Wl,-soname,libc.so.6", f"-Wl,--version-script,{script}")
@@ -486,7 +486,7 @@ def test_the_platform_tag_follows_the_newest_symbol(tmp_path):
     assert found.why == "its newest symbols are GLIBC_2.34"
 
 
-def test_a_library_that_no_policy_allows_makes_it_a_plain_linux_wheel(tmp_path):
+def test_library_outside_every_policy_gives_a_linux_tag(tmp_path):
     base = compiled(tmp_path / "libodd.so.3", "int odd(void) { return 1; }", "-Wl,-soname,libodd.so.3")
     user = compiled(tmp_path / "user.so", "int odd(void); int f(void) { return odd(); }", str(base))
     path = wheel(tmp_path, {"sample/_C.so": user}, tag="py3-none-linux_x86_64")
@@ -496,7 +496,7 @@ def test_a_library_that_no_policy_allows_makes_it_a_plain_linux_wheel(tmp_path):
     assert platform_tag(path, exclude=["libodd.so.*"]).tag.startswith("manylinux_")
 
 
-def test_a_finished_wheel_is_stripped_finds_its_neighbours_and_is_tagged(tmp_path):
+def test_finished_wheel_is_stripped_and_has_runpaths_and_tag(tmp_path):
     torch = compiled(tmp_path / "libtorch.so", "int torch(void) { return 1; }", "-Wl,-soname,libtorch.so")
     extension = compiled(
         tmp_path / "_C.abi3.so", "int torch(void); int f(void) { return torch(); }", str(torch), "-g",
@@ -518,12 +518,12 @@ def test_a_finished_wheel_is_stripped_finds_its_neighbours_and_is_tagged(tmp_pat
     assert again.read_bytes() == done.read_bytes()
 
 
-def test_a_runpath_for_no_binary_is_refused(tmp_path):
+def test_runpath_pattern_that_matches_no_binary_is_refused(tmp_path):
     raw = wheel(tmp_path, PACKAGE)
-    with pytest.raises(WheelError, match=r"no binary of the wheel matches 'vllm/\*\.so'"):
+    with pytest.raises(WheelError, match=r"no binary of the wheel matches the RUNPATH pattern 'vllm/\*\.so'"):
         finish(raw, tmp_path / "done", runpath={"vllm/*.so": ["$ORIGIN"]}, epoch=EPOCH)
 
 
-def test_a_folder_without_dist_info_is_no_wheel(tmp_path):
+def test_folder_without_dist_info_is_refused(tmp_path):
     with pytest.raises(WheelError, match="has 0 dist-info folders"):
         normalise(tree(tmp_path / "a", {"a.py": ""}), tmp_path, tag="py3-none-any", epoch=EPOCH)
