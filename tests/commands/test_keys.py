@@ -45,7 +45,7 @@ def test_first_call_makes_a_key_and_signs_the_wheelhouse(
     show_key(saxpy)
     signer = signing.Signer.load(settings / "key.pem")
     assert saxpy.signer == signer
-    assert saxpy.wheelhouse.disagreements(saxpy.wheelhouse.wheels()[0], saxpy.trust) == ([], "a trusted key")
+    assert saxpy.wheelhouse.wheel_problems(saxpy.wheelhouse.wheels()[0], saxpy.trust) == ([], "a trusted key")
     output = printed(capsys)
     assert f"signed {wheel.name}" in output
     assert signer.public in output

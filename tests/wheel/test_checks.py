@@ -13,7 +13,7 @@ from voltforge.binary import elf
 from voltforge.errors import VoltforgeError
 from voltforge.system import console
 from voltforge.wheel import checks
-from voltforge.wheel.checks import Environment, Expectation, Finding
+from voltforge.wheel.checks import Expectation, Finding, InstalledPython
 from voltforge.wheel.wheelfile import finish, unpack
 
 TAG = "cp38-abi3-linux_x86_64"
@@ -63,7 +63,7 @@ def environment(tmp_path):
 
 
 def install(path: Path, python: Path) -> None:
-    unpack(path, Environment.of(python).site)
+    unpack(path, InstalledPython.of(python).site)
 
 
 def test_a_good_wheel_passes_every_check(tmp_path, extension, environment):
@@ -307,7 +307,7 @@ def test_a_stub_of_the_driver_serves_where_there_is_no_driver(tmp_path, environm
 
 
 def test_libraries_that_only_an_import_of_torch_brings_are_noted(tmp_path, environment):
-    site = Environment.of(environment).site
+    site = InstalledPython.of(environment).site
     torch = compiled(site / "torch" / "lib" / "libtorch.so", "int at(void) { return 1; }", "-Wl,-soname,libtorch.so")
     path = stripped(compiled(tmp_path / "_C.so", "int at(void); int f(void) { return at(); }", str(torch)))
     findings = examined(tmp_path, {"a/_C.so": path}, environment=environment)
@@ -353,7 +353,7 @@ def test_a_module_that_asks_for_the_users_name_gets_one_even_where_the_user_id_h
 def test_imports_are_not_tried_with_another_build_installed(tmp_path, extension, environment):
     path = wheel(tmp_path, {"sample/__init__.py": "", "sample/_C.abi3.so": extension}, tag=TAG)
     install(path, environment)
-    with (Environment.of(environment).site / "sample" / "_C.abi3.so").open("ab") as file:
+    with (InstalledPython.of(environment).site / "sample" / "_C.abi3.so").open("ab") as file:
         file.write(b"\0")
     findings = checks.verify(path, Expectation(imports=("sample._C",)), environment=environment)
     severity, detail = only(findings, "imports")
@@ -364,7 +364,7 @@ def test_imports_are_not_tried_with_another_build_installed(tmp_path, extension,
 def test_operators_that_are_not_registered_are_named(tmp_path, environment):
     # A fake: the real torch is 2.8 GB. This one answers the one call that is made, as torch 2.9.0 does.
     names = json.dumps(["_C::rms_norm", "_C::gelu.out", "_C::extra", "aten::add.Tensor"])
-    site = Environment.of(environment).site
+    site = InstalledPython.of(environment).site
     (site / "torch").mkdir()
     (site / "torch" / "__init__.py").write_text("from torch import _C\n")
     (site / "torch" / "_C.py").write_text(f"def _dispatch_get_all_op_names():\n    return {names}\n")

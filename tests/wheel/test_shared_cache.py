@@ -36,7 +36,7 @@ from voltforge.sources.fetch import Store
 from voltforge.sources.index import Indexes, Patience
 from voltforge.system import console, files
 from voltforge.wheel import provenance, shared_cache, signing
-from voltforge.wheel.shared_cache import Cache, CacheError, Hit, Miss
+from voltforge.wheel.shared_cache import CachedWheel, CacheError, CacheMiss, SharedCache
 from voltforge.wheel.signing import Signer, Trust
 
 KEY = "ab" + "0" * 62
@@ -103,8 +103,8 @@ def statement(wheel: Path, key: str = KEY) -> bytes:
     return provenance.statement({"stage": "wheels:sample", "key": "c" * 64, "inputs": {}, "results": results})
 
 
-def plain(address: str, **more) -> Cache:
-    return Cache(address, ask_indexes=lambda: Indexes(None), **{"patience": QUICK, **more})
+def plain(address: str, **more) -> SharedCache:
+    return SharedCache(address, ask_indexes=lambda: Indexes(None), **{"patience": QUICK, **more})
 
 
 def store(folder: Path, **more) -> Store:
@@ -220,7 +220,7 @@ def test_a_wheel_that_was_put_is_found_with_its_bytes_and_what_was_signed_of_it(
     assert one.put(built.key, built.wheel, built.envelope)
     assert place.files() == {built.statement_path: built.envelope, built.wheel_path: built.wheel.read_bytes()}
     hit = one.find(built.key, Trust.of(signer), store(tmp_path / "store"))
-    assert isinstance(hit, Hit), hit
+    assert isinstance(hit, CachedWheel), hit
     assert hit.wheel.read_bytes() == built.wheel.read_bytes()
     assert hit.wheel.name == built.wheel.name
     assert (hit.provenance.build_key, hit.provenance.sha256) == (built.key, built.sha256)
@@ -237,7 +237,7 @@ def test_the_very_same_is_not_put_twice(place, built):
 def test_what_is_not_there_is_a_miss_without_a_word(place, built, signer, tmp_path):
     one = plain(place.address)
     one.put(built.key, built.wheel, built.envelope)
-    assert one.find("f" * 64, Trust.of(signer), store(tmp_path / "store")) == Miss("")
+    assert one.find("f" * 64, Trust.of(signer), store(tmp_path / "store")) == CacheMiss("")
 
 
 def test_a_wheel_with_another_hash_under_the_same_key_is_refused_and_nothing_is_overwritten(
@@ -261,7 +261,7 @@ def test_the_statements_of_two_builders_of_the_same_wheel_stand_side_by_side(pla
     assert not one.put(built.key, built.wheel, built.envelope)
     assert place.files()[built.statement_path] == built.envelope + theirs
     for number, who in enumerate((signer, stranger)):
-        assert isinstance(one.find(built.key, Trust.of(who), store(tmp_path / f"{number}")), Hit)
+        assert isinstance(one.find(built.key, Trust.of(who), store(tmp_path / f"{number}")), CachedWheel)
 
 
 def test_a_newer_statement_of_the_same_builder_takes_the_place_of_the_older(tmp_path, built, signer, stranger):
@@ -277,10 +277,10 @@ def test_what_is_broken_there_is_replaced_with_a_warning(place, built, signer, s
     one.put(built.key, built.wheel, built.envelope)
     (place.folder / built.statement_path).write_bytes(built.envelope[:-9])
     (place.folder / built.wheel_path).write_bytes(b"half")
-    assert isinstance(one.find(built.key, Trust.of(signer), store(tmp_path / "s")), Miss)
+    assert isinstance(one.find(built.key, Trust.of(signer), store(tmp_path / "s")), CacheMiss)
     assert one.put(built.key, built.wheel, built.envelope)
     assert "not a DSSE envelope" in said.getvalue()
-    assert isinstance(one.find(built.key, Trust.of(signer), store(tmp_path / "s")), Hit)
+    assert isinstance(one.find(built.key, Trust.of(signer), store(tmp_path / "s")), CachedWheel)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_only_the_cache_is_asked_for_its_wheel(tmp_path, built, signer):
         del server.files[f"/{built.wheel_path}"]
         other.files = {f"/{built.wheel.name}": built.wheel.read_bytes()}
         downloads = store(tmp_path, mirrors=(other.url,))
-        assert isinstance(plain(server.url).find(built.key, Trust.of(signer), downloads), Miss)
+        assert isinstance(plain(server.url).find(built.key, Trust.of(signer), downloads), CacheMiss)
         assert other.asked == []
 
 
@@ -326,7 +326,7 @@ def test_a_cache_may_send_on_to_where_its_files_are(tmp_path, built, signer):
     with serving() as server, serving() as other:
         other.files = built.laid_out()
         server.faults = {path: [Fault(302, {"Location": other.url + path.replace("+", "%2B")})] for path in other.files}
-        assert isinstance(plain(server.url).find(built.key, Trust.of(signer), store(tmp_path)), Hit)
+        assert isinstance(plain(server.url).find(built.key, Trust.of(signer), store(tmp_path)), CachedWheel)
 
 
 # --- whom to believe, whom to ask ---
@@ -336,7 +336,7 @@ def test_without_a_trusted_key_nothing_is_asked_and_it_is_said_how_to_trust_one(
     with serving() as server:
         server.files = built.laid_out()
         miss = plain(server.url).find(built.key, Trust(), store(tmp_path))
-    assert isinstance(miss, Miss)
+    assert isinstance(miss, CacheMiss)
     assert "no key is trusted" in miss.why
     assert "VOLTFORGE_TRUSTED" in miss.why
     assert server.asked == []
@@ -348,14 +348,16 @@ def test_offline_asks_a_folder_but_no_server(tmp_path, built, signer):
         server.files = built.laid_out()
         for one in (plain(server.url), plain(server.url, offline=True)):
             downloads = replace(offline, offline=not one.offline)
-            assert one.find(built.key, trust, downloads) == Miss(f"{server.url}: VOLTFORGE_OFFLINE forbids to ask it")
+            assert one.find(built.key, trust, downloads) == CacheMiss(
+                f"{server.url}: VOLTFORGE_OFFLINE forbids to ask it"
+            )
         with pytest.raises(CacheError, match="VOLTFORGE_OFFLINE"):
             plain(server.url, offline=True).put(built.key, built.wheel, built.envelope)
         assert server.asked == []
     (tmp_path / "cache").mkdir()
     for address in (str(tmp_path / "cache"), (tmp_path / "cache").as_uri()):
         plain(address, offline=True).put(built.key, built.wheel, built.envelope)
-        assert isinstance(plain(address, offline=True).find(built.key, trust, offline), Hit)
+        assert isinstance(plain(address, offline=True).find(built.key, trust, offline), CachedWheel)
 
 
 @pytest.mark.parametrize(
@@ -372,9 +374,9 @@ def test_offline_asks_a_folder_but_no_server(tmp_path, built, signer):
     ],
 )
 def test_the_environment_names_the_cache(address, usable):
-    found = Cache.from_environment({"VOLTFORGE_CACHE": address, "VOLTFORGE_OFFLINE": "1"})
+    found = SharedCache.from_environment({"VOLTFORGE_CACHE": address, "VOLTFORGE_OFFLINE": "1"})
     assert (found.address if found else None) == usable
-    assert Cache.from_environment({}) is None
+    assert SharedCache.from_environment({}) is None
     assert found is None or (found.offline and "pass" not in str(found))
 
 
@@ -389,7 +391,7 @@ def test_the_environment_names_the_cache(address, usable):
 )  # fmt: skip
 def test_an_address_that_is_none_is_said_in_a_sentence_without_its_secrets(address):
     with pytest.raises(CacheError, match=r"VOLTFORGE_CACHE is .*, which is neither a folder nor") as caught:
-        Cache.from_environment({"VOLTFORGE_CACHE": address})
+        SharedCache.from_environment({"VOLTFORGE_CACHE": address})
     assert "secret" not in str(caught.value)
     assert "se/cret" not in str(caught.value)
     assert caught.value.hint
@@ -398,7 +400,7 @@ def test_an_address_that_is_none_is_said_in_a_sentence_without_its_secrets(addre
 # --- uploads that are refused ---
 
 
-def refused(cache: Cache, built: Built) -> CacheError:
+def refused(cache: SharedCache, built: Built) -> CacheError:
     with pytest.raises(CacheError) as caught:
         cache.put(built.key, built.wheel, built.envelope)
     assert caught.value.hint
@@ -445,7 +447,7 @@ def test_the_user_and_the_password_may_stand_in_netrc(webdav, tmp_path, built, s
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     one = plain(f"{webdav.address}/closed/of-{tmp_path.name}")
     assert one.put(built.key, built.wheel, built.envelope)
-    assert isinstance(one.find(built.key, Trust.of(signer), store(tmp_path / "s")), Hit)
+    assert isinstance(one.find(built.key, Trust.of(signer), store(tmp_path / "s")), CachedWheel)
 
 
 def test_a_folder_that_cannot_be_written_is_explained(tmp_path, built, signer):
@@ -459,9 +461,9 @@ def test_a_folder_that_cannot_be_written_is_explained(tmp_path, built, signer):
 
 def test_a_folder_that_is_not_there_is_made_by_the_first_wheel_and_named_by_a_search(tmp_path, built, signer):
     one, trust = plain(str(tmp_path / "new" / "cache")), Trust.of(signer)
-    assert one.find(built.key, trust, store(tmp_path / "s")) == Miss(f"{tmp_path}/new/cache is not a folder")
+    assert one.find(built.key, trust, store(tmp_path / "s")) == CacheMiss(f"{tmp_path}/new/cache is not a folder")
     assert one.put(built.key, built.wheel, built.envelope)
-    assert isinstance(one.find(built.key, trust, store(tmp_path / "s")), Hit)
+    assert isinstance(one.find(built.key, trust, store(tmp_path / "s")), CachedWheel)
 
 
 # --- servers that break in the middle of an upload ---
@@ -664,12 +666,12 @@ def hurried(monkeypatch):
     monkeypatch.setattr(shared_cache, "WINDOW", 0.4)
 
 
-def missed(one: Cache, built: Built, trust: Trust, folder: Path) -> str:
+def missed(one: SharedCache, built: Built, trust: Trust, folder: Path) -> str:
     """Why there is no wheel; it came in time, and nothing lies where the wheel would."""
     begin = time.monotonic()
     miss = one.find(built.key, trust, store(folder))
     assert time.monotonic() - begin < 10
-    assert isinstance(miss, Miss)
+    assert isinstance(miss, CacheMiss)
     assert [path for path in folder.rglob(built.wheel.name) if "rejected" not in path.parts] == []
     return miss.why
 
@@ -738,7 +740,7 @@ def test_whatever_a_server_does_is_a_miss_and_taints_nothing(tmp_path, built, si
         assert len(server.asked) <= 10
         server.faults.clear()
         hit = one.find(built.key, trust, store(tmp_path))
-        assert isinstance(hit, Hit)
+        assert isinstance(hit, CachedWheel)
         assert files.sha256(hit.wheel) == built.sha256
     counted(FAULTS)
 
@@ -853,7 +855,9 @@ def test_one_good_statement_among_bad_ones_is_enough(tmp_path, built, signer, st
     bad = [lie(name, built, signer, stranger) for name in LIES]
     content = {built.statement_path: b"".join([*bad, built.envelope]), built.wheel_path: built.wheel}
     samples.tree(tmp_path / "cache", content)
-    assert isinstance(plain(str(tmp_path / "cache")).find(built.key, Trust.of(signer), store(tmp_path / "s")), Hit)
+    assert isinstance(
+        plain(str(tmp_path / "cache")).find(built.key, Trust.of(signer), store(tmp_path / "s")), CachedWheel
+    )
 
 
 def test_a_changed_byte_anywhere_in_the_statement_is_a_miss(tmp_path, built, signer, counted):

@@ -294,7 +294,7 @@ def test_contradictory_zip_headers_are_refused(tmp_path, mark, at, value):
     path = tmp_path / "sample-1.0-py3-none-any.whl"
     path.write_bytes(data)
     for open_it in (Wheel.read, lambda path: unpack(path, tmp_path / "out")):
-        with pytest.raises(WheelError, match="its own header and the archive.s directory differ"):
+        with pytest.raises(WheelError, match="its own header and the archive's directory differ"):
             open_it(path)
     assert not (tmp_path / "out").exists()
 

@@ -348,10 +348,10 @@ def test_a_wheel_is_not_held_when_any_part_is_gone_or_not_as_it_was(tmp_path, na
         other = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
         path.write_bytes({"cut": data[: len(data) // 2], "emptied": b"", "another byte": other}[spoil])
     assert not one.holds(kept)
-    assert one.disagreements(one.wheels()[0], Trust())[0] if name else True
+    assert one.wheel_problems(one.wheels()[0], Trust())[0] if name else True
     path.write_bytes(data)
     assert one.holds(kept)
-    assert one.disagreements(one.wheels()[0], Trust()) == ([], "nobody: no key is trusted here")
+    assert one.wheel_problems(one.wheels()[0], Trust()) == ([], "nobody: no key is trusted here")
 
 
 def test_only_the_word_of_a_trusted_key_is_taken_where_keys_are_trusted(tmp_path):
@@ -359,11 +359,11 @@ def test_only_the_word_of_a_trusted_key_is_taken_where_keys_are_trusted(tmp_path
     one = Wheelhouse(tmp_path / "ours")
     keep(one, described(tmp_path / "made"))
     made = one.wheels()[0]
-    assert "the statement is not signed" in one.disagreements(made, Trust.of(mine))[0][0]
+    assert "the statement is not signed" in one.wheel_problems(made, Trust.of(mine))[0][0]
     assert one.sign(other) == [made.path.name]
-    assert "unknown key" in one.disagreements(made, Trust.of(mine))[0][0]
+    assert "unknown key" in one.wheel_problems(made, Trust.of(mine))[0][0]
     assert one.sign(mine) == [made.path.name]
-    assert one.disagreements(made, Trust.of(mine)) == ([], "a trusted key")
+    assert one.wheel_problems(made, Trust.of(mine)) == ([], "a trusted key")
 
 
 def test_a_signed_wheel_stays_held(tmp_path):
@@ -384,14 +384,14 @@ def test_the_provenance_of_another_wheel_does_not_pass(tmp_path):
     made, envelope = one.wheels()[0], one.path / f"{kept['file']}.intoto.jsonl"
     mine = envelope.read_bytes()
     envelope.write_bytes(replayed)
-    told = one.disagreements(made, Trust.of(signer))[0]
+    told = one.wheel_problems(made, Trust.of(signer))[0]
     assert [line.split(" with")[0] for line in told] == [
         "its provenance is of thing-1.0-py3-none-any.whl",
         f"the receipt of {kept['file']} and its provenance say different things",
     ]
     envelope.write_bytes(mine)
     one.receipt("thing", "cp311").unlink()
-    assert one.disagreements(made, Trust.of(signer))[0] == [f"no receipt speaks of {kept['file']}"]
+    assert one.wheel_problems(made, Trust.of(signer))[0] == [f"no receipt speaks of {kept['file']}"]
 
 
 EVIL = "http://evil.example/thing-9.0-py3-none-any.whl"
@@ -412,14 +412,14 @@ def test_an_index_that_offers_a_foreign_file_beside_ours_is_not_what_the_wheels_
     """pip would take the newer one; our own entry is there all the same, so the wheel itself stays held."""
     one = Wheelhouse(tmp_path / "ours")
     kept = keep(one, described(tmp_path / "made"))
-    assert one.strangers() == []
+    assert one.index_problems() == []
     page = one.path / "simple" / "thing" / name
     offers_a_foreign_file(page)
     assert ProjectPage.from_json_data(json.loads(page.read_text())).packages[-1].url == EVIL if "json" in name else True
-    assert one.strangers() == [f"the index (simple/thing/{name}) is not what the wheels here make"]
+    assert one.index_problems() == [f"the index (simple/thing/{name}) is not what the wheels here make"]
     assert one.holds(kept)
     one.index()
-    assert one.strangers() == []
+    assert one.index_problems() == []
 
 
 @pytest.mark.parametrize("as_link", [False, True])
@@ -430,7 +430,7 @@ def test_a_project_that_has_no_wheel_here_may_not_have_a_page(tmp_path, as_link)
     files.write(page / "index.html", f'<a href="{EVIL}">{EVIL[20:]}</a>')
     if as_link:
         (one.path / "simple" / "evil").symlink_to(page)
-    assert one.strangers() == [
+    assert one.index_problems() == [
         f"the index has simple/evil{'' if as_link else '/index.html'}, which is of no wheel here"
     ]
 
@@ -443,16 +443,16 @@ def test_a_page_that_is_gone_or_changed_is_told_whichever_it_is(tmp_path, name):
     before = page.read_bytes()
     for content in (None, before + b" ", b""):
         files.remove(page) if content is None else page.write_bytes(content)
-        assert one.strangers() == [f"the index (simple/{name}) is not what the wheels here make"]
+        assert one.index_problems() == [f"the index (simple/{name}) is not what the wheels here make"]
     page.write_bytes(before)
-    assert one.strangers() == []
+    assert one.index_problems() == []
 
 
 def test_two_wheels_of_a_project_make_one_page_and_no_stranger(tmp_path):
     made = [wheel(tmp_path / python, tag=f"{python}-{python}-linux_x86_64") for python in ("cp38", "cp39")]
     one = house(tmp_path / "ours", *made)
     assert len(one.wheels()) == 2
-    assert one.strangers() == []
+    assert one.index_problems() == []
 
 
 def test_a_receipt_whose_wheel_is_gone_is_told(tmp_path):
@@ -462,7 +462,7 @@ def test_a_receipt_whose_wheel_is_gone_is_told(tmp_path):
     for path in one.path.glob(f"{kept['file']}*"):
         path.unlink()
     one.index()
-    assert one.strangers() == [
+    assert one.index_problems() == [
         "receipts/broken-cp9.json names no wheel",
         f"receipts/thing-cp311.json speaks of {kept['file']}, which is not here",
     ]

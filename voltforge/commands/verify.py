@@ -24,11 +24,11 @@ def verify_wheels(pipeline: Pipeline) -> None:
     for path in paths:
         console.step(f"verify {path.name}")
         findings = pipeline.examined(path)
-        findings += [] if file else checks.kept(pipeline.wheelhouse, path, pipeline.trust)
+        findings += [] if file else checks.check_in_wheelhouse(pipeline.wheelhouse, path, pipeline.trust)
         checks.report(findings)
         if failures := checks.failed(findings):
             problems.append(f"{path.name} fails {len(failures)} checks")
-    if strangers := [] if file else pipeline.wheelhouse.strangers():
+    if strangers := [] if file else pipeline.wheelhouse.index_problems():
         console.step("verify the index and the receipts")
         checks.report(checks.Finding("wheelhouse", "fail", sentence) for sentence in strangers)
         problems.append(f"the wheelhouse fails {len(strangers)} checks")

@@ -19,7 +19,7 @@ from voltforge.sources.fetch import Store
 from voltforge.sources.recipe import CHOICES
 from voltforge.system.urls import redacted
 from voltforge.wheel import signing
-from voltforge.wheel.shared_cache import Cache
+from voltforge.wheel.shared_cache import SharedCache
 from voltforge.wheel.signing import Signer, Trust
 from voltforge.wheel.wheelhouse import Wheelhouse
 
@@ -89,9 +89,9 @@ class Checkout:
         return RunLock(self.scratch / ".run-lock", " ".join(["doit", *map(redacted, sys.argv[1:])]))
 
     @property
-    def cache(self) -> Cache | None:
+    def cache(self) -> SharedCache | None:
         """The shared cache ``VOLTFORGE_CACHE``, if it is set."""
-        return Cache.from_environment()
+        return SharedCache.from_environment()
 
     @property
     def signer(self) -> Signer | None:

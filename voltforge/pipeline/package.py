@@ -22,7 +22,7 @@ from voltforge.sources.recipe import Recipe, Source
 from voltforge.system import console, files, records
 from voltforge.wheel import checks, provenance
 from voltforge.wheel.checks import Expectation, Finding
-from voltforge.wheel.shared_cache import Miss
+from voltforge.wheel.shared_cache import CacheMiss
 
 STATED = ("commit", "linked", "sandbox", "hermetic")
 """The fields of a built wheel that its provenance states, for users of a shared cache."""
@@ -152,7 +152,7 @@ class Package:
         if not cache:
             return None
         answer = cache.find(key, self.checkout.trust, self.checkout.store)
-        if isinstance(answer, Miss):
+        if isinstance(answer, CacheMiss):
             console.note(answer.why or f"{cache} does not have it")
             return None
         stated = answer.provenance

@@ -145,7 +145,7 @@ class Expectation:
 
 
 @dataclass(frozen=True)
-class Environment:
+class InstalledPython:
     """A Python environment that the wheel is for, or is installed in."""
 
     python: Path
@@ -154,7 +154,7 @@ class Environment:
     """Its site-packages folder."""
 
     @classmethod
-    def of(cls, python: Path) -> Environment:
+    def of(cls, python: Path) -> InstalledPython:
         """Ask an environment's interpreter about itself.
 
         Raises:
@@ -165,7 +165,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExaminedWheel:
     """A wheel under examination, and all that the checks may look at."""
 
     wheel: Wheel
@@ -174,7 +174,7 @@ class Subject:
     expect: Expectation
     linked: Mapping[str, int] | None = None
     forbidden_paths: tuple[str, ...] = ()
-    environment: Environment | None = None
+    environment: InstalledPython | None = None
     driver_stub: Path | None = None
     binaries: Mapping[str, Elf] = field(default_factory=dict)
     """Its programs and shared objects by their paths in the wheel."""
@@ -192,7 +192,7 @@ class Subject:
         return platform_tag(self.wheel.path, self.expect.provided)
 
 
-Check = Callable[[Subject], Iterable[Finding]]
+Check = Callable[[ExaminedWheel], Iterable[Finding]]
 
 
 def verify(
@@ -221,7 +221,7 @@ def verify(
     Raises:
         ProgramFailed: the environment's interpreter does not run.
     """
-    where = Environment.of(environment) if environment else None
+    where = InstalledPython.of(environment) if environment else None
     with tempfile.TemporaryDirectory(prefix="voltforge-") as name:
         folder = Path(name)
         try:
@@ -230,7 +230,7 @@ def verify(
         except WheelError as error:
             return [Finding("wheel", "fail", error.what)]
         binaries, malformed = _binaries(folder)
-        subject = Subject(
+        subject = ExaminedWheel(
             wheel, folder, expect, linked, tuple(forbidden_paths), where, driver_stub, binaries, malformed
         )  # fmt: skip
         return [finding for check in CHECKS for finding in check(subject)]
@@ -247,13 +247,13 @@ def report(findings: Iterable[Finding]) -> None:
     console.table("", ("", "check", "found"), ((marks[f.severity], f.check, f.detail) for f in findings))
 
 
-def check_record(subject: Subject) -> Iterator[Finding]:
+def check_record(subject: ExaminedWheel) -> Iterator[Finding]:
     """Every file has the hash and the size of RECORD, and none is missing on either side (PEP 376)."""
     problems = [*record_problems(subject.folder), *subject.malformed]
-    return _judged("wheel", problems, f"{len(subject.members)} files, each with the hash of RECORD")
+    return _findings("wheel", problems, f"{len(subject.members)} files, each with the hash of RECORD")
 
 
-def check_tag(subject: Subject) -> Iterator[Finding]:
+def check_tag(subject: ExaminedWheel) -> Iterator[Finding]:
     """File name and WHEEL have the same tags, and these promise no more than the binaries keep (PEP 425, PEP 600)."""
     wheel = subject.wheel
     problems = []
@@ -262,20 +262,20 @@ def check_tag(subject: Subject) -> Iterator[Finding]:
     try:
         possible = subject.platform
     except WheelError as error:
-        yield from _judged("tag", [*problems, error.what], "")
+        yield from _findings("tag", [*problems, error.what], "")
         return
     claimed = sorted({tag.platform for tag in wheel.tags})
     for tag in claimed:
         if not _covers(tag, possible.tag):
             problems.append(f"{tag} promises more than {possible.tag}, which is what it can run on: {possible.why}")
-    yield from _judged("tag", problems, f"{_tags(wheel.tags)}; {possible.why}")
+    yield from _findings("tag", problems, f"{_tags(wheel.tags)}; {possible.why}")
     if possible.glibc or possible.libstdcxx:
         floors = {"glibc": possible.glibc, "GLIBCXX": possible.libstdcxx}
         needs = " and ".join(f"{name} {version}" for name, version in floors.items() if version)
         yield Finding("tag", "note", f"needs {needs}, or newer")
 
 
-def check_requirements(subject: Subject) -> Iterator[Finding]:
+def check_requirements(subject: ExaminedWheel) -> Iterator[Finding]:
     """METADATA requires what it should, and not what it should not."""
     expect, problems = subject.expect, []
     has = {
@@ -292,20 +292,20 @@ def check_requirements(subject: Subject) -> Iterator[Finding]:
     for name in expect.requires_not:
         if found := has.get(canonicalize_name(name)):
             problems.append(f"it requires {found}")
-    return _judged("requirements", problems, f"{len(has)} for every user")
+    return _findings("requirements", problems, f"{len(has)} for every user")
 
 
-def check_size(subject: Subject) -> Iterator[Finding]:
+def check_size(subject: ExaminedWheel) -> Iterator[Finding]:
     """The wheel is no larger than its budget."""
     size, most = subject.wheel.path.stat().st_size, subject.expect.max_size
     if most is None:
         yield Finding("size", "note", files.size(size))
         return
     problems = [f"{files.size(size)}, over the {files.size(most)} that it may have"] if size > most else []
-    yield from _judged("size", problems, f"{files.size(size)} of at most {files.size(most)}")
+    yield from _findings("size", problems, f"{files.size(size)} of at most {files.size(most)}")
 
 
-def check_extensions(subject: Subject) -> Iterator[Finding]:
+def check_extensions(subject: ExaminedWheel) -> Iterator[Finding]:
     """Every extension is there."""
     wanted = subject.expect.extensions
     problems = [
@@ -313,10 +313,10 @@ def check_extensions(subject: Subject) -> Iterator[Finding]:
         for name in wanted
         if name not in subject.binaries
     ]
-    return _judged("extensions", problems, ", ".join(wanted) or "none are asked for")
+    return _findings("extensions", problems, ", ".join(wanted) or "none are asked for")
 
 
-def check_images(subject: Subject) -> Iterator[Finding]:
+def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
     """Every device image is for an asked architecture, each unit has one for each, and PTX is there only if asked."""
     arch, linked = subject.expect.arch, subject.linked or {}
     if not arch:
@@ -339,7 +339,7 @@ def check_images(subject: Subject) -> Iterator[Finding]:
                 problems.append(f"{pieces}, which nvlink has not linked: no driver can load them")
         found = Counter(image.name for image in linked_images)
         if foreign := {image: count for image, count in found.items() if image not in wanted}:
-            problems.append(f"{name} holds {_counted(foreign)}, which nobody asked for")
+            problems.append(f"{name} holds {_image_counts(foreign)}, which nobody asked for")
         units = linked.get(name)
         for image in sorted(wanted):
             if units is not None and found[image] != units:
@@ -348,7 +348,7 @@ def check_images(subject: Subject) -> Iterator[Finding]:
             elif found and not found[image]:
                 problems.append(f"{name} holds no {image}")
         if asked := {image: found[image] for image in wanted if found[image]}:
-            counts.append(f"{name} {_counted(asked)}")
+            counts.append(f"{name} {_image_counts(asked)}")
     if counts:
         yield Finding("device code", "note" if problems else "pass", "; ".join(counts))
     yield from (Finding("device code", "fail", problem) for problem in problems)
@@ -356,7 +356,7 @@ def check_images(subject: Subject) -> Iterator[Finding]:
         yield Finding("device code", "pass", "none")
 
 
-def check_absent(subject: Subject) -> Iterator[Finding]:
+def check_absent(subject: ExaminedWheel) -> Iterator[Finding]:
     """No binary is there that should not be, and no kernel in one; see :func:`voltforge.binary.cubin.kernels`."""
     patterns = subject.expect.absent
     problems = []
@@ -367,10 +367,10 @@ def check_absent(subject: Subject) -> Iterator[Finding]:
             if matching := sorted(kernel for kernel in kernels if fnmatchcase(kernel, pattern)):
                 count = f"{len(matching)} kernels or device variables that match {pattern}"
                 problems.append(f"{name} has {count}, such as {matching[0][:_WIDTH]}")
-    return _judged("absent", problems, f"nothing compiled matches {', '.join(patterns)}" if patterns else "")
+    return _findings("absent", problems, f"nothing compiled matches {', '.join(patterns)}" if patterns else "")
 
 
-def check_paths(subject: Subject) -> Iterator[Finding]:
+def check_paths(subject: ExaminedWheel) -> Iterator[Finding]:
     """No file names a folder of the machine that it was built on; what is compressed inside a file is not seen."""
     forbidden = [path.rstrip("/").encode() for path in subject.forbidden_paths if path.rstrip("/")]
     # A path must end where the forbidden one does: /work is not named by /workspace.
@@ -381,11 +381,11 @@ def check_paths(subject: Subject) -> Iterator[Finding]:
         if name in subject.binaries:
             found += Counter(_occurrences(subject.folder / name, _PRIVATE))
         if found:
-            problems.append(f"{name} names {_several(sorted(found))}")
-    return _judged("build paths", problems, "no file names a folder of the build machine")
+            problems.append(f"{name} names {_examples(sorted(found))}")
+    return _findings("build paths", problems, "no file names a folder of the build machine")
 
 
-def check_runpath(subject: Subject) -> Iterator[Finding]:
+def check_runpath(subject: ExaminedWheel) -> Iterator[Finding]:
     """Every RUNPATH leads from the binary itself to somewhere inside site-packages, or is one that is asked for."""
     allowed = subject.expect.runpath
     problems, seen = [], 0
@@ -394,22 +394,22 @@ def check_runpath(subject: Subject) -> Iterator[Finding]:
             seen += 1
             if allowed and not any(fnmatchcase(entry, pattern) for pattern in allowed):
                 problems.append(f"{name} has {entry}, which is none of {', '.join(allowed)}")
-            elif not _inside(name, entry):
+            elif not _stays_inside(name, entry):
                 problems.append(f"{name} has {entry}, which leads out of site-packages")
-    return _judged("RUNPATH", problems, f"{seen} entries, each inside site-packages" if seen else "none")
+    return _findings("RUNPATH", problems, f"{seen} entries, each inside site-packages" if seen else "none")
 
 
-def check_stripped(subject: Subject) -> Iterator[Finding]:
+def check_stripped(subject: ExaminedWheel) -> Iterator[Finding]:
     """No binary carries what only debuggers read."""
     problems = []
     for name, binary in subject.binaries.items():
         if not binary.stripped:
             spare = sum(s.size for s in binary.sections if s.name in {".symtab", ".strtab"} or ".debug_" in s.name)
             problems.append(f"{name} is not stripped: {files.size(spare)} of symbols")
-    return _judged("stripped", problems, f"{len(subject.binaries)} binaries")
+    return _findings("stripped", problems, f"{len(subject.binaries)} binaries")
 
 
-def check_symbols(subject: Subject) -> Iterator[Finding]:
+def check_symbols(subject: ExaminedWheel) -> Iterator[Finding]:
     """Every symbol that a binary cannot do without is found in what it needs, as ld.so would look for it."""
     environment = subject.environment
     if not subject.binaries:
@@ -437,18 +437,18 @@ def check_symbols(subject: Subject) -> Iterator[Finding]:
             problems.append(f"{name} needs {', '.join(found.missing)}, found nowhere")
         if found.unresolved:
             count = f"{len(found.unresolved)} of its {len(binary.undefined)} symbols"
-            problems.append(f"{name} finds {count} nowhere: {_several(map(str, found.unresolved))}")
+            problems.append(f"{name} finds {count} nowhere: {_examples(map(str, found.unresolved))}")
         if found.lent:
             lent[name] = found.lent
-    yield from _judged("symbols", problems, f"all {total} that {len(subject.binaries)} binaries ask for are found")
+    yield from _findings("symbols", problems, f"all {total} that {len(subject.binaries)} binaries ask for are found")
     if lent:
         names = sorted({library for libraries in lent.values() for library in libraries})
         yield Finding(
-            "symbols", "note", f"{_several(lent)} find {', '.join(names)} only where torch has been imported before"
+            "symbols", "note", f"{_examples(lent)} find {', '.join(names)} only where torch has been imported before"
         )  # fmt: skip
 
 
-def check_imports(subject: Subject) -> Iterator[Finding]:
+def check_imports(subject: ExaminedWheel) -> Iterator[Finding]:
     """The modules import where the wheel is installed, and register the operators that the recipe names."""
     expect, environment = subject.expect, subject.environment
     if not (expect.imports or expect.ops):
@@ -456,25 +456,27 @@ def check_imports(subject: Subject) -> Iterator[Finding]:
     if not environment:
         yield Finding("imports", "note", "not checked: it needs an environment with the wheel installed")
         return
-    if other := [name for name in subject.binaries if not _same(subject.folder / name, environment.site / name)]:
-        yield Finding("imports", "fail", f"{environment.site} holds another build of {_several(other)}, or none")
+    if other := [
+        name for name in subject.binaries if not _same_content(subject.folder / name, environment.site / name)
+    ]:
+        yield Finding("imports", "fail", f"{environment.site} holds another build of {_examples(other)}, or none")
         return
     problems = []
     for module in expect.imports:
-        answer = _ask(subject, environment, _IMPORT, module)
+        answer = _run_script(subject, environment, _IMPORT, module)
         if answer:
             problems.append(f"import {module}: {answer}")
-    yield from _judged("imports", problems, ", ".join(expect.imports))
+    yield from _findings("imports", problems, ", ".join(expect.imports))
     if expect.ops and not problems:
         yield from _operators(subject, environment)
 
 
-def check_config(subject: Subject) -> Iterator[Finding]:
+def check_config(subject: ExaminedWheel) -> Iterator[Finding]:
     """Where it is installed, its own account of its configuration agrees with the variables of its build."""
     expression, wanted = subject.expect.config, subject.expect.variables
     if not expression or not subject.environment:
         return
-    answers, problem = _answers(subject, subject.environment, [expression])
+    answers, problem = _values(subject, subject.environment, [expression])
     if problem or not answers[0][0]:
         yield Finding("configuration", "fail", problem or f"{expression}: {answers[0][1]}")
         return
@@ -484,10 +486,10 @@ def check_config(subject: Subject) -> Iterator[Finding]:
                 if not options.same_value(told[name], wanted[name])]  # fmt: skip
     if not both:
         problems = [f"{expression} names none of the variables of its build"]
-    yield from _judged("configuration", problems, f"{len(both)} variables as in the recipe: {', '.join(both)}")
+    yield from _findings("configuration", problems, f"{len(both)} variables as in the recipe: {', '.join(both)}")
 
 
-def check_answers(subject: Subject) -> Iterator[Finding]:
+def check_answers(subject: ExaminedWheel) -> Iterator[Finding]:
     """Where it is installed, what it says of itself is what the recipe promises."""
     says = subject.expect.says
     if not says:
@@ -495,7 +497,7 @@ def check_answers(subject: Subject) -> Iterator[Finding]:
     if not subject.environment:
         yield Finding("answers", "note", "not checked: it needs an environment with the wheel installed")
         return
-    answers, problem = _answers(subject, subject.environment, list(says))
+    answers, problem = _values(subject, subject.environment, list(says))
     if problem:
         yield Finding("answers", "fail", problem)
         return
@@ -506,10 +508,10 @@ def check_answers(subject: Subject) -> Iterator[Finding]:
             yield Finding("answers", "pass", f"{expression} is {answer.strip()[:300]}")
 
 
-def kept(house: Wheelhouse, path: Path, trust: Trust) -> list[Finding]:
+def check_in_wheelhouse(house: Wheelhouse, path: Path, trust: Trust) -> list[Finding]:
     """Whether index, receipt, provenance and signature go with a wheel of the wheelhouse."""
-    problems, by = house.disagreements(Wheel.read(path), trust)
-    return [*_judged("provenance", problems, f"wheel, index, receipt and provenance agree; signed by {by}")]
+    problems, by = house.wheel_problems(Wheel.read(path), trust)
+    return [*_findings("provenance", problems, f"wheel, index, receipt and provenance agree; signed by {by}")]
 
 
 CHECKS: tuple[Check, ...] = (
@@ -531,44 +533,44 @@ CHECKS: tuple[Check, ...] = (
 """All checks, from what needs least to what needs most."""
 
 
-def _judged(check: str, problems: Iterable[str], fine: str) -> Iterator[Finding]:
+def _findings(check: str, problems: Iterable[str], fine: str) -> Iterator[Finding]:
     """A failure for each problem, or one word that all is well."""
     found = [Finding(check, "fail", problem) for problem in problems]
     yield from found or ([Finding(check, "pass", fine)] if fine else [])
 
 
-def _operators(subject: Subject, environment: Environment) -> Iterator[Finding]:
+def _operators(subject: ExaminedWheel, environment: InstalledPython) -> Iterator[Finding]:
     wanted = set(subject.expect.ops)
     spaces = {name.partition("::")[0] for name in wanted}
     with tempfile.TemporaryDirectory(prefix="voltforge-") as name:
         answer = Path(name) / "operators.json"
-        if problem := _ask(subject, environment, _OPERATORS, str(answer), *subject.expect.imports):
+        if problem := _run_script(subject, environment, _OPERATORS, str(answer), *subject.expect.imports):
             yield Finding("operators", "fail", problem)
             return
         # An operator's overloads follow its name after a dot.
         has = {full.partition(".")[0] for full in json.loads(answer.read_bytes())}
     mine = {full for full in has if full.partition("::")[0] in spaces}
     missing = [f"{name} is not registered" for name in sorted(wanted - mine)]
-    yield from _judged("operators", missing, f"all {len(wanted)} are registered")
+    yield from _findings("operators", missing, f"all {len(wanted)} are registered")
     if mine - wanted:
         yield Finding(
-            "operators", "note", f"{len(mine - wanted)} more are registered: {_several(sorted(mine - wanted))}"
+            "operators", "note", f"{len(mine - wanted)} more are registered: {_examples(sorted(mine - wanted))}"
         )
 
 
-def _answers(
-    subject: Subject, environment: Environment, expressions: Sequence[str]
+def _values(
+    subject: ExaminedWheel, environment: InstalledPython, expressions: Sequence[str]
 ) -> tuple[list[tuple[bool, str]], str]:
     """The values of expressions in the environment as text, each with whether it has one, or what went wrong."""
     with tempfile.TemporaryDirectory(prefix="voltforge-") as name:
         answer = Path(name) / "answers.json"
         modules = " ".join(subject.expect.imports)
-        if problem := _ask(subject, environment, _ANSWERS, str(answer), modules, *expressions):
+        if problem := _run_script(subject, environment, _ANSWERS, str(answer), modules, *expressions):
             return [], problem
         return [(fine, text) for fine, text in json.loads(answer.read_bytes())], ""
 
 
-def _ask(subject: Subject, environment: Environment, script: str, *words: str) -> str:
+def _run_script(subject: ExaminedWheel, environment: InstalledPython, script: str, *words: str) -> str:
     """Run a script in the environment; what went wrong in one line, or nothing."""
     variables = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
     variables.setdefault("LOGNAME", "voltforge")  # torch asks for it, and a user id in a container may have no name
@@ -594,7 +596,7 @@ def _binaries(folder: Path) -> tuple[dict[str, Elf], tuple[str, ...]]:
     return found, tuple(malformed)
 
 
-def _counted(images: Mapping[str, int]) -> str:
+def _image_counts(images: Mapping[str, int]) -> str:
     """``sm_70 (29), sm_80 (52)``, in the order of the architectures."""
     order = sorted(images, key=lambda name: (name.split("_")[0] != "sm", len(name.rstrip("af")), name))
     return ", ".join(f"{name} ({images[name]})" for name in order)
@@ -607,7 +609,7 @@ def _occurrences(path: Path, pattern: re.Pattern[bytes]) -> list[str]:
         return [match.decode(errors="replace") for match in pattern.findall(content)]
 
 
-def _inside(name: str, entry: str) -> bool:
+def _stays_inside(name: str, entry: str) -> bool:
     """Whether a RUNPATH entry of the binary at ``name`` in site-packages leads to site-packages or below."""
     first, _, rest = entry.replace("${ORIGIN}", "$ORIGIN").partition("/")
     goal = os.path.normpath(PurePosixPath(name).parent / rest)
@@ -618,11 +620,11 @@ def _covers(claimed: str, possible: str) -> bool:
     """Whether a machine that takes the claimed platform tag always meets the possible one."""
     if possible == "any" or claimed == possible:
         return True
-    floor, least = _floor(claimed), _floor(possible)
+    floor, least = _oldest_glibc(claimed), _oldest_glibc(possible)
     return floor[1] == least[1] and (floor[0] is None or (least[0] is not None and floor[0] >= least[0]))
 
 
-def _floor(tag: str) -> tuple[tuple[int, int] | None, str]:
+def _oldest_glibc(tag: str) -> tuple[tuple[int, int] | None, str]:
     """The glibc that a platform tag asks for, if any, and its machine; PEP 600 says what the older tags mean."""
     if match := re.fullmatch(r"manylinux_(\d+)_(\d+)_(\w+)", tag):
         return (int(match[1]), int(match[2])), match[3]
@@ -633,7 +635,7 @@ def _floor(tag: str) -> tuple[tuple[int, int] | None, str]:
     return None, tag.removeprefix("linux_")
 
 
-def _same(one: Path, other: Path) -> bool:
+def _same_content(one: Path, other: Path) -> bool:
     return other.is_file() and files.sha256(one) == files.sha256(other)
 
 
@@ -641,7 +643,7 @@ def _tags(tags: Iterable[Tag]) -> str:
     return ", ".join(sorted(map(str, tags)))
 
 
-def _several(names: Iterable[str]) -> str:
+def _examples(names: Iterable[str]) -> str:
     everything = list(names)
     more = f" and {len(everything) - _SHOWN} more" if len(everything) > _SHOWN else ""
     return ", ".join(everything[:_SHOWN]) + more

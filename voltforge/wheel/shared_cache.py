@@ -62,7 +62,7 @@ class CacheError(VoltforgeError):
 
 
 @dataclass(frozen=True)
-class Hit:
+class CachedWheel:
     """A wheel from the cache."""
 
     wheel: Path
@@ -72,7 +72,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Miss:
+class CacheMiss:
     """No wheel from the cache."""
 
     why: str = ""
@@ -80,7 +80,7 @@ class Miss:
 
 
 @dataclass(frozen=True)
-class Cache:
+class SharedCache:
     """A folder or an address with finished wheels, and for each build a statement that names its wheel.
 
     ``keys/<first two digits of the build's key>/<key>.intoto.jsonl`` has a signed statement a line, each by another
@@ -96,7 +96,7 @@ class Cache:
     """Gives the certificates that this machine trusts, where a wheel is given to a server."""
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Cache | None:
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> SharedCache | None:
         """The cache that ``VOLTFORGE_CACHE`` names, if it names one. ``VOLTFORGE_OFFLINE=1``: no network.
 
         Raises:
@@ -106,32 +106,32 @@ class Cache:
         if not address:
             return None
         offline = Store.from_environment(Path(), environ).offline
-        return cls(_usable(address), offline=offline, ask_indexes=partial(index.configured, dict(environ)))
+        return cls(_normalised_address(address), offline=offline, ask_indexes=partial(index.configured, dict(environ)))
 
     def __str__(self) -> str:
         return redacted(self.address)
 
-    def find(self, key: str, trust: Trust, downloads: Store) -> Hit | Miss:
+    def find(self, key: str, trust: Trust, downloads: Store) -> CachedWheel | CacheMiss:
         """The wheel that was built under a key, as a key of ``trust`` has signed it; fetched into ``downloads``.
 
         Whatever the cache does, or does not do, is a miss, within minutes; nothing is raised for it.
         """
         if not trust:
             why = "no key is trusted; the file that VOLTFORGE_TRUSTED names is to have its builders' public keys"
-            return Miss(f"{self}: {why}")
+            return CacheMiss(f"{self}: {why}")
         if self._local is None and (self.offline or downloads.offline):
-            return Miss(f"{self}: VOLTFORGE_OFFLINE forbids to ask it")
+            return CacheMiss(f"{self}: VOLTFORGE_OFFLINE forbids to ask it")
         try:
-            return self._found(key, trust, downloads)
+            return self._fetch(key, trust, downloads)
         except NotFetchedError as error:
             tries = [f"{one.place}: {one.outcome}" for missing in error.missing for one in missing.attempts]
-            return Miss("; ".join(tries))
+            return CacheMiss("; ".join(tries))
         except VoltforgeError as error:
-            return Miss(error.what)
+            return CacheMiss(error.what)
         except Exception as error:
             # requests, urllib3 and json raise more types for what a server says than they document, and a cache
             # that is broken must not break a build.
-            return Miss(f"{self}: what it gave cannot be read ({type(error).__name__})")
+            return CacheMiss(f"{self}: what it gave cannot be read ({type(error).__name__})")
 
     def put(self, key: str, wheel: Path, envelope: bytes) -> bool:
         """Give the cache a wheel and the signed statement that it was built under ``key``.
@@ -145,11 +145,11 @@ class Cache:
         """
         if self._local is None and self.offline:
             raise CacheError(f"{self} was given nothing: VOLTFORGE_OFFLINE forbids to ask it", hint="unset it")
-        made = _fitting(key, wheel, envelope)
+        made = _checked_provenance(key, wheel, envelope)
         with self._open(self.ask_indexes) as place:
-            there = place.read(_statements(key)) or b""
-            others = _others(there, key, made, place.shown(_statements(key)))
-            size, path = wheel.stat().st_size, _wheel(made)
+            there = place.read(_statements_path(key)) or b""
+            others = _matching_statements(there, key, made, place.shown(_statements_path(key)))
+            size, path = wheel.stat().st_size, _wheel_path(made)
             missing = place.size(path) != size
             if missing:
                 place.write(path, wheel)
@@ -160,7 +160,7 @@ class Cache:
             kept = [line for line in others if line == envelope or _signers(line) != _signers(envelope)]
             lines = b"".join(kept if envelope in kept else [*kept, envelope])
             if lines != there:
-                place.write(_statements(key), lines)
+                place.write(_statements_path(key), lines)
             return missing or lines != there
 
     @property
@@ -168,40 +168,42 @@ class Cache:
         return local_path(self.address)
 
     @contextlib.contextmanager
-    def _open(self, ask: Callable[[], Indexes]) -> Iterator[_Folder | _Server]:
+    def _open(self, ask: Callable[[], Indexes]) -> Iterator[_CacheFolder | _CacheServer]:
         if self._local is not None:
-            yield _Folder(self._local)
+            yield _CacheFolder(self._local)
             return
         indexes = ask()
         with indexes.session(self.patience) as session:
             session.max_redirects = REDIRECTS
-            yield _Server(self.address.rstrip("/"), session, indexes)
+            yield _CacheServer(self.address.rstrip("/"), session, indexes)
 
-    def _found(self, key: str, trust: Trust, downloads: Store) -> Hit | Miss:
+    def _fetch(self, key: str, trust: Trust, downloads: Store) -> CachedWheel | CacheMiss:
         ask: Callable[[], Indexes] = Indexes if self._local else lambda: downloads.indexes
         with self._open(ask) as place:
-            lines = place.read(_statements(key))
+            lines = place.read(_statements_path(key))
             if lines is None:
-                return Miss("" if self._local is None or self._local.is_dir() else f"{self} is not a folder")
-            made = _believed(lines, key, trust, place.shown(_statements(key)))
-            address = place.address(_wheel(made))
+                return CacheMiss("" if self._local is None or self._local.is_dir() else f"{self} is not a folder")
+            made = _trusted_provenance(lines, key, trust, place.shown(_statements_path(key)))
+            address = place.address(_wheel_path(made))
         # Its own mirrors and indexes have no finished wheels: to ask them would cost time.
-        store = replace(downloads, mirrors=(), patience=self.patience, ask_indexes=lambda: _Watching(**vars(ask())))
-        return Hit(store.get(Artifact(made.file, made.sha256, url=address)), made)
+        store = replace(
+            downloads, mirrors=(), patience=self.patience, ask_indexes=lambda: _LimitedIndexes(**vars(ask()))
+        )
+        return CachedWheel(store.get(Artifact(made.file, made.sha256, url=address)), made)
 
 
 # --- statements ---
 
 
-def _statements(key: str) -> str:
+def _statements_path(key: str) -> str:
     return f"keys/{key[:2]}/{key}.intoto.jsonl"
 
 
-def _wheel(made: Provenance) -> str:
+def _wheel_path(made: Provenance) -> str:
     return f"wheels/{made.sha256}/{made.file}"
 
 
-def _believed(lines: bytes, key: str, trust: Trust, shown: str) -> Provenance:
+def _trusted_provenance(lines: bytes, key: str, trust: Trust, shown: str) -> Provenance:
     """What the first statement says that a trusted key has signed of this build.
 
     Raises:
@@ -210,13 +212,13 @@ def _believed(lines: bytes, key: str, trust: Trust, shown: str) -> Provenance:
     problems = []
     for line in lines.splitlines(keepends=True)[:BUILDERS]:
         try:
-            return _of_build(signing.verified(line, trust), key)
+            return _provenance_of_build(signing.verified(line, trust), key)
         except VoltforgeError as problem:
             problems.append(f"{problem.what}; {problem.hint}" if problem.hint else problem.what)
     raise CacheError(f"{shown}: {problems[0] if problems else 'it is empty'}")
 
 
-def _of_build(payload: bytes, key: str) -> Provenance:
+def _provenance_of_build(payload: bytes, key: str) -> Provenance:
     """What a statement says of the wheel that was built under a key.
 
     Raises:
@@ -228,14 +230,14 @@ def _of_build(payload: bytes, key: str) -> Provenance:
     return made
 
 
-def _fitting(key: str, wheel: Path, envelope: bytes) -> Provenance:
+def _checked_provenance(key: str, wheel: Path, envelope: bytes) -> Provenance:
     """What is to be given to the cache, if it belongs together.
 
     Raises:
         CacheError: the statement is not signed, or not of this wheel and build.
     """
     try:
-        made = _of_build(signing.payload(envelope), key)
+        made = _provenance_of_build(signing.payload(envelope), key)
         if not _signers(envelope):
             raise CacheError("nobody has signed the statement, so nobody would believe it")
         if (made.file, made.sha256) != (wheel.name, files.sha256(wheel)):
@@ -248,7 +250,7 @@ def _fitting(key: str, wheel: Path, envelope: bytes) -> Provenance:
     return made
 
 
-def _others(lines: bytes, key: str, made: Provenance, shown: str) -> list[bytes]:
+def _matching_statements(lines: bytes, key: str, made: Provenance, shown: str) -> list[bytes]:
     """The statements that are there already and say the same of this build; what cannot be used is left out.
 
     Raises:
@@ -257,7 +259,7 @@ def _others(lines: bytes, key: str, made: Provenance, shown: str) -> list[bytes]
     same = []
     for line in lines.splitlines(keepends=True)[:BUILDERS]:
         try:
-            other = _of_build(signing.payload(line), key)
+            other = _provenance_of_build(signing.payload(line), key)
         except VoltforgeError as problem:
             console.warn(f"{shown}: {problem.what}; it is replaced")
             continue
@@ -277,7 +279,7 @@ def _signers(envelope: bytes) -> set[str]:
 # --- addresses ---
 
 
-def _usable(address: str) -> str:
+def _normalised_address(address: str) -> str:
     """An address or an absolute folder, from what a person wrote.
 
     Raises:
@@ -308,7 +310,7 @@ UNKNOWN = -1
 
 
 @dataclass(frozen=True)
-class _Folder:
+class _CacheFolder:
     root: Path
 
     def shown(self, path: str) -> str:
@@ -341,7 +343,7 @@ class _Folder:
                 data = source.read(LARGEST_STATEMENT + 1)
         except OSError as error:
             raise self._unreadable(path, error) from error
-        _refuse_large(data, str(file))
+        _raise_if_large(data, str(file))
         return data
 
     def size(self, path: str) -> int | None:
@@ -373,7 +375,7 @@ class _Folder:
 
 
 @dataclass(frozen=True)
-class _Server:
+class _CacheServer:
     base: str
     session: requests.Session
     indexes: Indexes
@@ -390,27 +392,27 @@ class _Server:
         Raises:
             CacheError: there is no good answer in time, or the file is not small.
         """
-        with self._told(path):
-            return _within(ANSWER, lambda: self._read(path))
+        with self._errors_explained(path):
+            return _with_timeout(ANSWER, lambda: self._read(path))
 
     def _read(self, path: str) -> bytes | None:
         end, data = time.monotonic() + ANSWER, b""
-        with self._ask("GET", path, stream=True) as response:
+        with self._request("GET", path, stream=True) as response:
             if response.status_code in (404, 410):
                 return None
-            self._refuse(path, response)
+            self._raise_for_status(path, response)
             # read1 gives what has come; time would pass unseen in waiting for a whole block.
             while block := response.raw.read1(files.BLOCK, decode_content=True):
                 data += block
-                _refuse_large(data, self.shown(path))
+                _raise_if_large(data, self.shown(path))
                 if time.monotonic() > end:  # nobody waits for it any more
                     raise requests.Timeout
         return data
 
     def size(self, path: str) -> int | None:
         """The bytes of a file, ``None`` if it cannot be had, or ``UNKNOWN``."""
-        with self._told(path):
-            response = self._ask("HEAD", path, allow_redirects=True)
+        with self._errors_explained(path):
+            response = self._request("HEAD", path, allow_redirects=True)
         length = response.headers.get("Content-Length", "")
         return None if response.status_code != 200 else int(length) if length.isdecimal() else UNKNOWN
 
@@ -420,7 +422,7 @@ class _Server:
         Raises:
             CacheError: the server does not take it.
         """
-        with self._told(path):
+        with self._errors_explained(path):
             refusals = self._make_folders(path)
             try:
                 response = self._put(path, source)
@@ -431,13 +433,13 @@ class _Server:
                 response = refusals[0]
             if response.status_code in (404, 409) and refusals:
                 response = refusals[0]
-            self._refuse(path, response, writing=True)
+            self._raise_for_status(path, response, writing=True)
 
     def _put(self, path: str, source: Path | bytes) -> requests.Response:
         if isinstance(source, bytes):
-            return self._ask("PUT", path, data=source, allow_redirects=False)
-        with console.download(source.name, source.stat().st_size) as advance, _Told(source, advance) as file:
-            return self._ask("PUT", path, data=file, allow_redirects=False)
+            return self._request("PUT", path, data=source, allow_redirects=False)
+        with console.download(source.name, source.stat().st_size) as advance, _UploadFile(source, advance) as file:
+            return self._request("PUT", path, data=file, allow_redirects=False)
 
     def _make_folders(self, path: str) -> list[requests.Response]:
         """Make the folders of a file (RFC 4918, section 9.3), and give the answers that refuse more than that.
@@ -446,15 +448,15 @@ class _Server:
         That a folder is there already is 405, as is that the server makes none: the upload tells.
         """
         folders = ["", *(f"{folder}/" for folder in reversed(Path(path).parents[:-1]))]
-        answers = [self._ask("MKCOL", folder, allow_redirects=False) for folder in folders]
+        answers = [self._request("MKCOL", folder, allow_redirects=False) for folder in folders]
         return [answer for answer in answers if answer.status_code in (401, 403, 507)]
 
-    def _ask(self, method: str, path: str, **more: Any) -> requests.Response:
+    def _request(self, method: str, path: str, **more: Any) -> requests.Response:
         headers = {"Accept-Encoding": "identity"}
         return self.session.request(method, self.address(path), headers=headers, timeout=index.TIMEOUT, **more)
 
     @contextlib.contextmanager
-    def _told(self, path: str) -> Iterator[None]:
+    def _errors_explained(self, path: str) -> Iterator[None]:
         """Put what goes wrong on the way in words that hold no credentials."""
         try:
             yield
@@ -466,7 +468,7 @@ class _Server:
         except urllib3.exceptions.HTTPError as error:
             raise CacheError(f"{self.shown(path)}: broke off its answer, or garbled it") from error
 
-    def _refuse(self, path: str, response: requests.Response, *, writing: bool = False) -> None:
+    def _raise_for_status(self, path: str, response: requests.Response, *, writing: bool = False) -> None:
         """Let only success pass.
 
         Raises:
@@ -506,12 +508,12 @@ _MEANINGS: Mapping[int, tuple[str, str]] = {
 """What a refused upload means, and what to try, by status (RFC 9110, section 15.5; RFC 4918, section 11)."""
 
 
-def _refuse_large(data: bytes, shown: str) -> None:
+def _raise_if_large(data: bytes, shown: str) -> None:
     if len(data) > LARGEST_STATEMENT:
         raise CacheError(f"{shown} is larger than {files.size(LARGEST_STATEMENT)}, and no statement is")
 
 
-class _Told(io.FileIO):
+class _UploadFile(io.FileIO):
     """A file that says how far it has been read."""
 
     def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
@@ -533,7 +535,7 @@ class _Told(io.FileIO):
 # --- time ---
 
 
-def _within(seconds: float, work: Callable[[], Result]) -> Result:
+def _with_timeout(seconds: float, work: Callable[[], Result]) -> Result:
     """What ``work`` gives, unless it takes longer; then it goes on unheeded until its connection or the process ends.
 
     Raises:
@@ -555,14 +557,14 @@ def _within(seconds: float, work: Callable[[], Result]) -> Result:
 
 
 @dataclass
-class _Pace:
+class _DownloadSpeed:
     """Whether a download is fast enough, and ends."""
 
     total: int = 0
     count: int = 0
     start: float = field(default_factory=time.monotonic)
 
-    def came(self, count: int) -> None:
+    def add(self, count: int) -> None:
         """So many bytes more.
 
         Raises:
@@ -579,40 +581,40 @@ class _Pace:
             self.count, self.start = 0, time.monotonic()
 
 
-class _Watched(BaseAdapter):
+class _LimitedAdapter(BaseAdapter):
     """Sends requests as another does, and bounds the time that they take."""
 
-    def __init__(self, adapter: BaseAdapter, pace: _Pace) -> None:
+    def __init__(self, adapter: BaseAdapter, pace: _DownloadSpeed) -> None:
         super().__init__()
         self.adapter = adapter
         self.pace = pace
 
     def send(self, request: requests.PreparedRequest, *args: Any, **more: Any) -> requests.Response:
-        response = _within(ANSWER, lambda: self.adapter.send(request, *args, **more))
+        response = _with_timeout(ANSWER, lambda: self.adapter.send(request, *args, **more))
         raw: Any = response.raw
-        raw.read1 = partial(self._watched, raw.read1)
+        raw.read1 = partial(self._measured_read, raw.read1)
         return response
 
-    def _watched(self, read1: Callable[..., bytes], *args: Any, **more: Any) -> bytes:
+    def _measured_read(self, read1: Callable[..., bytes], *args: Any, **more: Any) -> bytes:
         block = b""
         try:
             block = read1(*args, **more)
             return block
         finally:
-            self.pace.came(len(block))
+            self.pace.add(len(block))
 
     def close(self) -> None:
         self.adapter.close()
 
 
 @dataclass(frozen=True)
-class _Watching(Indexes):
+class _LimitedIndexes(Indexes):
     """The same certificates and proxies, for a server that nobody has to wait for."""
 
     def session(self, patience: Patience | None = None) -> requests.Session:
         session = super().session(patience)
         session.max_redirects = REDIRECTS
-        pace = _Pace()
+        pace = _DownloadSpeed()
         for scheme, adapter in list(session.adapters.items()):
-            session.mount(scheme, _Watched(adapter, pace))
+            session.mount(scheme, _LimitedAdapter(adapter, pace))
         return session

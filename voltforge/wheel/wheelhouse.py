@@ -50,7 +50,7 @@ class Wheelhouse:
         try:
             statement = _payload(self.beside(file, PROVENANCE).read_bytes())
             # Its bytes are known, and what they say stands in the receipt: a wheel of 12,000 files need not be opened.
-            return files.sha256_bytes(statement) == results["statement"] and not self.misfits(results)
+            return files.sha256_bytes(statement) == results["statement"] and not self.entry_problems(results)
         except (OSError, ValueError, KeyError, TypeError):
             return False  # a receipt of an older voltforge, or one that was changed
 
@@ -121,7 +121,7 @@ class Wheelhouse:
                 signed.append(one.path.name)
         return signed
 
-    def misfits(self, told: Mapping[str, Any]) -> list[str]:
+    def entry_problems(self, told: Mapping[str, Any]) -> list[str]:
         """What in the index and in the files beside a wheel does not go with its :meth:`entry`, a sentence each."""
         found, file, name = [], told["file"], told["name"]
         wanted = {METADATA: told["metadata"], **({SBOM: told["sbom"]["sha256"]} if told["sbom"] else {})}
@@ -135,12 +135,12 @@ class Wheelhouse:
             found.append(f"the index (simple/{name}/index.html) does not list {file} with its hash")
         return found
 
-    def disagreements(self, made: wheelfile.Wheel, trust: Trust) -> tuple[list[str], str]:
+    def wheel_problems(self, made: wheelfile.Wheel, trust: Trust) -> tuple[list[str], str]:
         """What of index, receipt, provenance and signature does not go with a wheel, and whose word there is for it.
 
         Where keys are trusted, one of them must have signed.
         """
-        found, name, sha256 = self.misfits(self.entry(made.path)), made.path.name, files.sha256(made.path)
+        found, name, sha256 = self.entry_problems(self.entry(made.path)), made.path.name, files.sha256(made.path)
         ours = [results for _, results in self.receipts() if results.get("file") == name]
         found += [] if ours else [f"no receipt speaks of {name}"]
         found += [f"the receipt of {name} is of other bytes" for one in ours if one.get("sha256") != sha256]
@@ -177,7 +177,7 @@ class Wheelhouse:
         """
         return [wheelfile.Wheel.read(path) for path in sorted(self.path.glob("*.whl"))]
 
-    def strangers(self) -> list[str]:
+    def index_problems(self) -> list[str]:
         """What in the index and among the receipts is of no wheel that is here, a sentence each.
 
         An installer takes whatever a page offers, so every page must be the very one that the wheels here make.
