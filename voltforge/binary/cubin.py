@@ -1,8 +1,8 @@
-"""Which GPUs a binary has machine code for: the device images inside it.
+"""The device images in a binary: the GPUs that it has machine code for.
 
-nvcc puts a container (a "fatbin") for each translation unit into the section ``.nv_fatbin``, one after another, and in
-each container an entry for each image. NVIDIA documents no layout beyond ``fatbinary_section.h``; the one read here was
-worked out from files that nvcc 12.4, 12.8, 12.9 and 13.0 made and agrees with cuobjdump on all of them::
+nvcc writes a container (a "fatbin") for each translation unit into the section ``.nv_fatbin``, one after another, and
+in each container an entry for each image. NVIDIA documents no layout beyond ``fatbinary_section.h``. This one was
+worked out from files of nvcc 12.4, 12.8, 12.9 and 13.0, and agrees with cuobjdump on all of them::
 
     container  u32 magic 0xBA55ED50, u16 version 1, u16 header size, u64 size of all entries
     entry      u16 kind, u16 version, u32 header size, u64 payload size,
@@ -25,7 +25,7 @@ from voltforge.binary.elf import opened, section_bytes
 from voltforge.errors import VoltforgeError
 
 SECTIONS = {".nv_fatbin": False, "__nv_relfatbin": True}
-"""Sections that hold containers, and whether their images are relocatable: only nvlink can make those runnable."""
+"""Sections with containers, and whether their images are relocatable: only nvlink can make those loadable."""
 
 _CONTAINER = struct.Struct("<IHHQ")
 _MAGIC = 0xBA55ED50
@@ -40,13 +40,13 @@ _NAME = re.compile(rb"_Z[\w.$]+(?=\0)", re.ASCII)
 
 
 class FatbinError(VoltforgeError):
-    """Device code that is laid out in a way not understood here."""
+    """Device code with an unknown layout."""
 
     def __init__(self, path: Path, offset: int, why: str) -> None:
         super().__init__(f"the device code of {path} at byte {offset:#x} {why}")
         self.path = path
         self.offset = offset
-        """Where in the file, in bytes."""
+        """The offset in the file, in bytes."""
         self.why = why
 
 
@@ -61,23 +61,23 @@ class Image:
     variant: str
     """``a`` for code of exactly this architecture (``sm_90a``), ``f`` for its family, else empty."""
     container: int
-    """The number of its container in its section, from 0: a translation unit has one."""
+    """The number of its container in its section, from 0; a translation unit has one container."""
     begin: int
-    """Where its header begins in the file, in bytes; its payload ends the entry."""
+    """The offset of its header in the file, in bytes; its payload ends the entry."""
     offset: int
-    """Where its payload begins in the file, in bytes."""
+    """The offset of its payload in the file, in bytes."""
     size: int
     """The payload's size as stored, padding included, in bytes."""
     uncompressed: int
-    """The image's size when loaded, in bytes; padding may be included."""
+    """The image's size when loaded, in bytes; it can include padding."""
     compressed: bool
-    """Whether the payload is compressed, with LZ4 or, by newer compilers, zstd."""
+    """True if the payload is compressed, with LZ4 or, by newer compilers, zstd."""
     relocatable: bool
-    """Whether it is an unlinked piece (``nvcc -rdc=true``) that no driver can load as it is."""
+    """True for an unlinked piece (``nvcc -rdc=true``), which no driver can load."""
 
     @property
     def name(self) -> str:
-        """As the tools write it: ``sm_70``, ``sm_90a``, ``compute_80``."""
+        """The name that NVIDIA's tools use: ``sm_70``, ``sm_90a``, ``compute_80``."""
         return f"{'sm' if self.kind == 'cubin' else 'compute'}_{self.arch}{self.variant}"
 
     def sha256(self) -> str:
@@ -94,21 +94,21 @@ class Container:
     """A fatbin: the device images of one translation unit, one after another."""
 
     offset: int
-    """Where it begins in the file, in bytes."""
+    """The offset in the file, in bytes."""
     header: int
-    """The size of its own header, in bytes."""
+    """The size of its header, in bytes."""
     size: int
-    """Its size, header and all entries, in bytes."""
+    """The size of header and entries, in bytes."""
     relocatable: bool
-    """Whether it holds unlinked pieces."""
+    """True if it holds unlinked pieces."""
     images: tuple[Image, ...]
 
 
 def names(archs: Iterable[str]) -> frozenset[str]:
-    """The names of the images that an architecture list asks for: ``9.0a+PTX`` for ``sm_90a`` and ``compute_90a``.
+    """Return the names of the images that an architecture list means: ``9.0a+PTX`` for ``sm_90a`` and ``compute_90a``.
 
     Raises:
-        VoltforgeError: one of them is no architecture.
+        VoltforgeError: an entry is not an architecture.
     """
     found = set()
     for text in archs:
@@ -121,28 +121,28 @@ def names(archs: Iterable[str]) -> frozenset[str]:
 
 
 def capability(name: str) -> int:
-    """The compute capability times ten that an image's name is for: 90 of ``sm_90a``."""
+    """Return the compute capability times ten of an image's name: 90 for ``sm_90a``."""
     return int(name.split("_")[1].rstrip("af"))
 
 
 def images(path: Path) -> list[Image]:
-    """The device images of an ELF file, in file order; none if it has no device code.
+    """Return the device images of an ELF file, in file order; none if it has no device code.
 
-    Only headers are read: a file of 1 GB takes as long as its number of images, not as its size.
+    Only headers are read: the time depends on the number of images, not on the size of the file.
 
     Raises:
         ElfError: ``path`` is not a well-formed ELF file.
-        FatbinError: its device code is laid out in a way not understood here.
+        FatbinError: its device code has an unknown layout.
     """
     return [image for container in containers(path) for image in container.images]
 
 
 def containers(path: Path) -> list[Container]:
-    """The fatbins of an ELF file, in file order; see :func:`images`.
+    """Return the fatbins of an ELF file, in file order; see :func:`images`.
 
     Raises:
         ElfError: ``path`` is not a well-formed ELF file.
-        FatbinError: its device code is laid out in a way not understood here.
+        FatbinError: its device code has an unknown layout.
     """
     with opened(path) as (file, content):
         found: list[Container] = []
@@ -159,11 +159,11 @@ def containers(path: Path) -> list[Container]:
 
 
 def kernels(path: Path) -> frozenset[str]:
-    """The mangled names of the kernels and device variables that a host binary launches or copies to.
+    """Return the mangled names of the kernels and device variables that a host binary launches or copies to.
 
-    The CUDA runtime looks a kernel up by its mangled C++ name (``__cudaRegisterFunction``), so this name stands in the
-    host's read-only data whatever was stripped or compressed. Little else there begins with ``_Z``: names of C++ types
-    are stored without it, but a compiler such as libnvrtc holds some. A string has a zero before it or, right behind a
+    The CUDA runtime finds a kernel by its mangled C++ name (``__cudaRegisterFunction``), so the host's read-only data
+    contains this name, stripped or compressed or not. Little else there begins with ``_Z``: names of C++ types are
+    stored without it, but a compiler such as libnvrtc holds some. A string has a zero before it or, directly after a
     table, gcc's alignment of eight. A kernel declared ``extern "C"`` is not found.
 
     Raises:
@@ -186,7 +186,7 @@ def _containers(path: Path, content: mmap.mmap, begin: int, end: int, relocatabl
     while at < end:
         padding = _ZEROS.match(content, at, end)
         if padding and padding.end() - at >= _ALIGNMENT:
-            at += (padding.end() - at) // _ALIGNMENT * _ALIGNMENT  # what the linker puts between two units
+            at += (padding.end() - at) // _ALIGNMENT * _ALIGNMENT  # padding that the linker puts between two units
             continue
         if at + _CONTAINER.size > end:
             raise FatbinError(path, at, "is cut short within a container's header")
@@ -199,7 +199,7 @@ def _containers(path: Path, content: mmap.mmap, begin: int, end: int, relocatabl
             raise FatbinError(path, at, "is a container that ends beyond its section")
         entries = tuple(_entries(path, content, at + header, at + header + size, number, relocatable))
         yield Container(at, header, header + size, relocatable, entries)
-        # A look at a header may map megabytes around it, which would count as memory in use.
+        # Reading a header can map megabytes around it, which would count as used memory.
         content.madvise(mmap.MADV_DONTNEED)
         number += 1
         at += header + size

@@ -1,4 +1,4 @@
-"""What a shared object needs and offers, where that is found, and two changes: stripped, and given a RUNPATH.
+"""Read and change ELF files: needed libraries, symbols, RUNPATH; strip and set RUNPATH.
 
 Read with pyelftools; the rules are those of elf(5), ld.so(8) and the System V gABI.
 """
@@ -18,14 +18,14 @@ from voltforge.errors import VoltforgeError
 from voltforge.system import programs
 from voltforge.system.process import run
 
-if TYPE_CHECKING:  # 49 modules, for those who open a file alone
+if TYPE_CHECKING:  # pyelftools has 49 modules; only callers that open a file import them
     from elftools.elf.elffile import ELFFile
     from elftools.elf.sections import Section as PartOfElf
 
 MAGIC = b"\x7fELF"
 
 _HEAD = struct.Struct("<4s12xHH")
-"""How an ELF file begins: magic number, then after e_ident e_type and e_machine (elf(5))."""
+"""The beginning of an ELF file: magic number, then after e_ident e_type and e_machine (elf(5))."""
 _PROGRAMS = {2, 3}
 """ET_EXEC and ET_DYN."""
 _CUDA = 190
@@ -39,18 +39,18 @@ _DEFAULT, _PROTECTED = 0, 3
 _NAMELESS = 2
 """Version indices below this one, VER_NDX_LOCAL and VER_NDX_GLOBAL, stand for no version."""
 _MOST_READ, _A_READ = 16_000_000, 64
-"""Bytes beyond twice its size that a file may have its parser read, and how many each read counts for at least.
+"""Bytes beyond twice a file's size that its parser may read, and the least that each read counts for.
 
-Tables that stand in the file once are read once or twice; more is asked for by a file whose tables lie in each other.
+The parser reads each table of a file once or twice; a file whose tables overlap makes it read more.
 """
 _MOST_NAMES = 16
-"""How often on average a byte of a string table may belong to a symbol's name: linkers let names share their ends."""
+"""The average number of symbols whose names may use a byte of a string table: linkers let names share their ends."""
 _HIDDEN = 0x8000
-"""Bit of a version index: an old version, kept for programs linked long ago."""
+"""The bit of a version index for an old version, kept for programs linked long ago."""
 
 
 class ElfError(VoltforgeError):
-    """A file that is not the ELF file it should be, or that a tool could not change."""
+    """A file is not the expected ELF file, or a tool could not change it."""
 
 
 class Symbol(NamedTuple):
@@ -58,20 +58,20 @@ class Symbol(NamedTuple):
 
     name: str
     version: str | None
-    """The symbol version asked for or offered, such as ``GLIBC_2.34``; ``None`` where there is none."""
+    """The required or provided symbol version, such as ``GLIBC_2.34``; ``None`` if there is none."""
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}" if self.version else self.name
 
 
 class Section(NamedTuple):
-    """A section that has bytes in the file."""
+    """A section with bytes in the file."""
 
     name: str
     offset: int
-    """Where it begins in the file, in bytes."""
+    """Its offset in the file, in bytes."""
     size: int
-    """How many bytes it has in the file."""
+    """Its size in the file, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -80,31 +80,31 @@ class Elf:
 
     path: Path
     needed: tuple[str, ...]
-    """The libraries it names (DT_NEEDED), in order."""
+    """The needed libraries (DT_NEEDED), in order."""
     soname: str | None
     """The name under which others need it (DT_SONAME)."""
     runpath: tuple[str, ...]
-    """Where its own needs are looked for (DT_RUNPATH)."""
+    """The folders where its needed libraries are searched (DT_RUNPATH)."""
     rpath: tuple[str, ...]
-    """Where its needs, and those of what it loads, are looked for (DT_RPATH, the older way)."""
+    """The folders for its needed libraries and theirs (DT_RPATH, the older form)."""
     defined: frozenset[Symbol]
-    """The symbols it offers."""
+    """The provided symbols."""
     undefined: frozenset[Symbol]
-    """The symbols that must be found elsewhere when it is loaded; weak ones are left out."""
+    """The symbols that must be found elsewhere when it is loaded, without weak ones."""
     needs: frozenset[tuple[str, str]]
-    """The symbol versions it asks for, as library and version: ``("libc.so.6", "GLIBC_2.34")``."""
+    """The required symbol versions, as library and version: ``("libc.so.6", "GLIBC_2.34")``."""
     sections: tuple[Section, ...]
     stripped: bool
-    """Whether it has neither a symbol table for debuggers nor debug information."""
+    """True if it has neither a symbol table for debuggers nor debug information."""
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
-        """The names of the symbols it offers, whatever their versions."""
+        """The names of the provided symbols, without versions."""
         return frozenset(symbol.name for symbol in self.defined)
 
     @classmethod
     def read(cls, path: Path) -> Elf:
-        """Read ``path`` without its code and data: quick and small whatever the file's size.
+        """Read ``path`` without its code and data: fast and small for any size of file.
 
         Raises:
             ElfError: it is not a well-formed 64-bit little-endian ELF file.
@@ -116,7 +116,7 @@ class Elf:
             tags: dict[str, list[str]] = {"needed": [], "soname": [], "runpath": [], "rpath": []}
             if isinstance(dynamic := found.get(".dynamic"), DynamicSection):
                 for tag in dynamic.iter_tags():
-                    # Some tags' names are no strings, for values that pyelftools does not know.
+                    # pyelftools leaves values that it does not know as numbers.
                     kind = str(tag.entry.d_tag).removeprefix("DT_").lower()
                     if kind in tags:
                         tags[kind].append(getattr(tag, kind))
@@ -141,7 +141,7 @@ class Elf:
 
 
 class _Metered:
-    """A file's bytes for pyelftools, which follows whatever a table says, as often as it says it."""
+    """A file's bytes for pyelftools, with a limit on how much a crafted file can make it read."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self._content = content
@@ -149,7 +149,7 @@ class _Metered:
         self.seek, self.tell = content.seek, content.tell
 
     def read(self, size: int = -1) -> bytes:
-        # The mapped bytes give less beyond their end, and never allocate more.
+        # Reading beyond the end of the mapping gives less and allocates nothing.
         data = self._content.read(size)
         self._left -= max(_A_READ, len(data))
         if self._left < 0:
@@ -158,7 +158,7 @@ class _Metered:
 
 
 def is_binary(path: Path) -> bool:
-    """Whether a file is a program or a shared object; a cubin, an ELF file for a GPU, is not."""
+    """Return True for a program or a shared object; a cubin, an ELF file for a GPU, is neither."""
     with path.open("rb") as file:
         head = file.read(_HEAD.size)
     if len(head) < _HEAD.size:
@@ -169,7 +169,7 @@ def is_binary(path: Path) -> bool:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[ELFFile, mmap.mmap]]:
-    """The parsed headers of an ELF file, and its bytes mapped into memory.
+    """Open an ELF file: give its parsed headers and its bytes, mapped into memory.
 
     Raises:
         ElfError: here or inside the block, if the file is not a well-formed 64-bit little-endian ELF file.
@@ -193,15 +193,15 @@ def opened(path: Path) -> Iterator[tuple[ELFFile, mmap.mmap]]:
         except (VoltforgeError, OSError):
             raise
         except Exception as error:
-            # pyelftools has no error of its own for most malformations: it lets out whatever its parsers met.
+            # pyelftools has no error for most malformations and raises those of its parsers.
             raise ElfError(f"{path} is not a well-formed ELF file: {error or type(error).__name__}") from error
 
 
 def section_bytes(section: PartOfElf) -> bytes:
-    """The bytes that a section of :func:`opened` has in the file.
+    """Return the bytes of a section of :func:`opened` as they are in the file.
 
-    pyelftools' own ``data`` inflates what claims to be compressed, and makes zeros for what has no bytes in the file:
-    a flipped bit would ask for all memory there is.
+    pyelftools' own ``data`` inflates sections marked as compressed and creates zeros for sections without bytes, so a
+    flipped bit could use all memory.
     """
     if section["sh_type"] == "SHT_NOBITS":
         return b""
@@ -210,22 +210,23 @@ def section_bytes(section: PartOfElf) -> bytes:
 
 
 def strip(path: Path) -> None:
-    """Remove in place what only debuggers read: symbol table, debug information, relocation symbols.
+    """Strip a file in place: symbol table, debug information, relocation symbols.
 
     Raises:
-        ElfError: binutils is not installed.
+        ProgramMissing: binutils is not installed.
         ProgramFailed: strip refused the file.
     """
     run([programs.find("strip", "install binutils"), "--strip-unneeded", path])
 
 
 def set_runpath(path: Path, entries: Sequence[str]) -> None:
-    """Make ``entries`` the RUNPATH, in place of any RUNPATH or RPATH; none removes it.
+    """Set the RUNPATH to ``entries``, in place of any RUNPATH or RPATH; an empty list removes it.
 
-    To be done after :func:`strip`, which may damage a file that patchelf has laid out anew.
+    Call it after :func:`strip`, which can damage a file that patchelf has changed.
 
     Raises:
-        ElfError: an entry cannot be written in a RUNPATH, or patchelf is not installed.
+        ElfError: an entry cannot be written in a RUNPATH.
+        ProgramMissing: patchelf is not installed.
         ProgramFailed: patchelf refused the file.
     """
     if wrong := [entry for entry in entries if not entry or ":" in entry or "\0" in entry]:
@@ -239,7 +240,7 @@ def _entries(values: Sequence[str]) -> tuple[str, ...]:
 
 
 def _versions(found: dict[str, Any]) -> tuple[dict[int, str], frozenset[tuple[str, str]]]:
-    """What each version index means, and the versions asked of other libraries."""
+    """Return the meaning of each version index, and the versions required of other libraries."""
     from elftools.elf.gnuversions import GNUVerDefSection, GNUVerNeedSection
 
     meaning: dict[int, str] = {}
@@ -256,9 +257,9 @@ def _versions(found: dict[str, Any]) -> tuple[dict[int, str], frozenset[tuple[st
 
 
 def _symbols(found: dict[str, Any], versions: dict[int, str]) -> tuple[frozenset[Symbol], frozenset[Symbol]]:
-    """The symbols offered and those asked for.
+    """Return the provided and the required symbols.
 
-    The table is decoded here, a struct an entry: pyelftools takes 20 us for each, libtorch_cpu.so alone has 79,000.
+    The table is decoded here: pyelftools takes 20 us per entry, and libtorch_cpu.so has 79,000.
     """
     from elftools.elf.gnuversions import GNUVerSymSection
     from elftools.elf.sections import SymbolTableSection

@@ -1,16 +1,16 @@
-"""One shared object without the device images that nobody asked for: the rest is as it was, and the file is smaller.
+"""Remove unwanted device images from a shared object, and make the file smaller; everything else stays.
 
 nvcc registers each container of ``.nv_fatbin`` through a wrapper in ``.nvFatBinSegment`` (``fatbinary_section.h``)::
 
     u32 magic 0x466243B1, u32 version 1, u64 address of the container, u64 0
 
-whose address the dynamic linker fills in, by an R_X86_64_RELATIVE relocation. So the entries that stay are packed
-together at the section's beginning, the relocations' addends follow their containers, and the load segment is split
-behind them: every other address stays, and what follows moves towards the beginning of the file by whole pages
-(gABI, chapter 5: offset and address of a load segment are congruent modulo its alignment).
+The dynamic linker fills in the address, by an R_X86_64_RELATIVE relocation. So the remaining entries are packed
+together at the beginning of the section, the relocations' addends follow their containers, and the load segment is
+split behind them. Every other address stays, and the rest of the file moves forward by whole pages (gABI, chapter 5:
+offset and address of a load segment are congruent modulo its alignment).
 
-Whatever else the file's tables let point into the section is refused. What they cannot tell is whether an instruction
-addresses a container by its distance; nvcc makes none that does.
+A file with any other reference into the section in its tables is refused. The tables cannot show whether an instruction
+addresses a container by its distance; nvcc generates no such instruction.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _X86_64, _SHARED = "EM_X86_64", "ET_DYN"
 _WRAPPER = struct.Struct("<IIQQ")
 _WRAPPER_MAGIC = 0x466243B1
 _ADDRESS = 8
-"""Where in a wrapper its container's address stands, and how long an address is."""
+"""The offset of the container's address in a wrapper, and the size of an address."""
 _SEGMENT = struct.Struct("<IIQQQQQQ")
 """Elf64_Phdr (elf(5))."""
 _LOAD, _DYNAMIC, _NOTE, _PROPERTY = 1, 2, 4, 0x6474E553
 _SECTION_OFFSET, _SECTION_SIZE = 24, 32
-"""Where sh_offset and sh_size stand in an Elf64_Shdr."""
+"""The offsets of sh_offset and sh_size in an Elf64_Shdr."""
 _TABLES_AT = {32: "e_phoff", 40: "e_shoff"}
-"""Where an Elf64_Ehdr says where tables are."""
+"""The offsets of table positions in an Elf64_Ehdr."""
 _HEADER_SIZES = {"e_ehsize": 64, "e_phentsize": _SEGMENT.size, "e_shentsize": 64}
 _SYMBOL = struct.Struct("<IBBHQQ")
 _SYMBOL_VALUE = 8
 _TLS, _NOWHERE = 6, {0, 0xFFF1}
-"""STT_TLS, whose value is no address, and SHN_UNDEF and SHN_ABS."""
+"""STT_TLS, whose value is not an address, and SHN_UNDEF and SHN_ABS."""
 _TAG = struct.Struct("<QQ")
 _RELA = struct.Struct("<QQQ")
 _RELA_ADDEND = 16
@@ -68,23 +68,23 @@ _PAGE = 0x1000
 
 
 class ThinError(VoltforgeError):
-    """A file that nothing can be removed from, because something in it is not understood or would be lost."""
+    """A file that cannot be thinned, because a part of it is not understood or would be lost."""
 
     def __init__(self, path: Path, why: str, offset: int | None = None, *, hint: str = "") -> None:
         subject = "it" if offset is None else f"what stands at byte {offset:#x}"
         super().__init__(f"{path} cannot be thinned: {subject} {why}", hint=hint)
         self.path = path
         self.offset = offset
-        """Where in the file, in bytes; ``None`` where it is about all of it."""
+        """The offset in the file, in bytes; ``None`` if it concerns the whole file."""
         self.why = why
 
 
 @dataclass(frozen=True)
 class Thinned:
-    """What thinning made of a file."""
+    """The result of thinning a file."""
 
     kept: int
-    """Device images that stayed."""
+    """The remaining device images."""
     removed: int
     before: int
     """The file's size in bytes."""
@@ -92,18 +92,18 @@ class Thinned:
 
 
 def thin_binary(path: Path, out: Path, archs: Iterable[str], *, drop_foreign: bool = False) -> Thinned:
-    """Write the shared object ``path`` to ``out`` (which may be ``path``) with the device images of ``archs`` alone.
+    """Write the shared object ``path`` to ``out`` (which may be ``path``) with the device images of ``archs`` only.
 
     Args:
-        path: a shared object for x86-64 whose device code is linked; one without device code is copied.
-        out: whole or not written at all.
-        archs: as recipes have them: ``7.0``, ``9.0a``, ``7.0+PTX``. Each container must have an image for each
-            capability; variants of one capability (``9.0`` and ``9.0a``) stand in for each other.
-        drop_foreign: let a container without an image for some capability pass. One that keeps none becomes empty, and
-            its kernels fail as they would if it had been left alone: there is no kernel image for the device.
+        path: a shared object for x86-64 with linked device code; one without device code is copied.
+        out: written completely or not at all.
+        archs: as in recipes: ``7.0``, ``9.0a``, ``7.0+PTX``. Each container must have an image for each capability;
+            variants of one capability (``9.0`` and ``9.0a``) replace each other.
+        drop_foreign: accept a container without an image for some capability. A container without any remaining image
+            becomes empty, and its kernels fail as before: there is no kernel image for the device.
 
     Raises:
-        ThinError: an arch has no image in a container, or something in the file is not understood.
+        ThinError: an arch has no image in a container, or a part of the file is not understood.
     """
     wanted = cubin.names(archs)
     try:
@@ -146,13 +146,13 @@ class _Region:
     size: int
     alignment: int
     number: int
-    """Which section it is."""
+    """The number of the section."""
     segment: int
-    """Which segment loads it."""
+    """The segment that loads it."""
 
     @property
     def end(self) -> int:
-        """Where it ends in the file."""
+        """Its end in the file."""
         return self.offset + self.size
 
     def holds(self, address: int) -> bool:
@@ -161,7 +161,7 @@ class _Region:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A container in its new place."""
+    """A container at its new place."""
 
     old: Container
     offset: int
@@ -181,17 +181,17 @@ class _Packed:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to write: the file up to the device code, the containers that stay, and what follows, moved; then edits."""
+    """The output: the file up to the device code, the remaining containers, and the rest, moved; then edits."""
 
     region: _Region = _Region(0, 0, 0, 1, 0, 0)
     containers: tuple[_Packed, ...] = ()
     freed: int = 0
-    """By how many bytes what follows moves towards the beginning: whole pages."""
+    """The bytes by which the rest moves forward: whole pages."""
     edits: dict[int, bytes] = field(default_factory=dict)
-    """What to write instead, by where it stood in the file."""
+    """New bytes by their offset in the original file."""
 
     def place(self, offset: int) -> int:
-        """Where a byte outside the device code goes."""
+        """Return the new offset of a byte outside the device code."""
         return offset if offset < self.region.end else offset - self.freed
 
     def write(self, content: mmap.mmap, sink: IO[bytes]) -> None:
@@ -212,7 +212,7 @@ class _Plan:
 
 
 def _copy(content: mmap.mmap, begin: int, end: int, sink: IO[bytes]) -> None:
-    # What has been written is let go of again: a mapping of 1 GB would otherwise count as memory in use.
+    # Release written pages: a mapping of 1 GB would otherwise count as used memory.
     for at in range(begin, end, files.BLOCK):
         sink.write(content[at : min(end, at + files.BLOCK)])
         page = at - at % mmap.PAGESIZE
@@ -260,7 +260,7 @@ def _check_head(path: Path, file: ELFFile) -> None:
 
 
 def _region(path: Path, file: ELFFile, end: int, segments: Sequence[_Segment]) -> _Region:
-    """The section with the device code, if it lies alone in the file and in one load segment."""
+    """Return the section with the device code, if it is alone in the file and in one load segment."""
     sections = list(file.iter_sections())
     found = [number for number, section in enumerate(sections) if section.name == _CODE]
     if len(found) != 1:
@@ -307,7 +307,7 @@ def _overlap(begin: int, size: int, other: int, length: int) -> bool:
 def _packed(
     path: Path, region: _Region, containers: Sequence[Container], wanted: frozenset[str], drop_foreign: bool
 ) -> Iterator[_Packed]:
-    """The containers one behind the other, each with what stays of it."""
+    """Return the containers one after another, each with its remaining entries."""
     variants = {
         one: sorted(name for name in wanted if cubin.capability(name) == one) for one in map(cubin.capability, wanted)
     }
@@ -337,7 +337,7 @@ def _references(
     region: _Region,
     moved: Mapping[int, int],
 ) -> Iterator[tuple[int, bytes]]:
-    """The relocations that fill the wrappers, with the containers' new addresses; nothing else may lead there."""
+    """Return the relocations that fill the wrappers, with the containers' new addresses; no other may point there."""
     wrappers, begin, end = _wrappers(path, file, content, segments)
     tags = _dynamic(path, content, segments, region)
     values = _values(path, file, tags)
@@ -368,10 +368,9 @@ def _references(
 def _wrappers(
     path: Path, file: ELFFile, content: mmap.mmap, segments: Sequence[_Segment]
 ) -> tuple[dict[int, int | None], int, int]:
-    """Where the wrappers have their addresses to fill in, and the ends of their section in memory.
+    """Return the places of the addresses in the wrappers, and the ends of their section in memory.
 
-    Some linkers write the addend of a relocation also into the place that it fills; such a place is given with its
-    offset in the file.
+    Some linkers write the addend of a relocation also into its place; such a place has an offset in the file.
     """
     found = [section for section in file.iter_sections() if section.name == _WRAPPERS]
     if len(found) != 1:
@@ -393,7 +392,7 @@ def _wrappers(
 
 
 def _dynamic(path: Path, content: mmap.mmap, segments: Sequence[_Segment], region: _Region) -> dict[int, int]:
-    """The dynamic section's values by tag; of a tag that may stand there twice, the last."""
+    """Return the dynamic section's values by tag; for a tag that can occur twice, the last value."""
     tables = [segment for segment in segments if segment.kind == _DYNAMIC]
     if len(tables) != 1 or tables[0].offset + tables[0].size > len(content):
         raise ThinError(path, f"has {len(tables)} dynamic sections, not a whole one")
@@ -413,7 +412,7 @@ def _dynamic(path: Path, content: mmap.mmap, segments: Sequence[_Segment], regio
 
 
 def _values(path: Path, file: ELFFile, tags: Mapping[int, int]) -> list[int]:
-    """The values of the dynamic symbols."""
+    """Return the values of the dynamic symbols."""
     tables = [section for section in file.iter_sections() if section["sh_type"] == "SHT_DYNSYM"]
     if len(tables) != 1 or tables[0]["sh_addr"] != tags.get(_DT_SYMTAB):
         raise ThinError(
@@ -424,7 +423,7 @@ def _values(path: Path, file: ELFFile, tags: Mapping[int, int]) -> list[int]:
 
 
 def _relocations(path: Path, segments: Sequence[_Segment], region: _Region, tags: Mapping[int, int]) -> Iterator[int]:
-    """Where in the file each relocation stands."""
+    """Return the offset of each relocation in the file."""
     if tags.get(_DT_PLTREL, _DT_RELA) != _DT_RELA or tags.get(_DT_RELAENT, _RELA.size) != _RELA.size:
         raise ThinError(path, "has relocations of an unknown size")
     for table, length in ((_DT_RELA, _DT_RELASZ), (_DT_JMPREL, _DT_PLTRELSZ)):
@@ -436,7 +435,7 @@ def _relocations(path: Path, segments: Sequence[_Segment], region: _Region, tags
 
 
 def _offset(path: Path, segments: Sequence[_Segment], address: int, size: int = 1) -> int:
-    """Where in the file stands what is loaded to ``address``."""
+    """Return the offset in the file of the data at ``address``."""
     for segment in segments:
         if segment.kind == _LOAD and segment.address <= address and address + size <= segment.address + segment.size:
             return address - segment.address + segment.offset
@@ -444,7 +443,7 @@ def _offset(path: Path, segments: Sequence[_Segment], address: int, size: int = 
 
 
 def _symbols(path: Path, file: ELFFile, region: _Region, moved: Mapping[int, int]) -> Iterator[tuple[int, bytes]]:
-    """The new values of symbols for debuggers that name a container; no other symbol may stand in the device code."""
+    """Return new values of debug symbols that name a container; no other symbol may be in the device code."""
     for section in file.iter_sections():
         if section["sh_type"] not in {"SHT_SYMTAB", "SHT_DYNSYM"}:
             continue
@@ -460,7 +459,7 @@ def _symbols(path: Path, file: ELFFile, region: _Region, moved: Mapping[int, int
 
 
 def _headers(file: ELFFile, plan: _Plan, used: int) -> Iterator[tuple[int, bytes]]:
-    """The places of sections and tables that move, and the size of what stays of the device code."""
+    """Return the offsets of moved sections and tables, and the new size of the device code."""
     for field_at, name in _TABLES_AT.items():
         yield field_at, plan.place(file[name]).to_bytes(8, "little")
     for number, section in enumerate(file.iter_sections()):
@@ -471,7 +470,7 @@ def _headers(file: ELFFile, plan: _Plan, used: int) -> Iterator[tuple[int, bytes
 
 
 def _split(path: Path, segments: Sequence[_Segment], plan: _Plan, used: int) -> Iterator[_Segment]:
-    """The program headers, in which the segment of the device code has become two with a hole between them."""
+    """Return the program headers, with the segment of the device code split in two."""
     region = plan.region
     whole = segments[region.segment]
     front = region.offset + used - whole.offset
@@ -494,9 +493,9 @@ def _split(path: Path, segments: Sequence[_Segment], plan: _Plan, used: int) -> 
 
 
 def _needless(path: Path, segments: Sequence[_Segment]) -> int:
-    """The program header that makes room: of notes, which loaders need not look at and which stay as sections.
+    """Return the program header that can be replaced: one of notes, which loaders ignore and which stay as sections.
 
-    One that says the same as a PT_GNU_PROPERTY is the first to go.
+    One that repeats a PT_GNU_PROPERTY is the first choice.
     """
     notes = [number for number, segment in enumerate(segments) if segment.kind == _NOTE]
     said = {segment.offset for segment in segments if segment.kind == _PROPERTY}

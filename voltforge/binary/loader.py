@@ -16,45 +16,45 @@ from voltforge.system.process import run
 
 @dataclass(frozen=True)
 class Resolution:
-    """What the dynamic linker would make of a binary's needs."""
+    """The result of loading a binary, as the dynamic linker would do it."""
 
     missing: tuple[str, ...]
-    """Libraries that it names and that are found nowhere."""
+    """Needed libraries that were not found."""
     lent: tuple[str, ...]
-    """Libraries that are found only because something else has loaded them first."""
+    """Libraries that were found only because another library has loaded them before."""
     beyond: tuple[tuple[str, str], ...]
-    """Libraries found nowhere that another library names, as that library's name and the missing one's."""
+    """Libraries needed by other libraries and not found, as pairs of the needing and the missing library."""
     unresolved: tuple[Symbol, ...]
-    """Symbols that none of the found libraries offers."""
+    """Symbols that no found library provides."""
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Finds libraries and symbols as ld.so(8) does, without loading anything.
+    """A search for libraries and symbols by the rules of ld.so(8), without loading anything.
 
-    The caller's LD_LIBRARY_PATH is ignored: what only it makes work, works on this machine only.
+    The caller's LD_LIBRARY_PATH is ignored, because it differs from machine to machine.
     """
 
     site: Path
-    """The site-packages folder that the binaries are installed in, or will be."""
+    """The site-packages folder of the binaries."""
     staged: Path | None = None
-    """An unpacked wheel, looked into as if it were installed in ``site``."""
+    """An unpacked wheel, searched as if it were installed in ``site``."""
     program: Path | None = None
-    """The interpreter: it and what it needs offer their symbols to everything that it loads."""
+    """The interpreter: it and its libraries provide their symbols to everything that it loads."""
     lent: tuple[Path, ...] = ()
-    """Folders whose libraries the process will have loaded already, whoever needs them."""
+    """Folders with libraries that the process has loaded before."""
     last: tuple[Path, ...] = ()
-    """Folders to look into after those of the system, such as one with a stub of the driver."""
+    """Folders to search after those of the system, such as one with a stub of the driver."""
     _files: dict[Path, Elf] = field(default_factory=dict, repr=False)
 
     def resolve(self, member: str) -> Resolution:
-        """Look for all that a binary needs; the search goes on until every symbol is found.
+        """Search for everything that a binary needs.
 
         Args:
             member: the binary's path inside ``site``.
 
         Raises:
-            ElfError: the binary, or a library that was found, is malformed.
+            ElfError: the binary, or a found library, is malformed.
         """
         binary = _Loaded(self.site / member, self._elf(self.site / member))
         unresolved = set(binary.elf.undefined) - binary.elf.defined
@@ -62,7 +62,7 @@ class Loader:
         seen = set()
         queue = deque([binary])
         if self.program:
-            # Its link is followed as the kernel does, so that its $ORIGIN is where it really is.
+            # The kernel resolves the link, so $ORIGIN is the real folder.
             queue.append(_Loaded(self.program.resolve(), self._elf(self.program.resolve())))
         while queue:
             loaded = queue.popleft()
@@ -99,7 +99,7 @@ class Loader:
         return None, False
 
     def _at(self, path: Path) -> Path:
-        """Where a file lies now that will lie at ``path``."""
+        """Return the present path of the file that will be at ``path``."""
         if self.staged and path.is_relative_to(self.site):
             staged = self.staged / path.relative_to(self.site)
             if staged.is_file():
@@ -114,15 +114,15 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A file in a process, and what its place in the chain of loaders gives it."""
+    """A file in a process, with its position in the chain of loading files."""
 
     path: Path
     elf: Elf
     inherited: tuple[Path, ...] = ()
-    """Folders from the RPATHs of those that loaded it."""
+    """Folders from the RPATHs of the files that loaded it."""
 
     def search(self) -> tuple[Path, ...]:
-        """The folders of ld.so(8) that depend on who asks: RUNPATH, or without one every RPATH up the chain."""
+        """Return the folders that depend on the loading file: its RUNPATH, or every RPATH up the chain."""
         return self._expanded(self.elf.runpath) if self.elf.runpath else self.passed_on()
 
     def passed_on(self) -> tuple[Path, ...]:
@@ -137,7 +137,7 @@ class _Loaded:
 
 @functools.cache
 def system_libraries() -> dict[str, Path]:
-    """The libraries that the system offers to every program, by SONAME: what ``ldconfig -p`` lists."""
+    """Return the libraries that the system provides to every program, by SONAME, as ``ldconfig -p`` lists them."""
     ldconfig = shutil.which("ldconfig", path=f"{os.environ.get('PATH', os.defpath)}:/sbin:/usr/sbin")
     if not ldconfig:
         return {}
@@ -152,7 +152,7 @@ def system_libraries() -> dict[str, Path]:
 
 
 def _offers(elf: Elf, symbol: Symbol) -> bool:
-    # A library without versions serves any version, and a symbol asked for without one takes any (dl-lookup.c).
+    # A library without versions provides any version, and a symbol without a version accepts any (dl-lookup.c).
     if symbol in elf.defined:
         return True
     if symbol.version is None:
@@ -161,9 +161,9 @@ def _offers(elf: Elf, symbol: Symbol) -> bool:
 
 
 def link_libraries(folder: Path) -> None:
-    """Give the shared libraries in a folder the names that linkers look for (ld(1), -l): ``libx.so`` for ``.so.1``.
+    """Add links with the names that linkers search (ld(1), -l): ``libx.so`` for ``libx.so.1``.
 
-    A name that is taken stays as it is.
+    Existing names are kept.
     """
     for library in sorted(folder.glob("lib*.so.*")):
         plain = library.with_name(library.name.split(".so.")[0] + ".so")
