@@ -1,6 +1,6 @@
-"""Provenance: what a wheel was made of and how, as an in-toto statement (v1) with SLSA's predicate (v1).
+"""The provenance of a wheel: an in-toto statement (v1) with SLSA's predicate (v1).
 
-It is made from a receipt and from nothing else: equal receipts give equal statements, on whatever machine and day.
+It is made from a receipt alone: equal receipts give equal statements, on any machine and day.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from voltforge.errors import VoltforgeError
 from voltforge.sources.materials import Material, MaterialError, from_json
 from voltforge.system import files
 
-# in-toto's classes and protobuf take a tenth of a second to import, which every ./doit would pay: each function
-# imports what it needs.
+# in-toto's classes and protobuf take a tenth of a second to import, so each function imports what it needs.
 
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:voltforge:wheel:1"
-"""What the parameters of a statement mean."""
+"""The type that defines the parameters of a statement."""
 BUILDER = "urn:voltforge:pipeline:"
-"""What the builder's id begins with; the pipeline's version follows."""
+"""The prefix of the builder's id; the pipeline's version follows."""
 CHOSEN = ("arch", "config_settings", "thin", "variables")
-"""The inputs that the recipe decides directly, SLSA's external parameters; the key has the digest of all."""
+"""The inputs that the recipe decides directly, SLSA's external parameters; the key is a digest of all inputs."""
 NEEDED = ("file", "name", "version", "sha256", "build_key", "materials", "sbom")
-"""What the results of a receipt must have."""
+"""The required results of a receipt."""
 OPTIONAL = ("hermetic", "sandbox", "build")
-"""What is told besides if it stands there."""
+"""The optional results."""
 PERMITTED = "permitted_sha256"
 """The annotation of a material with several hashes."""
 
@@ -41,36 +40,36 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+!~-]{0,250}")
 
 
 class ProvenanceError(VoltforgeError):
-    """A statement that does not say where one wheel comes from, or a receipt that none can be made of."""
+    """A statement that does not describe one wheel, or a receipt that cannot be stated."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a statement says of a wheel."""
+    """The content of a statement."""
 
     file: str
-    """The wheel's file name, which holds neither a folder nor anything else that is special in a path."""
+    """The wheel's file name, without folders and special characters."""
     sha256: str
     name: str
     version: str
     key: str
-    """The key of the stage that kept it."""
+    """The key of the stage that kept the wheel."""
     build_key: str
     """The key of the stage that built it."""
     hermetic: bool | None
-    """Whether the build was kept from the network; ``None`` where nothing was compiled."""
+    """True if the build had no network; ``None`` where nothing was compiled."""
     build: Any
-    """What the build stage gave, as the receipt has it, or ``None``."""
+    """The result of the build stage, as in the receipt, or ``None``."""
     materials: tuple[Material, ...]
     sbom: Mapping[str, str]
     """``file`` and ``sha256`` of the wheel's SBOM."""
 
 
 def statement(receipt: Mapping[str, Any]) -> bytes:
-    """The statement on the wheel of a receipt, as canonical JSON.
+    """Return the statement for a receipt, as canonical JSON.
 
     Raises:
-        ProvenanceError: the receipt lacks something, or holds what a statement cannot.
+        ProvenanceError: the receipt lacks something, or holds something that a statement cannot.
     """
     from in_toto_attestation.v1.statement import Statement  # type: ignore[import-untyped]
 
@@ -84,7 +83,7 @@ def statement(receipt: Mapping[str, Any]) -> bytes:
         made = Statement([subject], PREDICATE_TYPE, _dict(_predicate(receipt)))
         made.validate()
         payload = json.dumps(_dict(made.pb), sort_keys=True, separators=(",", ":")).encode()
-        # Its numbers are doubles (struct.proto): an integer beyond 2^53 would come back as another.
+        # Its numbers are doubles (struct.proto): an integer beyond 2^53 would change.
         if read(payload).build != receipt["results"].get("build"):
             raise ProvenanceError("its build has a number that is too large")
     except (VoltforgeError, ValueError, TypeError, KeyError, OverflowError) as error:
@@ -93,10 +92,10 @@ def statement(receipt: Mapping[str, Any]) -> bytes:
 
 
 def read(payload: bytes) -> Provenance:
-    """What a statement says; whether it is signed is another question.
+    """Parse a statement; signatures are not checked here.
 
     Raises:
-        ProvenanceError: it is no statement of voltforge's on one wheel.
+        ProvenanceError: it is not a statement of voltforge on one wheel.
     """
     subject, predicate = _parsed(payload)
     definition, details = predicate.build_definition, predicate.run_details
@@ -119,7 +118,7 @@ def read(payload: bytes) -> Provenance:
 
 
 def _predicate(receipt: Mapping[str, Any]) -> Any:
-    """SLSA's predicate on a receipt."""
+    """Return SLSA's predicate for a receipt."""
     from in_toto_attestation.predicates.provenance.v1 import provenance_pb2  # type: ignore[import-untyped]
 
     inputs, results = receipt["inputs"], receipt["results"]
@@ -140,7 +139,9 @@ def _predicate(receipt: Mapping[str, Any]) -> Any:
 
 
 def _descriptor(name: str, uri: str = "", sha256: Sequence[str] = (), **annotations: Any) -> Any:
-    """A file as in-toto has it: with a digest if its hash is known, annotated where one of several is permitted."""
+    """Return in-toto's descriptor of a file: with a digest if its hash is known, annotated if one of several is
+    permitted.
+    """
     from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor  # type: ignore[import-untyped]
 
     digest = {"sha256": sha256[0]} if len(sha256) == 1 else None
@@ -150,7 +151,7 @@ def _descriptor(name: str, uri: str = "", sha256: Sequence[str] = (), **annotati
 
 
 def _material(descriptor: Any) -> Material:
-    """A material from its descriptor."""
+    """Return the material of a descriptor."""
     value = _dict(descriptor.annotations)
     permitted = value.pop(PERMITTED, [])
     if descriptor.digest:
@@ -162,7 +163,9 @@ def _material(descriptor: Any) -> Material:
 
 
 def _parsed(payload: bytes) -> tuple[Any, Any]:
-    """The one subject and the predicate of a statement, by the messages that define both: no other field passes."""
+    """Parse the one subject and the predicate of a statement, by the messages that define both; other fields are
+    refused.
+    """
     from google.protobuf.json_format import Parse, ParseDict  # type: ignore[import-untyped]
     from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
     from in_toto_attestation.v1 import statement_pb2  # type: ignore[import-untyped]
@@ -177,7 +180,7 @@ def _parsed(payload: bytes) -> tuple[Any, Any]:
     except ProvenanceError:
         raise
     except Exception as error:
-        # json_format raises its own errors, and for what no person writes whatever Python makes of it.
+        # json_format raises its own errors, and Python's for absurd input.
         raise ProvenanceError(f"it is not an in-toto statement with SLSA provenance: {_sentence(error)}") from error
     if len(made.pb.subject) != 1:
         raise ProvenanceError(f"the statement is on {len(made.pb.subject)} files, not on one wheel")
@@ -185,7 +188,7 @@ def _parsed(payload: bytes) -> tuple[Any, Any]:
 
 
 def _wheel(subject: Any, outer: Mapping[str, Any]) -> dict[str, str]:
-    """File, name and version, which must go together."""
+    """Return file, name and version, which must agree."""
     file, name, version = _file(subject), outer.get("name"), outer.get("version")
     try:
         told, known = (canonicalize_name(str(name)), Version(str(version))), parse_wheel_filename(file)[:2]
@@ -197,7 +200,7 @@ def _wheel(subject: Any, outer: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _file(descriptor: Any) -> str:
-    """A name that can be given to a file in whatever folder."""
+    """Return a name that is safe in any folder."""
     if not _NAME.fullmatch(descriptor.name):
         raise ProvenanceError(f"the statement names a file that is none: {descriptor.name[:80]!r}")
     return str(descriptor.name)
@@ -218,14 +221,14 @@ def _key(inner: Mapping[str, Any], name: str) -> str:
 
 
 def _dict(message: Any) -> dict[str, Any]:
-    """A message as JSON has it."""
+    """Return a message as JSON values."""
     from google.protobuf.json_format import MessageToDict
 
     return dict(_whole(MessageToDict(message)))
 
 
 def _whole(value: Any) -> Any:
-    """JSON with whole numbers as integers, as RFC 8785 writes them, and names in order: messages know neither."""
+    """Return JSON with whole numbers as integers, as RFC 8785 writes them, and sorted names."""
     if isinstance(value, dict):
         return {name: _whole(value[name]) for name in sorted(value)}
     if isinstance(value, list):

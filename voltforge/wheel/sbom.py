@@ -1,7 +1,7 @@
-"""The SBOM: what is in a wheel, what it needs beside it, and what it was made of and with, as CycloneDX 1.6.
+"""The SBOM of a wheel as CycloneDX 1.6: its content, its requirements, and its materials.
 
-The wheel is the described component. Its pedigree has the source and the patches that it was made of. Of the other
-components the required ones are its native binaries and what it asks for, and the excluded ones built it.
+The wheel is the described component. Its pedigree holds the source and the patches. Of the other components, native
+binaries and requirements have the scope "required", and what built the wheel has the scope "excluded".
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from cyclonedx.model.bom import Bom
     from cyclonedx.model.component import Component, ComponentScope, ComponentType, Patch, Pedigree
 
-# cyclonedx takes a fifth of a second to import, which every ./doit would pay: each function imports what it needs.
+# cyclonedx takes a fifth of a second to import, so each function imports what it needs.
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "urn:voltforge:sbom")
-"""What the serial number of a document is made from, with its content (RFC 9562, version 5)."""
+"""The namespace of serial numbers, which are made from the content (RFC 9562, version 5)."""
 
 
 class SbomError(VoltforgeError):
@@ -45,18 +45,18 @@ class SbomError(VoltforgeError):
 
 
 def describe(folder: Path, *, name: str, version: str, materials: Sequence[Material], epoch: int) -> bytes:
-    """The SBOM of an unpacked wheel and of what built it, as JSON; equal inputs give equal bytes.
+    """Return the SBOM of an unpacked wheel and its materials as JSON; equal inputs give equal bytes.
 
     Args:
         folder: the unpacked wheel, with one ``*.dist-info`` folder.
-        name: the project, normalised.
+        name: the project, normalized.
         version: its version.
-        materials: what it was made of and with, in any order.
-        epoch: seconds since 1970 that stand for the time of making (SOURCE_DATE_EPOCH).
+        materials: what the wheel is made of and with, in any order.
+        epoch: seconds since 1970 that stand for the build time (SOURCE_DATE_EPOCH).
 
     Raises:
         SbomError: METADATA cannot be read, or something has no place in CycloneDX.
-        WheelError: it is no unpacked wheel, or holds what a wheel cannot.
+        WheelError: it is not an unpacked wheel, or holds something that a wheel cannot.
     """
     from cyclonedx.exception import CycloneDxException
     from cyclonedx.output import make_outputter
@@ -64,7 +64,7 @@ def describe(folder: Path, *, name: str, version: str, materials: Sequence[Mater
 
     try:
         with warnings.catch_warnings():
-            # It would have every wheel depend on something.
+            # The library would make every wheel depend on something.
             warnings.filterwarnings("ignore", "The Component this BOM is describing", UserWarning)
             bom = _bom(folder, name, version, sorted(set(materials)), epoch)
             text = make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string()
@@ -80,7 +80,7 @@ def describe(folder: Path, *, name: str, version: str, materials: Sequence[Mater
 
 
 def problems(document: bytes) -> list[str]:
-    """What the schema of CycloneDX 1.6 has against a document, a sentence each; none if it is valid."""
+    """Return the violations of CycloneDX 1.6's schema in a document, a sentence each; none if it is valid."""
     try:
         found = _validator().validate_str(document.decode(), all_errors=True)
     except (ValueError, RecursionError):
@@ -126,7 +126,7 @@ def _bom(folder: Path, name: str, version: str, materials: Sequence[Material], e
 
 
 def _binaries(folder: Path) -> list[Component]:
-    """The native code in the wheel, by path and hash."""
+    """Yield the native binaries of the wheel, by path and hash."""
     from cyclonedx.model.component import Component, ComponentScope, ComponentType
 
     return [
@@ -140,7 +140,7 @@ def _binaries(folder: Path) -> list[Component]:
 
 
 def _requirements(folder: Path) -> list[Component]:
-    """The projects of Requires-Dist, each with its lines; optional if only extras ask for it."""
+    """Return the projects of Requires-Dist, each with its lines; optional if only extras require it."""
     from cyclonedx.model import Property
     from cyclonedx.model.component import Component, ComponentScope, ComponentType
     from packageurl import PackageURL
@@ -172,7 +172,7 @@ def _of_extra(requirement: Requirement) -> bool:
 
 
 def _pedigree(materials: Iterable[Material]) -> Pedigree:
-    """What the wheel was made of: a wheel is a variant of its source, which the patches change."""
+    """Return the pedigree: a wheel is a variant of its source, which the patches change."""
     from cyclonedx.model.component import Pedigree
 
     return Pedigree(
@@ -182,7 +182,7 @@ def _pedigree(materials: Iterable[Material]) -> Pedigree:
 
 
 def _patch(material: Material) -> Patch:
-    """A patch by its name, with its hash behind it as package indexes have them: CycloneDX has no place for one."""
+    """Return a patch by its name, followed by its hash as on package indexes: CycloneDX has no field for it."""
     from cyclonedx.model import XsUri
     from cyclonedx.model.component import Diff, Patch, PatchClassification
 
@@ -212,11 +212,11 @@ def _type(material: Material) -> ComponentType:
 
 
 def _references(material: Material) -> list[ExternalReference]:
-    """Where a material was published: its upstream address, or the several files that a lock permits for a package."""
+    """Return the places of a material: its upstream address, or the files that a lock permits for a package."""
     from cyclonedx.model import ExternalReference, ExternalReferenceType, XsUri
 
     if not material.uri or (material.uri.startswith("pkg:") and len(material.sha256) < 2):
-        return []  # a purl and one hash say it all
+        return []  # a purl and one hash are sufficient
     url, hashes = XsUri(material.uri), _hashes(material.sha256)
     return [ExternalReference(type=ExternalReferenceType.DISTRIBUTION, url=url, hashes=hashes)]
 

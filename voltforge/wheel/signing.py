@@ -1,7 +1,7 @@
-"""The key: what is said of a wheel is signed with one, and believed where a trusted one has signed it.
+"""Sign and verify statements about wheels.
 
 Envelopes are DSSE v1 (secure-systems-lab/dsse) as in-toto uses it, signatures are Ed25519 (RFC 8032), and keys are PEM
-files: PKCS#8 for the private one, SubjectPublicKeyInfo for public ones, as ``openssl pkey`` reads and writes both.
+files: PKCS#8 for the private key, SubjectPublicKeyInfo for public ones, as ``openssl pkey`` reads and writes both.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from voltforge.system import files
 if TYPE_CHECKING:
     from securesystemslib.dsse import Envelope
 
-# cryptography and securesystemslib take a tenth of a second to import, which every ./doit would pay: they are imported
-# by the functions that need them.
+# cryptography and securesystemslib take a tenth of a second to import, so each function imports what it needs.
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
-"""What an envelope says of its payload: an in-toto statement, as JSON."""
+"""The type of the payload in an envelope: an in-toto statement, as JSON."""
 
 _BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----\n.*?(?:-----END \1-----|(?=-----BEGIN)|\Z)", re.DOTALL)
 """A PEM block (RFC 7468), up to the next one if it has no end."""
@@ -32,7 +31,7 @@ _KEYID = re.compile(r"[0-9a-f]{64}")
 
 
 class SignatureError(VoltforgeError):
-    """A key that cannot be used, or an envelope that no trusted key has signed."""
+    """A key cannot be used, or no trusted key has signed an envelope."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Signer:
     """A private key, for signing."""
 
     keyid: str
-    """What envelopes call it: a hexadecimal SHA-256 of the public key, as securesystemslib and in-toto have it."""
+    """The key id in envelopes: a hexadecimal SHA-256 of the public key, as in securesystemslib and in-toto."""
     raw: bytes
     """The public key, 32 bytes."""
     secret: bytes = field(repr=False)
@@ -48,10 +47,10 @@ class Signer:
 
     @classmethod
     def load(cls, path: Path) -> Signer:
-        """The private key in a PEM file (PKCS#8, without a password).
+        """Load the private key from a PEM file (PKCS#8, without a password).
 
         Raises:
-            SignatureError: it cannot be read, is no Ed25519 key, or can be read by others.
+            SignatureError: it cannot be read, is not an Ed25519 key, or can be read by others.
         """
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -65,7 +64,7 @@ class Signer:
             raise SignatureError(f"the key {path} is open to others than its owner", hint=f"chmod 600 {path}")
         try:
             return cls._of(load_pem_private_key(pem, None))
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: the key has a password
             raise SignatureError(
                 f"{path} is not an Ed25519 key in PEM without a password", hint="openssl genpkey -algorithm ed25519"
             ) from error
@@ -81,23 +80,23 @@ class Signer:
 
     @property
     def public(self) -> str:
-        """The public key as a PEM block, for the file of those who shall trust it."""
+        """Return the public key as a PEM block, for the file of trusted keys."""
         return _pem(self.raw)
 
 
 @dataclass(frozen=True)
 class Trust:
-    """The public keys whose signatures are believed; without any, nothing is."""
+    """The trusted public keys; without any, no signature counts."""
 
     keys: Mapping[str, bytes] = field(default_factory=dict)
     """Public keys of 32 bytes by their key id."""
 
     @classmethod
     def load(cls, path: Path) -> Trust:
-        """The public keys in a text file, as PEM blocks; what stands between them is comment.
+        """Load the public keys from a text file, as PEM blocks; text between them is comment.
 
         Raises:
-            SignatureError: it cannot be read, holds no key, or a block is no Ed25519 public key.
+            SignatureError: it cannot be read, holds no key, or a block is not an Ed25519 public key.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -115,7 +114,7 @@ class Trust:
                     f"block {number} of {path}, {block[1].lower()} in line {line}, is not an Ed25519 public key",
                     hint="openssl pkey -pubin -text shows what it is",
                 ) from error
-        if not raws:  # perhaps of another format: to believe nothing for that reason would be hard to find
+        if not raws:  # A file of another format must not silently mean that no key is trusted.
             raise SignatureError(f"{path} holds no public key in PEM", hint="add one, or remove the file")
         return cls({_keyid(raw): raw for raw in raws})
 
@@ -132,10 +131,10 @@ class Trust:
 
 
 def make_key(path: Path) -> Signer:
-    """A new private key at ``path``, for its owner alone, whole or not at all.
+    """Make a private key at ``path``, readable by its owner only, written completely or not at all.
 
     Raises:
-        SignatureError: there is a file already, which is never replaced, or it cannot be written.
+        SignatureError: the file exists, which is never replaced, or it cannot be written.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -152,9 +151,9 @@ def make_key(path: Path) -> Signer:
 
 
 def sealed(payload: bytes, signer: Signer | None) -> bytes:
-    """An envelope around ``payload``, one line of JSON; without a signer it has no signature.
+    """Return an envelope around ``payload``, one line of JSON; without a signer it has no signature.
 
-    Equal payloads and keys give equal bytes: Ed25519 takes no random number.
+    Equal payloads and keys give equal bytes: Ed25519 uses no random number.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from securesystemslib.dsse import Envelope
@@ -167,19 +166,19 @@ def sealed(payload: bytes, signer: Signer | None) -> bytes:
 
 
 def payload(envelope: bytes) -> bytes:
-    """What is in an envelope, whoever wrote it: no signature is checked.
+    """Return the payload of an envelope without checking signatures.
 
     Raises:
-        SignatureError: it is malformed.
+        SignatureError: the envelope is malformed.
     """
     return bytes(_opened(envelope).payload)
 
 
 def verified(envelope: bytes, trust: Trust) -> bytes:
-    """What is in an envelope that at least one trusted key has signed.
+    """Return the payload of an envelope that at least one trusted key has signed.
 
     Raises:
-        SignatureError: it is malformed or not signed, or no trusted key has signed what is in it.
+        SignatureError: it is malformed or not signed, or no trusted key has signed this payload.
     """
     opened = _opened(envelope)
     if not opened.signatures:
@@ -196,19 +195,19 @@ def verified(envelope: bytes, trust: Trust) -> bytes:
 
 
 def default_key(environ: Mapping[str, str]) -> Path:
-    """Where the private key is if VOLTFORGE_KEY names no file."""
+    """Return the path of the private key if VOLTFORGE_KEY is not set."""
     return _settings(environ) / "key.pem"
 
 
 def default_trusted(environ: Mapping[str, str]) -> Path:
-    """Where the trusted public keys are if VOLTFORGE_TRUSTED names no file."""
+    """Return the path of the trusted public keys if VOLTFORGE_TRUSTED is not set."""
     return _settings(environ) / "trusted.pem"
 
 
 def configured(environ: Mapping[str, str]) -> tuple[Signer | None, Trust]:
-    """The person's own key, if there is one, and the keys that they trust: those of the file and their own.
+    """Return the user's own key, if any, and the trusted keys: those of the file and the user's own.
 
-    A file that VOLTFORGE_KEY or VOLTFORGE_TRUSTED names must be there; the defaults need not be.
+    A file that VOLTFORGE_KEY or VOLTFORGE_TRUSTED names must exist; the defaults need not.
 
     Raises:
         SignatureError: a file cannot be used.
@@ -221,14 +220,14 @@ def configured(environ: Mapping[str, str]) -> tuple[Signer | None, Trust]:
 
 
 def _settings(environ: Mapping[str, str]) -> Path:
-    """The folder of a person's settings (XDG Base Directory Specification, which ignores relative paths)."""
+    """Return the folder of the user's settings (XDG Base Directory Specification, which ignores relative paths)."""
     named = Path(environ.get("XDG_CONFIG_HOME", ""))
     home = Path(environ.get("HOME") or os.path.expanduser("~"))  # noqa: PTH111 - Path.home() raises where none is
     return (named if named.is_absolute() else home / ".config") / "voltforge"
 
 
 def _opened(line: bytes) -> Envelope:
-    """An envelope from its line of JSON, of which there is one form: no byte can change unnoticed."""
+    """Parse an envelope from a line of JSON in its only valid form: no byte can change unnoticed."""
     from securesystemslib.dsse import Envelope
 
     try:
@@ -239,7 +238,7 @@ def _opened(line: bytes) -> Envelope:
         same = _line(opened) == line
     except (ValueError, RecursionError) as error:
         raise SignatureError("it is not a DSSE envelope of an in-toto statement") from error
-    if not same:  # base64 and JSON allow many ways to write the same
+    if not same:  # base64 and JSON allow several forms of the same value
         raise SignatureError("it is a DSSE envelope, but not written as voltforge writes one")
     return opened
 
@@ -270,7 +269,7 @@ def _right(envelope: Envelope, raw: bytes) -> bool:
     from securesystemslib.exceptions import VerificationError
 
     try:
-        # One key at a time: Envelope.verify stops at the first signature that it cannot make sense of.
+        # One key at a time: Envelope.verify stops at the first signature that it cannot parse.
         envelope.verify([_key(raw)], 1)
     except VerificationError:
         return False

@@ -1,8 +1,8 @@
-"""A wheel with every device image removed but those of the archs that are asked for.
+"""Remove the device code of all other archs from a wheel.
 
-For any wheel: its binaries with device code are thinned (see :mod:`voltforge.binary.fatbin`), all are stripped, its
-version gets a local part that says so. What a project needs beyond that stands in its recipe.
-Libraries of NVIDIA's are never changed, for their licence does not allow it.
+In any wheel, binaries with device code are thinned (see :mod:`voltforge.binary.fatbin`), all binaries are stripped, and
+the version gets a local part. A project's recipe can add rules. Libraries of NVIDIA are never changed, because their
+licence forbids it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ NVIDIA = (
     "libcuda[.-]*", "libcudart[.-]*", "libcublas*", "libcudnn*", "libcufft*", "libcufile*", "libcupti*", "libcurand*",
     "libcusolver*", "libcusparse*", "libnccl[.-]*", "libnvJitLink*", "libnvrtc*", "libnvshmem*", "libnvToolsExt*",
 )  # fmt: skip
-"""File names of NVIDIA's libraries as wheels bundle them, ``libcudart-218eec4c.so.12`` among them: left as they are."""
+"""File names of NVIDIA's libraries as wheels bundle them, such as ``libcudart-218eec4c.so.12``: they stay unchanged."""
 
 STUB_FLAGS = (
     "-shared", "-fPIC", "-O1", "-std=c11", "-w", "-fno-builtin", "-fno-ident", "-fno-stack-protector",
     "-fno-asynchronous-unwind-tables", "-fcf-protection=none", "-nostartfiles", "-Wl,-s", "-Wl,-z,now",
     "-Wl,--build-id=none", "-Wl,--hash-style=gnu",
 )  # fmt: skip
-"""How gcc makes a stub: nothing of the machine goes into it but the compiler's version."""
+"""The flags with which gcc makes a stub: nothing of the machine enters it but the compiler's version."""
 _STUB = """\
 extern long write(int, const void *, unsigned long);
 extern _Noreturn void abort(void);
@@ -51,9 +51,9 @@ static _Noreturn void stop(const char *text, unsigned long size) { write(2, text
 """
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _DATA = ("_ZTI", "_ZTS", "_ZTT", "_ZTV", "_ZGV")
-"""How the names of C++ objects that are no functions begin (Itanium C++ ABI, 5.1.4)."""
+"""The prefixes of C++ objects that are not functions (Itanium C++ ABI, 5.1.4)."""
 _ALLOCATED = 2
-"""SHF_ALLOC: what a program has in memory (elf(5))."""
+"""SHF_ALLOC: the section is in memory when the program runs (elf(5))."""
 _ARCH_LIST = re.compile(rb"(?:(?:sm|compute)_\d+[af]? )+(?:sm|compute)_\d+[af]?(?=\0)")
 _PLAIN = Thin()
 _VERSION_LINE = re.compile(r"^(__version__ = )(['\"]).*\2$", re.MULTILINE)
@@ -74,16 +74,15 @@ def thin_wheel(
 
     Args:
         wheel: a wheel of any project whose licence allows changes.
-        out_dir: where the result goes, and room for all that is in the wheel while it is made.
-        archs: as recipes have them: ``7.0``, ``9.0a``, ``7.0+PTX``.
-        drop_foreign: leave out binaries and containers that have device code, but none for ``archs``; else they are an
-            error.
-        special: what this project needs beyond what every wheel gets.
-        complete: is given the unpacked wheel and its epoch, to put in what describes the rest.
+        out_dir: the folder of the result, with room for the unpacked wheel meanwhile.
+        archs: as in recipes: ``7.0``, ``9.0a``, ``7.0+PTX``.
+        drop_foreign: remove binaries and containers with device code for other archs only; otherwise they are an error.
+        special: rules of this project's recipe.
+        complete: called with the unpacked wheel and its epoch, to add files that describe the rest.
 
     Raises:
-        ThinError: one of its binaries cannot be thinned; it names all of them.
-        WheelError: it is no well-formed wheel.
+        ThinError: names all binaries that cannot be thinned.
+        WheelError: it is not a well-formed wheel.
     """
     names = cubin.names(archs)
     stock = Wheel.read(wheel)
@@ -115,14 +114,15 @@ def thin_wheel(
 
 
 def make_stub(path: Path, soname: str, symbols: Iterable[str], stub: Stub) -> None:
-    """Compile a library that exports ``symbols``: functions that answer, or say a sentence and end the program.
+    """Compile a library that exports ``symbols``: functions that return a value, or print a sentence and end the
+    program.
 
-    The sentence goes to standard error: which function was called, of which library, and the stub's ``why``.
+    The sentence goes to standard error: the called function, its library, and the stub's ``why``.
 
     Raises:
         ThinError: a symbol cannot be a function.
-        ElfError: there is no gcc.
-        ProgramFailed: gcc does not make it.
+        ProgramMissing: gcc is not installed.
+        ProgramFailed: gcc fails.
     """
     source = _STUB
     for symbol in sorted(symbols):
@@ -153,7 +153,7 @@ def _drop(wheel: Path, folder: Path, patterns: Iterable[str]) -> None:
 
 
 def _replace_libraries(wheel: Path, folder: Path, stubs: Mapping[str, Stub]) -> None:
-    """Put the stubs in place, with the functions that the binaries import from the libraries that they stand for."""
+    """Write the stubs, with the functions that the binaries import from the replaced libraries."""
     if not stubs:
         return
     binaries = {name: Elf.read(folder / name) for name in _binaries(folder)}
@@ -174,7 +174,7 @@ def _replace_libraries(wheel: Path, folder: Path, stubs: Mapping[str, Stub]) -> 
 
 
 def _thin_binaries(wheel: Path, folder: Path, archs: Sequence[str], drop_foreign: bool) -> None:
-    """Thin and strip every binary in place; all that stands against it is said at once."""
+    """Thin and strip every binary in place; all problems are reported at once."""
     names = cubin.names(archs)
     problems: list[str] = []
     for name in _binaries(folder):
@@ -203,7 +203,7 @@ def _thin_binaries(wheel: Path, folder: Path, archs: Sequence[str], drop_foreign
 
 
 def _strip(path: Path) -> None:
-    """Strip a binary in place, and make sure that it loads as before: patchelf lays some out so that strip harms them.
+    """Strip a binary in place, and check that it still loads: strip damages some files that patchelf has changed.
 
     Raises:
         ThinError: it does not.
@@ -215,9 +215,9 @@ def _strip(path: Path) -> None:
 
 
 def _loaded(path: Path) -> set[tuple[str, int, bool, str]]:
-    """What is loaded of a binary: its sections by name, with address, whether that is where it loads, and SHA-256.
+    """Return the loaded sections of a binary by name, with address, whether that is where it loads, and SHA-256.
 
-    Their order, in the table that only tools read, is not part of it: strip may change it.
+    Their order in the section table does not count, because strip may change it.
     """
     with elf.opened(path) as (file, _), path.open("rb") as content:
         found = set()
@@ -254,7 +254,7 @@ def _drop_line(wheel: Path, folder: Path, name: str, line: str) -> None:
 
 
 def _tell_archs(wheel: Path, folder: Path, name: str, names: frozenset[str]) -> None:
-    """Shorten the list of archs that is compiled into a library, filled up with spaces: torch splits it at those."""
+    """Shorten the list of archs that is compiled into a library, padded with spaces: torch splits it at those."""
     with _part(wheel, folder, name).open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
         lists = [(match.start(), match[0]) for match in _ARCH_LIST.finditer(content)]
         if len(lists) != 1:
@@ -267,7 +267,7 @@ def _tell_archs(wheel: Path, folder: Path, name: str, names: frozenset[str]) -> 
 
 
 def _tens(arch: str) -> int:
-    """``7.0`` as 70."""
+    """Return ``7.0`` as 70."""
     return int(arch.replace(".", ""))
 
 
@@ -286,7 +286,7 @@ def _tell_version(wheel: Path, folder: Path, name: str, version: Version) -> Non
 
 
 def _rename(folder: Path, stock: Wheel, version: Version, dropped: Sequence[str]) -> None:
-    """Give the unpacked wheel its new version, in METADATA and in the names of its own folders, and fewer needs."""
+    """Give the unpacked wheel its new version, in METADATA and in the names of its own folders, and fewer requirements."""
     for old in [path for path in folder.iterdir() if path.suffix in {".dist-info", ".data"}]:
         old.rename(old.with_name(f"{old.stem.split('-')[0]}-{version}{old.suffix}"))
     metadata = next(folder.glob("*.dist-info")) / "METADATA"
@@ -311,6 +311,6 @@ def _project(requirement: str) -> str:
 
 
 def _newest(wheel: Path) -> int:
-    """The time of its newest entry, in seconds since 1970."""
+    """Return the time of its newest entry, in seconds since 1970."""
     with zipfile.ZipFile(wheel) as archive:
         return max(calendar.timegm((*entry.date_time, 0, 0, 0)) for entry in archive.infolist())
