@@ -1,4 +1,4 @@
-"""How alike two built files are: byte by byte, member by member, and in binaries section by section."""
+"""Compare two built files: byte by byte, member by member, and in binaries section by section."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from elftools.elf.sections import Section
 
 Tier = Literal["identical", "archive only", "same code and symbols", "different"]
-"""From the most alike to the least.
+"""The tiers, from the most alike to the least.
 
-``archive only``: every member is the same with the same mode; order, times or compression of the archive differ.
-``same code and symbols``: only binaries differ, and their machine code, device code and dynamic symbols do not.
+``archive only``: all members have equal content and modes; order, times or compression of the archive differ. ``same
+code and symbols``: only binaries differ, and their machine code, device code and dynamic symbols are equal.
 """
 WORDS: Mapping[Tier, str] = {
     "identical": "the same, bit for bit",
@@ -49,13 +49,13 @@ WORDS: Mapping[Tier, str] = {
     "different": "not the same",
 }
 MOST = 20
-"""Differences that are kept of one comparison; the rest is counted."""
+"""The number of differences that are kept of one comparison; the rest is counted."""
 MOST_OF_ONE = 6
-"""Differences that are kept of one member."""
+"""The number of differences that are kept of one member."""
 WIDTH = 120
-"""Characters of a text's line that are shown."""
+"""The number of characters of a text line that are printed."""
 PATIENCE = 1800.0
-"""Seconds that diffoscope is given; on a wheel of gigabytes it would take hours."""
+"""Seconds for diffoscope; a wheel of gigabytes would take it hours."""
 
 _DEVICE = cubin.SECTIONS
 _CODE = re.compile(r"\.(?:text|plt)(?:\..*)?|\.(?:init|fini)")
@@ -63,70 +63,72 @@ _CODE = re.compile(r"\.(?:text|plt)(?:\..*)?|\.(?:init|fini)")
 _BOOKKEEPING = re.compile(
     r"\.(?:gnu\.|rela?\.|relr\.|got|eh_frame|note\.|dynsym|dynstr|dynamic|hash|symtab|strtab|shstrtab).*"
 )
-"""Sections that hold addresses, sizes and names of what is in others: told after those."""
+"""Sections with addresses, sizes and names of other sections' content: they are reported after those."""
 _FOLLOW = {".note.gnu.build-id", ".gnu_debuglink"}
-"""Sections that hold a hash of the others (ld(1), --build-id)."""
+"""Sections with a hash of the others (ld(1), --build-id)."""
 _DERIVED = {"digest", "size", "diff_ids", "mediaType"}
-"""Keys of the OCI's image-spec that say what a layer is packed to: they follow from the layers."""
+"""Keys of the OCI image-spec about packed layers: they follow from the layers."""
 _OF_LAYERS = {"history", "org.opencontainers.image.base.digest"}
-"""Keys that name what layers were made of, by ids and hashes that change with them."""
+"""Keys about the origin of layers, by ids and hashes that change with them."""
 _PRINTABLE = re.compile(rb"[\x20-\x7e]{4,}")
 _AROUND = 40
-"""Bytes on either side of a difference in which a string is looked for."""
+"""Bytes on either side of a difference in which a string is searched."""
 _SHOWN = 8
-"""Bytes of a difference that are shown."""
+"""Bytes of a difference that are printed."""
 _TEXT_HEAD = 8192
-"""Bytes in which a zero tells that a file is no text."""
+"""The number of bytes in which a zero marks a file as binary."""
 _LINKS = {tarfile.SYMTYPE: "a link to", tarfile.LNKTYPE: "another name of"}
 _UNREADABLE = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, zstd.ZstdError,
     EOFError, KeyError, ValueError, NotImplementedError,
 )  # fmt: skip
-"""What opening an archive that is none can raise: its bytes are compared then."""
+"""Errors of opening something that is not an archive: its bytes are compared then."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Something in which two files differ, and what stands there in each."""
+    """A difference between two files."""
 
     file: str
-    """The member: ``vllm/_C.abi3.so``; of an image with its layer: ``layer 13, opt/vllm/bin/vllm``."""
+    """The member: ``vllm/_C.abi3.so``; in an image with its layer: ``layer 13, opt/vllm/bin/vllm``."""
     section: str
-    """Where in it: a section of a binary, ``line 12`` of a text, ``byte 0x40``, ``mode``; empty for the whole."""
+    """The place in it: a section of a binary, ``line 12`` of a text, ``byte 0x40``, ``mode``; empty for the whole
+    member.
+    """
     symbol: str
-    """What covers the first differing byte, or the kernels that differ; empty where nothing is known."""
+    """The symbol of the first differing byte, or the differing kernels; empty if unknown."""
     one: str
-    """What the first has there, in few words."""
+    """The content of the first file, abbreviated."""
     other: str
-    """What the second has there."""
+    """The content of the second file, abbreviated."""
 
     @property
     def place(self) -> str:
-        """File, section and symbol in a row."""
+        """Return file, section and symbol in one line."""
         return " ".join(word for word in (self.file, self.section, self.symbol) if word)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How alike two files are."""
+    """The result of a comparison."""
 
     one: Path
     other: Path
     sha256: tuple[str, str]
     tier: Tier
     differences: tuple[Difference, ...] = ()
-    """The first :data:`MOST`, in the order of the members."""
+    """The first :data:`MOST` differences, in the order of the members."""
     more: int = 0
-    """How many there are besides."""
+    """The number of further differences."""
     detail: Path | None = None
-    """Where :func:`report` writes what diffoscope says, if that is installed and they differ."""
+    """The file for diffoscope's report, if diffoscope is installed and the files differ."""
 
 
 def compare(one: Path, other: Path) -> Comparison:
     """Compare two wheels, two archives of OCI image layouts, or two files of any other kind.
 
-    What a RECORD, an SBOM, a build id or an image's manifest only repeats is told once, where it is. What cannot be
-    opened as the archive that it seems to be is compared byte by byte.
+    Differences that a RECORD, an SBOM, a build id or an image's manifest only repeats are reported once, at their
+    origin. A file that cannot be opened as an archive is compared byte by byte.
     """
     sha256 = files.sha256(one), files.sha256(other)
     if sha256[0] == sha256[1]:
@@ -143,7 +145,7 @@ def compare(one: Path, other: Path) -> Comparison:
 
 
 def report(comparison: Comparison) -> None:
-    """Print how alike the two are and where they differ; with diffoscope, write its report besides."""
+    """Print the tier and the differences; write diffoscope's report if it is installed."""
     names = dict.fromkeys((comparison.one.name, comparison.other.name))
     console.step(f"{' and '.join(names)}: {WORDS[comparison.tier]}")
     for path, sha256 in zip((comparison.one, comparison.other), comparison.sha256, strict=True):
@@ -170,10 +172,10 @@ class _Found:
     differences: list[Difference] = field(default_factory=list)
     more: int = 0
     same_code: bool = True
-    """Whether each of them is in a binary whose code and symbols are the same."""
+    """True while each difference is in a binary with equal code and symbols."""
 
     def add(self, differences: Iterable[Difference], *, same_code: bool = False) -> None:
-        """Take in what differs in one member."""
+        """Add the differences of one member."""
         rows = list(differences)
         room = min(MOST_OF_ONE, MOST - len(self.differences))
         self.differences += rows[:room]
@@ -188,7 +190,7 @@ class _Found:
 
     @contextlib.contextmanager
     def folder(self) -> Iterator[Path]:
-        """A folder for as long as it is needed."""
+        """Give a temporary folder."""
         with tempfile.TemporaryDirectory(dir=self.scratch) as name:
             yield Path(name)
 
@@ -210,7 +212,7 @@ def _look(one: Path, other: Path, found: _Found) -> None:
 
 @dataclass(frozen=True)
 class _Member:
-    """What is compared of a member before its content."""
+    """The properties of a member that are compared before its content."""
 
     kind: str
     mode: int
@@ -221,10 +223,10 @@ class _Member:
 
 class _Archive(Protocol):
     def members(self) -> dict[str, _Member]:
-        """All members by name."""
+        """Return all members by name."""
 
     def take(self, names: Mapping[str, Path]) -> None:
-        """Write the content of each of these members to a file."""
+        """Write the content of these members to files."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ class _Zip:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer of an image (layer.md of the OCI's image-spec): a tar stream, packed or not."""
+    """A layer of an image (layer.md of the OCI image-spec): a tar stream, compressed or not."""
 
     layout: _Layout
     digest: str
@@ -312,7 +314,7 @@ def _attributes(name: str, one: _Member | None, other: _Member | None) -> Iterat
 
 
 def _repeats(name: str, one: Path, other: Path, differing: Iterable[str]) -> bool:
-    """Whether a RECORD (PEP 376) or SBOM (PEP 770) differs only in what it says of other members that differ."""
+    """Return True if a RECORD (PEP 376) or SBOM (PEP 770) differs only in what it repeats of other members."""
     path = PurePosixPath(name)
     read = next((read for pattern, read in _REPEATING.items() if path.match(pattern)), None)
     if not read:
@@ -321,7 +323,7 @@ def _repeats(name: str, one: Path, other: Path, differing: Iterable[str]) -> boo
     known = {os.path.relpath(member, root) for member in differing}
     try:
         return bool(read(one, known) == read(other, known))
-    except (ValueError, AttributeError):  # it is no SBOM
+    except (ValueError, AttributeError):  # not an SBOM
         return False
 
 
@@ -331,21 +333,21 @@ def _record(path: Path, known: set[str]) -> list[list[str]]:
 
 
 def _sbom(path: Path, known: set[str]) -> Any:
-    """A CycloneDX document without its number, which is made of the rest, and without the files that are known."""
+    """Return a CycloneDX document without its serial number, which depends on the rest, and without some files."""
     document = json.loads(path.read_bytes())
     components = [one for one in document.get("components", ()) if one.get("name") not in known]
     return {**document, "serialNumber": "", "components": components}
 
 
 _REPEATING = {"*.dist-info/RECORD": _record, "*.dist-info/sboms/*.cdx.json": _sbom}
-"""Members of a wheel that hold the hashes of others, and how they are read without some of them."""
+"""Members of a wheel with the hashes of others, and the functions that read them without some of those."""
 
 
 # Contents.
 
 
 def _contents(name: str, one: Path, other: Path) -> tuple[list[Difference], bool]:
-    """The differences between two files, and whether they are binaries with the same code and symbols."""
+    """Return the differences between two files, and whether they are binaries with equal code and symbols."""
     heads = _head(one), _head(other)
     if all(head.startswith(MAGIC) for head in heads):
         try:
@@ -358,7 +360,7 @@ def _contents(name: str, one: Path, other: Path) -> tuple[list[Difference], bool
 
 
 def _lines(name: str, one: Path, other: Path) -> list[Difference]:
-    """The first line that differs, and how many there are."""
+    """Return the first differing line, and the number of differing lines."""
     with one.open("rb") as first, other.open("rb") as second:
         for number, lines in enumerate(itertools.zip_longest(first, second), 1):
             if lines[0] != lines[1]:
@@ -396,7 +398,7 @@ class _Part:
 
 
 def _differs(one: _Part, other: _Part) -> int | None:
-    """Where two stretches first differ, from their beginnings; ``None`` where they do not."""
+    """Return the first differing offset of two stretches, from their beginnings; ``None`` if they are equal."""
     size = min(one.size, other.size)
     for at in range(0, size, files.BLOCK):
         here, there = one[at : at + files.BLOCK], other[at : at + files.BLOCK]
@@ -407,7 +409,7 @@ def _differs(one: _Part, other: _Part) -> int | None:
 
 
 def _value(part: _Part, at: int) -> str:
-    """What stands at a place: its bytes, and the string that they belong to, if it looks like one."""
+    """Return the content at an offset: its bytes, and the string around them if there is one."""
     if at >= part.size:
         return f"ends after {part.size} bytes"
     shown = part[at : at + _SHOWN].hex(" ")
@@ -429,7 +431,7 @@ class _Binary:
     content: mmap.mmap
 
     def sections(self) -> dict[tuple[str, int], tuple[int, Section]]:
-        """Number and section by name, and by how many of the name come before it; in the order of the file."""
+        """Return number and section by name, and by the count of equal names before it; in the order of the file."""
         seen: Counter[str] = Counter()
         found = {}
         for number, section in sorted(enumerate(self.elf.iter_sections()), key=lambda item: item[1]["sh_offset"]):
@@ -439,12 +441,12 @@ class _Binary:
         return found
 
     def part(self, section: Section) -> _Part:
-        """The bytes of a section; none of one that has none in the file."""
+        """Return the bytes of a section; empty if it has none in the file."""
         size = 0 if section["sh_type"] == "SHT_NOBITS" else section["sh_size"]
         return _Part(self.content, section["sh_offset"], size)
 
     def symbol(self, number: int, section: Section, offset: int) -> str:
-        """The symbol that covers a byte of a section, the innermost if there are several; else nothing."""
+        """Return the innermost symbol that covers a byte of a section; empty if there is none."""
         from elftools.elf.sections import SymbolTableSection
 
         address = section["sh_addr"] + offset
@@ -460,7 +462,7 @@ class _Binary:
         return ""
 
     def dynamic(self) -> Counter[tuple[str, str]]:
-        """The dynamic symbols: name, and kind and size in words."""
+        """Return the dynamic symbols: name, and kind and size as text."""
         from elftools.elf.sections import SymbolTableSection
 
         table = self.elf.get_section_by_name(".dynsym")
@@ -473,7 +475,7 @@ class _Binary:
 
 
 def _binaries(name: str, one: Path, other: Path) -> tuple[list[Difference], bool]:
-    """The sections, device images and dynamic symbols that differ, and whether code and symbols are the same."""
+    """Return the differing sections, device images and dynamic symbols, and whether code and symbols are equal."""
     with opened(one) as first, opened(other) as second:
         binaries = _Binary(*first), _Binary(*second)
         symbols = _dynamic_symbols(name, *binaries)
@@ -515,7 +517,7 @@ def _dynamic_symbols(name: str, one: _Binary, other: _Binary) -> list[Difference
 
 
 def _device_code(name: str, one: Path, other: Path) -> list[Difference]:
-    """The device images that differ, each with its container, and with the kernels in which they differ."""
+    """Return the differing device images, each with its container and the differing kernels."""
     first, second = _images_of(one), _images_of(other)
     rows = []
     for key in sorted({*first, *second}):
@@ -531,7 +533,7 @@ def _device_code(name: str, one: Path, other: Path) -> list[Difference]:
 
 
 def _images_of(path: Path) -> dict[tuple[bool, int, int], Image]:
-    """The device images by section, container and place in it."""
+    """Return the device images by section, container and place in it."""
     places: Counter[tuple[bool, int]] = Counter()
     found = {}
     for image in cubin.images(path):
@@ -542,7 +544,7 @@ def _images_of(path: Path) -> dict[tuple[bool, int, int], Image]:
 
 
 def _kernels(one: Image | None, other: Image | None) -> str:
-    """The kernels of which two images have other code, or else the sections; nothing where they are packed."""
+    """Return the kernels that differ between two images or else the differing sections; none for packed images."""
     if not one or not other:
         return ""
     try:
@@ -559,7 +561,7 @@ def _kernels(one: Image | None, other: Image | None) -> str:
 
 
 def _image_sections(image: Image) -> dict[str, str]:
-    """The hash of each section of a cubin, by name."""
+    """Return the hash of each section of a cubin, by name."""
     with tempfile.TemporaryDirectory(prefix="voltforge-") as folder:
         path = Path(folder) / image.name
         with image.path.open("rb") as file:
@@ -591,7 +593,7 @@ class _Layout:
         return json.load(self.blob(digest))
 
     def manifests(self) -> dict[str, str]:
-        """Digests of the manifests by the names of their images."""
+        """Return the digests of the manifests by the names of their images."""
         entries = json.load(self.file("index.json"))["manifests"]
         key = "org.opencontainers.image.ref.name"
         return {str(entry.get("annotations", {}).get(key, "")): str(entry["digest"]) for entry in entries}
@@ -639,7 +641,7 @@ def _layers(name: str, one: _Layer, other: _Layer, found: _Found) -> None:
 
 
 def _leaves(value: Any, left_out: set[str], path: str = "") -> Iterator[tuple[str, str]]:
-    """Each single value of a JSON document with the keys that lead to it."""
+    """Yield each single value of a JSON document with the keys that lead to it."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key not in left_out:
@@ -682,7 +684,7 @@ def _head(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def _mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
-    """The bytes of a file, which may be empty."""
+    """Give the bytes of a file, which may be empty, mapped into memory."""
     with path.open("rb") as file:
         if not path.stat().st_size:
             yield b""

@@ -286,7 +286,7 @@ def _tell_version(wheel: Path, folder: Path, name: str, version: Version) -> Non
 
 
 def _rename(folder: Path, stock: Wheel, version: Version, dropped: Sequence[str]) -> None:
-    """Give the unpacked wheel its new version, in METADATA and in the names of its own folders, and fewer requirements."""
+    """Give the unpacked wheel its new version, in METADATA and folder names, and drop requirements."""
     for old in [path for path in folder.iterdir() if path.suffix in {".dist-info", ".data"}]:
         old.rename(old.with_name(f"{old.stem.split('-')[0]}-{version}{old.suffix}"))
     metadata = next(folder.glob("*.dist-info")) / "METADATA"
