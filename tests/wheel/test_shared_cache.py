@@ -591,13 +591,13 @@ def test_an_upload_shows_how_far_it_is(writable, built, said, monkeypatch):
 
 
 def test_a_server_that_cannot_be_reached_takes_nothing(built):
-    assert "cannot be connected to" in refused(plain(f"http://127.0.0.1:{free_port()}"), built).what
+    assert "cannot be reached" in refused(plain(f"http://127.0.0.1:{free_port()}"), built).what
 
 
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (Fault(302, {"Location": "http://[::1"}), "redirects to an address, that is none"),
+        (Fault(302, {"Location": "http://[::1"}), "redirects to an invalid address"),
         (Fault(headers={"Content-Encoding": "gzip"}), "broke off its answer, or garbled it"),
         (Fault(302, {"Location": "file:///etc/passwd"}), "redirects to an address that is neither http nor https"),
         (Fault(cut=0), "broke off its answer"),
@@ -704,9 +704,11 @@ SERVED: dict[str, tuple[str, Callable[[bytes], list[Fault]], str]] = {
     "statement: sent on into this disk": (
         STATEMENT, lambda _: [Fault(302, {"Location": "file:///etc/passwd"})], "neither http nor https",
     ),
-    "statement: sent on to nowhere": (STATEMENT, lambda _: [Fault(302, {"Location": "http://[::1"})], "that is none"),
+    "statement: sent on to nowhere": (
+        STATEMENT, lambda _: [Fault(302, {"Location": "http://[::1"})], "an invalid address",
+    ),
     "statement: sent on to a strange name": (
-        STATEMENT, lambda _: [Fault(302, {"Location": f"http://{'a' * 300}.example/"})], "an address",
+        STATEMENT, lambda _: [Fault(302, {"Location": f"http://{'a' * 300}.example/"})], "invalid address",
     ),
     "wheel: gone": (WHEEL, lambda _: [Fault(404)], "answered 404 Not Found"),
     "wheel: server error": (WHEEL, lambda _: [Fault(500)] * 9, "answered 500 Internal Server Error"),
@@ -719,7 +721,7 @@ SERVED: dict[str, tuple[str, Callable[[bytes], list[Fault]], str]] = {
     "wheel: stalls": (WHEEL, lambda _: [Fault(cut=999, stall=True)] * 9, "stopped sending, 2 times|too slow"),
     "wheel: silent": (WHEEL, lambda _: [Fault(cut=0, stall=True)] * 9, "stopped sending, 2 times|too slow"),
     "wheel: sent on without end": (WHEEL, lambda _: [Fault(302, {"Location": "?"})] * 99, "redirects without end"),
-    "wheel: sent on to nowhere": (WHEEL, lambda _: [Fault(302, {"Location": "http://[::1"})], "that is none"),
+    "wheel: sent on to nowhere": (WHEEL, lambda _: [Fault(302, {"Location": "http://[::1"})], "an invalid address"),
     "wheel: sent on into this disk": (
         WHEEL, lambda _: [Fault(302, {"Location": "file:///etc/passwd"})], "neither http nor https",
     ),

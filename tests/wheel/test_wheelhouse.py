@@ -386,12 +386,12 @@ def test_the_provenance_of_another_wheel_does_not_pass(tmp_path):
     envelope.write_bytes(replayed)
     told = one.wheel_problems(made, Trust.of(signer))[0]
     assert [line.split(" with")[0] for line in told] == [
-        "its provenance is of thing-1.0-py3-none-any.whl",
-        f"the receipt of {kept['file']} and its provenance say different things",
+        "its provenance is for thing-1.0-py3-none-any.whl",
+        f"the receipt of {kept['file']} and its provenance disagree",
     ]
     envelope.write_bytes(mine)
     one.receipt("thing", "cp311").unlink()
-    assert one.wheel_problems(made, Trust.of(signer))[0] == [f"no receipt speaks of {kept['file']}"]
+    assert one.wheel_problems(made, Trust.of(signer))[0] == [f"{kept['file']} has no receipt"]
 
 
 EVIL = "http://evil.example/thing-9.0-py3-none-any.whl"
@@ -416,7 +416,7 @@ def test_an_index_that_offers_a_foreign_file_beside_ours_is_not_what_the_wheels_
     page = one.path / "simple" / "thing" / name
     offers_a_foreign_file(page)
     assert ProjectPage.from_json_data(json.loads(page.read_text())).packages[-1].url == EVIL if "json" in name else True
-    assert one.index_problems() == [f"the index (simple/thing/{name}) is not what the wheels here make"]
+    assert one.index_problems() == [f"the index (simple/thing/{name}) does not match the wheels"]
     assert one.holds(kept)
     one.index()
     assert one.index_problems() == []
@@ -431,7 +431,7 @@ def test_a_project_that_has_no_wheel_here_may_not_have_a_page(tmp_path, as_link)
     if as_link:
         (one.path / "simple" / "evil").symlink_to(page)
     assert one.index_problems() == [
-        f"the index has simple/evil{'' if as_link else '/index.html'}, which is of no wheel here"
+        f"the index has simple/evil{'' if as_link else '/index.html'}, but there is no such wheel"
     ]
 
 
@@ -443,7 +443,7 @@ def test_a_page_that_is_gone_or_changed_is_told_whichever_it_is(tmp_path, name):
     before = page.read_bytes()
     for content in (None, before + b" ", b""):
         files.remove(page) if content is None else page.write_bytes(content)
-        assert one.index_problems() == [f"the index (simple/{name}) is not what the wheels here make"]
+        assert one.index_problems() == [f"the index (simple/{name}) does not match the wheels"]
     page.write_bytes(before)
     assert one.index_problems() == []
 
@@ -464,7 +464,7 @@ def test_a_receipt_whose_wheel_is_gone_is_told(tmp_path):
     one.index()
     assert one.index_problems() == [
         "receipts/broken-cp9.json names no wheel",
-        f"receipts/thing-cp311.json speaks of {kept['file']}, which is not here",
+        f"receipts/thing-cp311.json names {kept['file']}, which does not exist",
     ]
 
 

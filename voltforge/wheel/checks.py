@@ -1,4 +1,4 @@
-"""What a wheel must be before it is kept: every check is made, and all findings are told at once."""
+"""The checks that a wheel must pass before it is kept; all findings are reported at once."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ from voltforge.wheel.wheelfile import (
 from voltforge.wheel.wheelhouse import Wheelhouse
 
 DRIVER = "libcuda.so.1"
-"""The library of the NVIDIA driver, which no wheel brings and a build machine need not have."""
+"""The library of the NVIDIA driver: no wheel contains it, and a build machine may lack it."""
 PATIENCE = 600.0
-"""Seconds that a program asked about the environment may take; a first import of torch from a cold disk takes 60."""
+"""Seconds for a program in the environment; a first import of torch from a cold disk takes 60."""
 
 _PRIVATE = re.compile(
     rb"/(?:home|root|tmp|var/tmp)/(?![\w.+/-]*XXXXXX)[\w.+/-]+\.(?:c|cc|cpp|cxx|cu|cuh|h|hpp|hxx|inl)(?![\w.+/-])"
 )
-"""Names of source files in somebody's own folders, as ``__FILE__`` leaves them in a binary.
+"""Names of source files in a user's folders, as ``__FILE__`` leaves them in a binary.
 
-A folder alone is no sign of a leak, nor is a template of mkstemps(3): NCCL means ``/tmp/nccl-XXXXXX`` at run time, and
-PyTorch's fuser ``/tmp/pytorch_fuserXXXXXX.cpp``.
+A folder alone is no leak, nor is a template of mkstemps(3): NCCL uses ``/tmp/nccl-XXXXXX`` at run time, and PyTorch's
+fuser ``/tmp/pytorch_fuserXXXXXX.cpp``.
 """
 _SHOWN = 3
-"""How many examples a finding names."""
+"""The number of examples in a finding."""
 _WIDTH = 60
-"""How much of a mangled name it shows."""
+"""The number of characters of a mangled name in a finding."""
 _ANSWER = "voltforge: "
 _IMPORT = f"""
 import importlib, os, sys
@@ -97,56 +97,57 @@ print(json.dumps([sys.executable, sysconfig.get_path("platlib")]))
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """The result of one check."""
 
     check: str
-    """The check's name, in a word or two."""
+    """The name of the check, in one or two words."""
     severity: Literal["pass", "fail", "note"]
-    """``fail`` keeps the wheel out; ``note`` is for the person to know."""
+    """``fail`` rejects the wheel; ``note`` is information."""
     detail: str
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a recipe promises of its wheel."""
+    """What a recipe requires of its wheel."""
 
     extensions: tuple[str, ...] = ()
-    """Paths in the wheel that must be there and be shared objects: ``vllm/_C.abi3.so``."""
+    """Paths in the wheel that must be shared objects: ``vllm/_C.abi3.so``."""
     arch: tuple[str, ...] = ()
-    """What binaries with device code must have code for, and for nothing else; if empty, that is not looked at.
+    """The architectures that binaries with device code must have code for, and no others; if empty, this is not
+    checked.
 
     Written as in TORCH_CUDA_ARCH_LIST: ``7.0``, ``9.0a``, ``7.0+PTX``.
     """
     absent: tuple[str, ...] = ()
     """Patterns that neither a binary's path nor a kernel's mangled name may match: ``*_vllm_fa*``, ``*marlin*``.
 
-    Python files are not meant: ``gptq_marlin.py`` may stay where its kernels must not.
+    Python files are exempt: ``gptq_marlin.py`` may stay although its kernels must not.
     """
     max_size: int | None = None
-    """The most bytes that the wheel file may have."""
+    """The largest size of the wheel file, in bytes."""
     runpath: tuple[str, ...] = ()
-    """Patterns for RUNPATH entries; if empty, whatever stays inside site-packages is allowed."""
+    """Patterns of allowed RUNPATH entries; if empty, every entry inside site-packages is allowed."""
     requires: tuple[str, ...] = ()
-    """Requirements that it must have for every user: a name, or with the very versions, ``triton==3.5.0``."""
+    """Requirements of every user of the wheel: a name, or a name with versions, ``triton==3.5.0``."""
     requires_not: tuple[str, ...] = ()
-    """Names of projects that it must not require."""
+    """Names of projects that the wheel must not require."""
     imports: tuple[str, ...] = ()
-    """Modules that must import where it is installed: ``vllm._C``."""
+    """Modules that must import in an environment with the wheel: ``vllm._C``."""
     ops: tuple[str, ...] = ()
     """PyTorch operators that these modules must register: ``_C::rms_norm``."""
     config: str | None = None
-    """A Python expression whose text has the configuration, as ``NAME=VALUE``: ``torch.__config__.show()``."""
+    """A Python expression for the configuration as text with ``NAME=VALUE`` pairs: ``torch.__config__.show()``."""
     variables: Mapping[str, str] = field(default_factory=dict)
-    """The variables of the build, with which the configuration must agree on those that it names."""
+    """The variables of the build; the configuration must agree on those that it names."""
     says: Mapping[str, str] = field(default_factory=dict)
     """Python expressions, and the patterns that the texts of their values must match."""
     provided: tuple[str, ...] = PROVIDED
-    """Patterns of SONAMEs that other wheels and the driver bring."""
+    """Patterns of SONAMEs that other wheels and the driver provide."""
 
 
 @dataclass(frozen=True)
 class InstalledPython:
-    """A Python environment that the wheel is for, or is installed in."""
+    """A Python environment for the wheel, or with the wheel."""
 
     python: Path
     """Its interpreter."""
@@ -155,7 +156,7 @@ class InstalledPython:
 
     @classmethod
     def of(cls, python: Path) -> InstalledPython:
-        """Ask an environment's interpreter about itself.
+        """Query an environment's interpreter.
 
         Raises:
             ProgramFailed: it does not run.
@@ -166,7 +167,7 @@ class InstalledPython:
 
 @dataclass(frozen=True)
 class ExaminedWheel:
-    """A wheel under examination, and all that the checks may look at."""
+    """A wheel under examination, with everything that the checks use."""
 
     wheel: Wheel
     folder: Path
@@ -179,7 +180,7 @@ class ExaminedWheel:
     binaries: Mapping[str, Elf] = field(default_factory=dict)
     """Its programs and shared objects by their paths in the wheel."""
     malformed: tuple[str, ...] = ()
-    """Why files that begin like binaries could not be read."""
+    """The reasons why files that begin like binaries could not be read."""
 
     @functools.cached_property
     def members(self) -> list[str]:
@@ -188,7 +189,7 @@ class ExaminedWheel:
 
     @functools.cached_property
     def platform(self) -> PlatformTag:
-        """What auditwheel says of its binaries."""
+        """The result of auditwheel for its binaries."""
         return platform_tag(self.wheel.path, self.expect.provided)
 
 
@@ -204,15 +205,15 @@ def verify(
     environment: Path | None = None,
     driver_stub: Path | None = None,
 ) -> list[Finding]:
-    """Examine a wheel and tell everything that is wrong with it, and what is right.
+    """Run all checks on a wheel and return their findings, good and bad.
 
     Args:
         path: the wheel.
-        expect: what its recipe promises.
-        linked: how many CUDA objects were linked into each extension, by its path in the wheel, where that is known.
-        forbidden_paths: folders of the build machine that must not be named in any file.
-        environment: the interpreter of an environment that holds what the wheel requires, and for the import checks
-            the wheel itself. Without it, what needs one is noted as not checked.
+        expect: what its recipe requires.
+        linked: the number of CUDA objects linked into each extension, by its path in the wheel, if known.
+        forbidden_paths: folders of the build machine that no file may name.
+        environment: the interpreter of an environment with the wheel's requirements, and for the import checks with the
+            wheel itself. Without it, checks that need one are noted as not run.
         driver_stub: a folder with a stub of ``libcuda.so.1``, for machines without a driver.
 
     Returns:
@@ -237,24 +238,24 @@ def verify(
 
 
 def failed(findings: Iterable[Finding]) -> list[Finding]:
-    """The findings for which the wheel must not be kept."""
+    """Return the findings that reject the wheel."""
     return [finding for finding in findings if finding.severity == "fail"]
 
 
 def report(findings: Iterable[Finding]) -> None:
-    """Show the findings to the person as a table."""
+    """Print the findings as a table."""
     marks = {"pass": "ok", "fail": "FAIL", "note": "note"}
     console.table("", ("", "check", "found"), ((marks[f.severity], f.check, f.detail) for f in findings))
 
 
 def check_record(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Every file has the hash and the size of RECORD, and none is missing on either side (PEP 376)."""
+    """Every file has the hash and size of RECORD, and none is missing on either side (PEP 376)."""
     problems = [*record_problems(subject.folder), *subject.malformed]
     return _findings("wheel", problems, f"{len(subject.members)} files, each with the hash of RECORD")
 
 
 def check_tag(subject: ExaminedWheel) -> Iterator[Finding]:
-    """File name and WHEEL have the same tags, and these promise no more than the binaries keep (PEP 425, PEP 600)."""
+    """File name and WHEEL have equal tags, and the tags claim no more than the binaries support (PEP 425, PEP 600)."""
     wheel = subject.wheel
     problems = []
     if wheel.tags != wheel.declared:
@@ -267,7 +268,7 @@ def check_tag(subject: ExaminedWheel) -> Iterator[Finding]:
     claimed = sorted({tag.platform for tag in wheel.tags})
     for tag in claimed:
         if not _covers(tag, possible.tag):
-            problems.append(f"{tag} promises more than {possible.tag}, which is what it can run on: {possible.why}")
+            problems.append(f"{tag} claims more than {possible.tag}, which the binaries support: {possible.why}")
     yield from _findings("tag", problems, f"{_tags(wheel.tags)}; {possible.why}")
     if possible.glibc or possible.libstdcxx:
         floors = {"glibc": possible.glibc, "GLIBCXX": possible.libstdcxx}
@@ -276,7 +277,7 @@ def check_tag(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_requirements(subject: ExaminedWheel) -> Iterator[Finding]:
-    """METADATA requires what it should, and not what it should not."""
+    """METADATA has the expected requirements, and none of the unwanted ones."""
     expect, problems = subject.expect, []
     has = {
         canonicalize_name(requirement.name): requirement
@@ -296,7 +297,7 @@ def check_requirements(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_size(subject: ExaminedWheel) -> Iterator[Finding]:
-    """The wheel is no larger than its budget."""
+    """The wheel is within its size limit."""
     size, most = subject.wheel.path.stat().st_size, subject.expect.max_size
     if most is None:
         yield Finding("size", "note", files.size(size))
@@ -306,18 +307,20 @@ def check_size(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_extensions(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Every extension is there."""
+    """Every expected extension exists."""
     wanted = subject.expect.extensions
     problems = [
         f"{name} {'is not a shared object' if name in subject.members else 'is missing'}"
         for name in wanted
         if name not in subject.binaries
     ]
-    return _findings("extensions", problems, ", ".join(wanted) or "none are asked for")
+    return _findings("extensions", problems, ", ".join(wanted) or "none are expected")
 
 
 def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Every device image is for an asked architecture, each unit has one for each, and PTX is there only if asked."""
+    """Every device image is for an expected architecture, each unit has one image for each, and PTX exists only if
+    expected.
+    """
     arch, linked = subject.expect.arch, subject.linked or {}
     if not arch:
         return
@@ -334,12 +337,12 @@ def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
         if len(linked_images) < len(images):
             pieces = f"{name} holds {len(images) - len(linked_images)} relocatable images"
             if linked_images:
-                yield Finding("device code", "note", f"{pieces} of no use beside the linked ones")
+                yield Finding("device code", "note", f"{pieces}, unused beside the linked images")
             else:
                 problems.append(f"{pieces}, which nvlink has not linked: no driver can load them")
         found = Counter(image.name for image in linked_images)
         if foreign := {image: count for image, count in found.items() if image not in wanted}:
-            problems.append(f"{name} holds {_image_counts(foreign)}, which nobody asked for")
+            problems.append(f"{name} holds {_image_counts(foreign)}, which is not expected")
         units = linked.get(name)
         for image in sorted(wanted):
             if units is not None and found[image] != units:
@@ -357,11 +360,11 @@ def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_absent(subject: ExaminedWheel) -> Iterator[Finding]:
-    """No binary is there that should not be, and no kernel in one; see :func:`voltforge.binary.cubin.kernels`."""
+    """No unwanted binary exists, and no unwanted kernel in a binary; see :func:`voltforge.binary.cubin.kernels`."""
     patterns = subject.expect.absent
     problems = []
     for name, binary in subject.binaries.items():
-        problems += [f"{name} should not be there" for pattern in patterns if fnmatchcase(name, pattern)]
+        problems += [f"{name} must not be in the wheel" for pattern in patterns if fnmatchcase(name, pattern)]
         kernels = cubin.kernels(binary.path) if patterns else ()
         for pattern in patterns:
             if matching := sorted(kernel for kernel in kernels if fnmatchcase(kernel, pattern)):
@@ -371,9 +374,9 @@ def check_absent(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_paths(subject: ExaminedWheel) -> Iterator[Finding]:
-    """No file names a folder of the machine that it was built on; what is compressed inside a file is not seen."""
+    """No file names a folder of the build machine; compressed data inside files is not searched."""
     forbidden = [path.rstrip("/").encode() for path in subject.forbidden_paths if path.rstrip("/")]
-    # A path must end where the forbidden one does: /work is not named by /workspace.
+    # The path must end there: /workspace does not name /work.
     exact = re.compile(rb"(?:" + b"|".join(map(re.escape, forbidden)) + rb")(?![\w.+-])") if forbidden else None
     problems = []
     for name in subject.members:
@@ -386,7 +389,7 @@ def check_paths(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_runpath(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Every RUNPATH leads from the binary itself to somewhere inside site-packages, or is one that is asked for."""
+    """Every RUNPATH entry leads from the binary into site-packages, or is an expected entry."""
     allowed = subject.expect.runpath
     problems, seen = [], 0
     for name, binary in subject.binaries.items():
@@ -400,7 +403,7 @@ def check_runpath(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_stripped(subject: ExaminedWheel) -> Iterator[Finding]:
-    """No binary carries what only debuggers read."""
+    """No binary contains debug data."""
     problems = []
     for name, binary in subject.binaries.items():
         if not binary.stripped:
@@ -410,12 +413,12 @@ def check_stripped(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_symbols(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Every symbol that a binary cannot do without is found in what it needs, as ld.so would look for it."""
+    """Every symbol that a binary requires is found in its libraries, by the rules of ld.so."""
     environment = subject.environment
     if not subject.binaries:
         return
     if not environment:
-        yield Finding("symbols", "note", "not checked: it needs an environment with what the wheel requires")
+        yield Finding("symbols", "note", "not checked: it needs an environment with the requirements of the wheel")
         return
     site = environment.site
     loader = Loader(
@@ -440,16 +443,16 @@ def check_symbols(subject: ExaminedWheel) -> Iterator[Finding]:
             problems.append(f"{name} finds {count} nowhere: {_examples(map(str, found.unresolved))}")
         if found.lent:
             lent[name] = found.lent
-    yield from _findings("symbols", problems, f"all {total} that {len(subject.binaries)} binaries ask for are found")
+    yield from _findings("symbols", problems, f"all {total} that {len(subject.binaries)} binaries require are found")
     if lent:
         names = sorted({library for libraries in lent.values() for library in libraries})
         yield Finding(
-            "symbols", "note", f"{_examples(lent)} find {', '.join(names)} only where torch has been imported before"
+            "symbols", "note", f"{_examples(lent)} find {', '.join(names)} only after torch was imported"
         )  # fmt: skip
 
 
 def check_imports(subject: ExaminedWheel) -> Iterator[Finding]:
-    """The modules import where the wheel is installed, and register the operators that the recipe names."""
+    """The modules import in an environment with the wheel, and register the expected operators."""
     expect, environment = subject.expect, subject.environment
     if not (expect.imports or expect.ops):
         return
@@ -472,7 +475,7 @@ def check_imports(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_config(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Where it is installed, its own account of its configuration agrees with the variables of its build."""
+    """The configuration that the installed package reports agrees with the variables of its build."""
     expression, wanted = subject.expect.config, subject.expect.variables
     if not expression or not subject.environment:
         return
@@ -482,7 +485,7 @@ def check_config(subject: ExaminedWheel) -> Iterator[Finding]:
         return
     told = dict(re.findall(r"\b([A-Z][A-Z0-9_]*)=([^\s,;]*)", answers[0][1]))
     both = sorted(wanted.keys() & told.keys())
-    problems = [f"it says {name}={told[name]}, and was built with {wanted[name]}" for name in both
+    problems = [f"it reports {name}={told[name]}, but was built with {wanted[name]}" for name in both
                 if not options.same_value(told[name], wanted[name])]  # fmt: skip
     if not both:
         problems = [f"{expression} names none of the variables of its build"]
@@ -490,7 +493,7 @@ def check_config(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_answers(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Where it is installed, what it says of itself is what the recipe promises."""
+    """Expressions in the installed package have the values that the recipe requires."""
     says = subject.expect.says
     if not says:
         return
@@ -509,7 +512,7 @@ def check_answers(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_in_wheelhouse(house: Wheelhouse, path: Path, trust: Trust) -> list[Finding]:
-    """Whether index, receipt, provenance and signature go with a wheel of the wheelhouse."""
+    """Return the findings on index, receipt, provenance and signature of a wheel in the wheelhouse."""
     problems, by = house.wheel_problems(Wheel.read(path), trust)
     return [*_findings("provenance", problems, f"wheel, index, receipt and provenance agree; signed by {by}")]
 
@@ -530,11 +533,11 @@ CHECKS: tuple[Check, ...] = (
     check_config,
     check_answers,
 )
-"""All checks, from what needs least to what needs most."""
+"""All checks, from those with the fewest needs to those with the most."""
 
 
 def _findings(check: str, problems: Iterable[str], fine: str) -> Iterator[Finding]:
-    """A failure for each problem, or one word that all is well."""
+    """Yield a failure for each problem, or one success."""
     found = [Finding(check, "fail", problem) for problem in problems]
     yield from found or ([Finding(check, "pass", fine)] if fine else [])
 
@@ -561,7 +564,7 @@ def _operators(subject: ExaminedWheel, environment: InstalledPython) -> Iterator
 def _values(
     subject: ExaminedWheel, environment: InstalledPython, expressions: Sequence[str]
 ) -> tuple[list[tuple[bool, str]], str]:
-    """The values of expressions in the environment as text, each with whether it has one, or what went wrong."""
+    """Return the values of expressions in the environment as text, each with whether it has one, or the error."""
     with tempfile.TemporaryDirectory(prefix="voltforge-") as name:
         answer = Path(name) / "answers.json"
         modules = " ".join(subject.expect.imports)
@@ -571,9 +574,9 @@ def _values(
 
 
 def _run_script(subject: ExaminedWheel, environment: InstalledPython, script: str, *words: str) -> str:
-    """Run a script in the environment; what went wrong in one line, or nothing."""
+    """Run a script in the environment; return the error in one line, or nothing."""
     variables = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
-    variables.setdefault("LOGNAME", "voltforge")  # torch asks for it, and a user id in a container may have no name
+    variables.setdefault("LOGNAME", "voltforge")  # torch reads it, and a user id in a container may have no name
     if subject.driver_stub and DRIVER not in system_libraries():
         variables["LD_LIBRARY_PATH"] = str(subject.driver_stub)
     try:
@@ -597,7 +600,7 @@ def _binaries(folder: Path) -> tuple[dict[str, Elf], tuple[str, ...]]:
 
 
 def _image_counts(images: Mapping[str, int]) -> str:
-    """``sm_70 (29), sm_80 (52)``, in the order of the architectures."""
+    """Return ``sm_70 (29), sm_80 (52)``, in the order of the architectures."""
     order = sorted(images, key=lambda name: (name.split("_")[0] != "sm", len(name.rstrip("af")), name))
     return ", ".join(f"{name} ({images[name]})" for name in order)
 
@@ -610,14 +613,14 @@ def _occurrences(path: Path, pattern: re.Pattern[bytes]) -> list[str]:
 
 
 def _stays_inside(name: str, entry: str) -> bool:
-    """Whether a RUNPATH entry of the binary at ``name`` in site-packages leads to site-packages or below."""
+    """Return True if a RUNPATH entry of the binary at ``name`` in site-packages leads into site-packages."""
     first, _, rest = entry.replace("${ORIGIN}", "$ORIGIN").partition("/")
     goal = os.path.normpath(PurePosixPath(name).parent / rest)
     return first == "$ORIGIN" and goal.split("/")[0] != ".."
 
 
 def _covers(claimed: str, possible: str) -> bool:
-    """Whether a machine that takes the claimed platform tag always meets the possible one."""
+    """Return True if every machine that accepts the claimed platform tag satisfies the possible one."""
     if possible == "any" or claimed == possible:
         return True
     floor, least = _oldest_glibc(claimed), _oldest_glibc(possible)
@@ -625,7 +628,7 @@ def _covers(claimed: str, possible: str) -> bool:
 
 
 def _oldest_glibc(tag: str) -> tuple[tuple[int, int] | None, str]:
-    """The glibc that a platform tag asks for, if any, and its machine; PEP 600 says what the older tags mean."""
+    """Return the glibc version that a platform tag requires and its machine (PEP 600 defines the older tags)."""
     if match := re.fullmatch(r"manylinux_(\d+)_(\d+)_(\w+)", tag):
         return (int(match[1]), int(match[2])), match[3]
     older = {"manylinux1_": (2, 5), "manylinux2010_": (2, 12), "manylinux2014_": (2, 17)}

@@ -1,6 +1,6 @@
-"""The wheelhouse: verified wheels, the receipts that say what each was made of, and a package index over them.
+"""The wheelhouse: checked wheels, their receipts, and a package index.
 
-Beside each wheel are its METADATA, its SBOM as it is in the wheel, and its provenance in a signed envelope.
+Beside each wheel are its METADATA, a copy of its SBOM, and its provenance in a signed envelope.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from voltforge.wheel import provenance, signing, wheelfile
 from voltforge.wheel.signing import Signer, Trust
 
 API_VERSION = "1.1"
-"""Of the simple repository API (PEP 700)."""
+"""The version of the simple repository API (PEP 700)."""
 METADATA, SBOM, PROVENANCE = ".metadata", ".cdx.json", ".intoto.jsonl"
-"""What is appended to a wheel's name for the files beside it (PEP 658; CycloneDX; DSSE, a line for each envelope)."""
+"""The suffixes of the files beside a wheel (PEP 658; CycloneDX; DSSE, one envelope per line)."""
 
 
 class WheelhouseError(VoltforgeError):
-    """The wheelhouse cannot be written, or holds what its receipts do not."""
+    """The wheelhouse cannot be written, or does not match its receipts."""
 
 
 @dataclass(frozen=True)
@@ -39,30 +39,31 @@ class Wheelhouse:
     path: Path
 
     def receipt(self, name: str, python: str) -> Path:
-        """Where the receipt of the wheel is that a project has for a Python: ``vllm-cp311.json``."""
+        """Return the path of the receipt of a project's wheel for a Python: ``vllm-cp311.json``."""
         return self.path / "receipts" / f"{name}-{python}.json"
 
     def holds(self, results: Mapping[str, Any]) -> bool:
-        """Whether the wheel of a receipt is here, byte for byte, and the index and the files beside it go with it."""
+        """Return True if the wheel of a receipt exists, byte for byte, and the index and the files beside it match."""
         file = self.path / str(results["file"])
         if not file.is_file() or files.sha256(file) != results["sha256"]:
             return False
         try:
             statement = _payload(self.beside(file, PROVENANCE).read_bytes())
-            # Its bytes are known, and what they say stands in the receipt: a wheel of 12,000 files need not be opened.
+            # Its hash is known, so the wheel, which can have 12,000 files, need not be opened.
             return files.sha256_bytes(statement) == results["statement"] and not self.entry_problems(results)
         except (OSError, ValueError, KeyError, TypeError):
-            return False  # a receipt of an older voltforge, or one that was changed
+            return False  # a receipt of an older voltforge, or an edited one
 
     def beside(self, path: Path, ending: str) -> Path:
-        """The file that goes with a wheel: its METADATA, its SBOM or its provenance."""
+        """Return the path of a file beside a wheel: its METADATA, its SBOM or its provenance."""
         return path.with_name(f"{path.name}{ending}")
 
     def entry(self, verified: Path) -> dict[str, Any]:
-        """What a receipt says of a wheel: file, name, version, sha256, size, and what is in it for the index.
+        """Return the part of a receipt that describes the wheel: file, name, version, sha256, size, and data for the
+        index.
 
         Raises:
-            WheelError: it is none.
+            WheelError: it is not a wheel.
         """
         made, document = wheelfile.Wheel.read(verified), wheelfile.sbom_bytes(verified)
         known = {"file": f"{verified.name}{SBOM}", "sha256": files.sha256_bytes(document)} if document else None
@@ -72,10 +73,10 @@ class Wheelhouse:
                 "requires_python": str(made.metadata.requires_python or "")}  # fmt: skip
 
     def add(self, verified: Path, statement: bytes = b"", signer: Signer | None = None) -> None:
-        """Take a verified wheel in, drop the project's others for this Python, and renew the index.
+        """Add a checked wheel, remove the project's other wheels for this Python, and write the index.
 
-        Wheels for another Python stay: ``cp312`` beside ``cp311``. Receipts of wheels that are no more go with them.
-        Its provenance, if there is a statement, is signed where there is a signer.
+        Wheels for another Python stay: ``cp312`` beside ``cp311``. Receipts of removed wheels are removed. The
+        provenance ``statement``, if given, is signed by ``signer``, if given.
 
         Raises:
             WheelhouseError: the folder cannot be written.
@@ -108,7 +109,7 @@ class Wheelhouse:
             ) from error
 
     def sign(self, signer: Signer) -> list[str]:
-        """Sign the provenance of every wheel that is here; gives the wheels' names.
+        """Sign the provenance of every wheel and return the names of the wheels.
 
         Raises:
             SignatureError: a statement cannot be read.
@@ -122,12 +123,12 @@ class Wheelhouse:
         return signed
 
     def entry_problems(self, told: Mapping[str, Any]) -> list[str]:
-        """What in the index and in the files beside a wheel does not go with its :meth:`entry`, a sentence each."""
+        """Return the differences between a wheel's :meth:`entry` and the index and files beside it, a sentence each."""
         found, file, name = [], told["file"], told["name"]
         wanted = {METADATA: told["metadata"], **({SBOM: told["sbom"]["sha256"]} if told["sbom"] else {})}
         for ending, digest in wanted.items():
             if files.sha256_bytes(_read(self.path / f"{file}{ending}") or b"") != digest:
-                found.append(f"{file}{ending} is not what is in the wheel")
+                found.append(f"{file}{ending} differs from the one in the wheel")
         page = files.read_json(self.path / "simple" / name / "index.json")
         if _listed(told) not in (page.get("files", []) if isinstance(page, dict) else []):
             found.append(f"the index (simple/{name}/index.json) does not list {file} with its hash")
@@ -136,24 +137,24 @@ class Wheelhouse:
         return found
 
     def wheel_problems(self, made: wheelfile.Wheel, trust: Trust) -> tuple[list[str], str]:
-        """What of index, receipt, provenance and signature does not go with a wheel, and whose word there is for it.
+        """Return the differences between a wheel and its index, receipt, provenance and signature, and who signed it.
 
-        Where keys are trusted, one of them must have signed.
+        If keys are trusted, one of them must have signed.
         """
         found, name, sha256 = self.entry_problems(self.entry(made.path)), made.path.name, files.sha256(made.path)
         ours = [results for _, results in self.receipts() if results.get("file") == name]
-        found += [] if ours else [f"no receipt speaks of {name}"]
-        found += [f"the receipt of {name} is of other bytes" for one in ours if one.get("sha256") != sha256]
+        found += [] if ours else [f"{name} has no receipt"]
+        found += [f"the receipt of {name} is for other bytes" for one in ours if one.get("sha256") != sha256]
         envelope = _read(self.beside(made.path, PROVENANCE))
         if envelope is None:
-            return [*found, f"there is no {name}{PROVENANCE}"], "nobody"
+            return [*found, f"{name}{PROVENANCE} is missing"], "nobody"
         try:
             statement = signing.verified(envelope, trust) if trust else signing.payload(envelope)
             said = provenance.read(statement)
             if (said.file, said.sha256) != (name, sha256):
-                found.append(f"its provenance is of {said.file} with sha256 {said.sha256[:16]}…")
+                found.append(f"its provenance is for {said.file} with sha256 {said.sha256[:16]}…")
             if any(files.sha256_bytes(statement) != one.get("statement") for one in ours):
-                found.append(f"the receipt of {name} and its provenance say different things")
+                found.append(f"the receipt of {name} and its provenance disagree")
         except VoltforgeError as error:
             found.append(f"{name}{PROVENANCE}: {error.what}")
         return found, "a trusted key" if trust else "nobody: no key is trusted here"
@@ -165,41 +166,41 @@ class Wheelhouse:
                 path.unlink()
 
     def receipts(self) -> list[tuple[Path, Mapping[str, Any]]]:
-        """The receipts that are here, each with its results; one that cannot be read has none."""
+        """Return all receipts with their results; an unreadable one has none."""
         found = [(path, files.read_json(path)) for path in sorted((self.path / "receipts").glob("*.json"))]
         return [(path, one.get("results") or {} if isinstance(one, dict) else {}) for path, one in found]
 
     def wheels(self) -> list[wheelfile.Wheel]:
-        """The wheels that are here, by file name.
+        """Return all wheels by file name.
 
         Raises:
-            WheelError: one of them is malformed.
+            WheelError: a wheel is malformed.
         """
         return [wheelfile.Wheel.read(path) for path in sorted(self.path.glob("*.whl"))]
 
     def index_problems(self) -> list[str]:
-        """What in the index and among the receipts is of no wheel that is here, a sentence each.
+        """Return the parts of the index and the receipts without a wheel, a sentence each.
 
-        An installer takes whatever a page offers, so every page must be the very one that the wheels here make.
+        An installer takes whatever a page offers, so every page must be exactly the one that the present wheels give.
         """
         simple, wanted = self.path / "simple", self._pages()
         there = {str(one.relative_to(simple)) for one in simple.rglob("*") if one.is_symlink() or not one.is_dir()}
-        found = [f"the index has simple/{name}, which is of no wheel here" for name in sorted(there - wanted.keys())]
+        found = [f"the index has simple/{name}, but there is no such wheel" for name in sorted(there - wanted.keys())]
         for name, text in wanted.items():
             if _read(simple / name) != text.encode():
-                found.append(f"the index (simple/{name}) is not what the wheels here make")
+                found.append(f"the index (simple/{name}) does not match the wheels")
         for path, results in self.receipts():
             file = results.get("file")
             if not file:
                 found.append(f"receipts/{path.name} names no wheel")
             elif not (self.path / str(file)).is_file():
-                found.append(f"receipts/{path.name} speaks of {file}, which is not here")
+                found.append(f"receipts/{path.name} names {file}, which does not exist")
         return found
 
     def index(self, *, without: Set[Path] = frozenset()) -> None:
         """Write ``simple/``: HTML (PEP 503) and JSON (PEP 691) pages with hashes, and the metadata files of PEP 658.
 
-        Wheels ``without`` which it is to be are about to go: last, so that no page ever names what is not there.
+        Wheels in ``without`` are omitted because they are removed next; a page never names a missing file.
         """
         for made in self.wheels():
             if made.path not in without:
@@ -213,7 +214,7 @@ class Wheelhouse:
                 files.write(beside / name, text)
 
     def _pages(self, without: Set[Path] = frozenset()) -> dict[str, str]:
-        """What ``simple/`` is to hold, by the paths in it."""
+        """Return the content of ``simple/`` by the paths in it."""
         projects: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(self.path.glob("*.whl")):
             if path not in without:
@@ -229,12 +230,14 @@ class Wheelhouse:
 
 
 def _pythons(tags: Iterable[Tag]) -> set[tuple[str, str]]:
-    """The Pythons that wheels with these tags are for, by interpreter and ABI."""
+    """Return the Pythons of these tags, by interpreter and ABI."""
     return {(tag.interpreter, tag.abi) for tag in tags}
 
 
 def _payload(envelope: bytes) -> bytes:
-    """What is in an envelope that we wrote; :mod:`voltforge.wheel.signing`, which asks for more, is slow to import."""
+    """Return the payload of an envelope that we wrote; :mod:`voltforge.wheel.signing`, which checks more, is slow to
+    import.
+    """
     return base64.b64decode(json.loads(envelope)["payload"], validate=True)
 
 
@@ -246,11 +249,11 @@ def _read(path: Path) -> bytes | None:
 
 
 def _url(file: str) -> str:
-    return f"../../{quote(file)}"  # some stores take a bare + for a space
+    return f"../../{quote(file)}"  # some stores decode a bare + as a space
 
 
 def _listed(told: Mapping[str, Any]) -> dict[str, Any]:
-    """A wheel's entry as a file of a project page, in the words of PEP 691 (and 700, 714)."""
+    """Return a wheel's entry as a file of a project page, in PEP 691's format (and 700, 714)."""
     return {
         "filename": told["file"],
         "url": _url(told["file"]),
@@ -263,7 +266,7 @@ def _listed(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _link(told: Mapping[str, Any]) -> str:
-    """The same as an anchor of PEP 503, with the attributes of PEP 658 and 714."""
+    """Return the same entry as an anchor of PEP 503, with the attributes of PEP 658 and 714."""
     hashed = f"sha256={told['metadata']}"
     attributes = {
         "href": f"{_url(told['file'])}#sha256={told['sha256']}",
@@ -277,7 +280,7 @@ def _link(told: Mapping[str, Any]) -> str:
 
 
 def _page(folder: str, title: str, links: list[str], answer: dict[str, Any]) -> dict[str, str]:
-    """A page as people and as programs read it, by the paths of its two files."""
+    """Return a page for people and for programs, by the paths of its two files."""
     lines = [f"    {link}" for link in links]
     head = f'<meta name="pypi:repository-version" content="{API_VERSION}"><title>{html.escape(title)}</title>'
     page = ["<!DOCTYPE html>", "<html>", f"  <head>{head}</head>", "  <body>", *lines, "  </body>", "</html>", ""]
