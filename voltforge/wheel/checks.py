@@ -1,4 +1,4 @@
-"""The checks that a wheel must pass before it is kept; all findings are reported at once."""
+"""Check a wheel before it enters the wheelhouse. All checks run, and all findings are reported at once."""
 
 from __future__ import annotations
 
@@ -40,17 +40,19 @@ from voltforge.wheel.wheelfile import (
 from voltforge.wheel.wheelhouse import Wheelhouse
 
 DRIVER = "libcuda.so.1"
-"""The library of the NVIDIA driver: no wheel contains it, and a build machine may lack it."""
+"""The library of the NVIDIA driver. No wheel contains it, and a build machine may lack it."""
 PATIENCE = 600.0
-"""Seconds for a program in the environment; a first import of torch from a cold disk takes 60."""
+"""The time limit of a program that runs in the environment, in seconds. A first import of torch from a cold disk takes
+60.
+"""
 
 _PRIVATE = re.compile(
     rb"/(?:home|root|tmp|var/tmp)/(?![\w.+/-]*XXXXXX)[\w.+/-]+\.(?:c|cc|cpp|cxx|cu|cuh|h|hpp|hxx|inl)(?![\w.+/-])"
 )
-"""Names of source files in a user's folders, as ``__FILE__`` leaves them in a binary.
+"""Paths of source files in private folders, as ``__FILE__`` leaves them in a binary.
 
-A folder alone is no leak, nor is a template of mkstemps(3): NCCL uses ``/tmp/nccl-XXXXXX`` at run time, and PyTorch's
-fuser ``/tmp/pytorch_fuserXXXXXX.cpp``.
+A folder without a source file is no leak. A template of mkstemps(3) is none either: NCCL uses ``/tmp/nccl-XXXXXX`` at
+run time, and PyTorch's fuser ``/tmp/pytorch_fuserXXXXXX.cpp``.
 """
 _SHOWN = 3
 """The number of examples in a finding."""
@@ -102,64 +104,64 @@ class Finding:
     check: str
     """The name of the check, in one or two words."""
     severity: Literal["pass", "fail", "note"]
-    """``fail`` rejects the wheel; ``note`` is information."""
+    """``fail`` keeps the wheel out of the wheelhouse; ``note`` is information."""
     detail: str
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a recipe requires of its wheel."""
+    """The properties that a recipe requires of its wheel."""
 
     extensions: tuple[str, ...] = ()
-    """Paths in the wheel that must be shared objects: ``vllm/_C.abi3.so``."""
+    """Paths of shared objects that the wheel must contain: ``vllm/_C.abi3.so``."""
     arch: tuple[str, ...] = ()
-    """The architectures that binaries with device code must have code for, and no others; if empty, this is not
-    checked.
+    """The architectures of all device code in the wheel; empty: not checked.
 
-    Written as in TORCH_CUDA_ARCH_LIST: ``7.0``, ``9.0a``, ``7.0+PTX``.
+        Written as in TORCH_CUDA_ARCH_LIST: ``7.0``, ``9.0a``, ``7.0+PTX``.
     """
     absent: tuple[str, ...] = ()
-    """Patterns that neither a binary's path nor a kernel's mangled name may match: ``*_vllm_fa*``, ``*marlin*``.
+    """Patterns that no path of a binary and no mangled name of a kernel may match: ``*_vllm_fa*``, ``*marlin*``.
 
-    Python files are exempt: ``gptq_marlin.py`` may stay although its kernels must not.
+        Python files are exempt: ``gptq_marlin.py`` may stay although its kernels are left out.
     """
     max_size: int | None = None
-    """The largest size of the wheel file, in bytes."""
+    """The largest allowed size of the wheel file in bytes."""
     runpath: tuple[str, ...] = ()
     """Patterns of allowed RUNPATH entries; if empty, every entry inside site-packages is allowed."""
     requires: tuple[str, ...] = ()
-    """Requirements of every user of the wheel: a name, or a name with versions, ``triton==3.5.0``."""
+    """Requirements that the wheel must have without extras: a name, or an exact specifier, ``triton==3.5.0``."""
     requires_not: tuple[str, ...] = ()
     """Names of projects that the wheel must not require."""
     imports: tuple[str, ...] = ()
-    """Modules that must import in an environment with the wheel: ``vllm._C``."""
+    """Modules that must import once the wheel is installed: ``vllm._C``."""
     ops: tuple[str, ...] = ()
     """PyTorch operators that these modules must register: ``_C::rms_norm``."""
     config: str | None = None
-    """A Python expression for the configuration as text with ``NAME=VALUE`` pairs: ``torch.__config__.show()``."""
+    """A Python expression for the build configuration as text with ``NAME=VALUE`` pairs: ``torch.__config__.show()``.
+    """
     variables: Mapping[str, str] = field(default_factory=dict)
-    """The variables of the build; the configuration must agree on those that it names."""
+    """The build's variables. Those that the configuration names must agree with it."""
     says: Mapping[str, str] = field(default_factory=dict)
-    """Python expressions, and the patterns that the texts of their values must match."""
+    """Python expressions, and the patterns that ``str()`` of their values must match."""
     provided: tuple[str, ...] = PROVIDED
     """Patterns of SONAMEs that other wheels and the driver provide."""
 
 
 @dataclass(frozen=True)
 class InstalledPython:
-    """A Python environment for the wheel, or with the wheel."""
+    """A Python interpreter and its site-packages, with the wheel or its requirements installed."""
 
     python: Path
-    """Its interpreter."""
+    """The interpreter."""
     site: Path
-    """Its site-packages folder."""
+    """The site-packages folder."""
 
     @classmethod
     def of(cls, python: Path) -> InstalledPython:
-        """Query an environment's interpreter.
+        """Find the executable and the site-packages of an interpreter by running it.
 
-        Raises:
-            ProgramFailed: it does not run.
+            Raises:
+        ProgramFailed: it cannot be run, or fails.
         """
         executable, site = json.loads(run([python, "-I", "-c", _ABOUT], timeout=PATIENCE).output.splitlines()[-1])
         return cls(Path(executable), Path(site))
@@ -167,29 +169,29 @@ class InstalledPython:
 
 @dataclass(frozen=True)
 class ExaminedWheel:
-    """A wheel under examination, with everything that the checks use."""
+    """A wheel with all values that the checks use."""
 
     wheel: Wheel
     folder: Path
-    """Its unpacked content."""
+    """The folder with its unpacked files."""
     expect: Expectation
     linked: Mapping[str, int] | None = None
     forbidden_paths: tuple[str, ...] = ()
     environment: InstalledPython | None = None
     driver_stub: Path | None = None
     binaries: Mapping[str, Elf] = field(default_factory=dict)
-    """Its programs and shared objects by their paths in the wheel."""
+    """Its programs and shared objects, by path in the wheel."""
     malformed: tuple[str, ...] = ()
-    """The reasons why files that begin like binaries could not be read."""
+    """A message for each file with an ELF header that could not be parsed."""
 
     @functools.cached_property
     def members(self) -> list[str]:
-        """The paths of its files, in order."""
+        """The paths of its files, sorted."""
         return sorted(members(self.folder))
 
     @functools.cached_property
     def platform(self) -> PlatformTag:
-        """The result of auditwheel for its binaries."""
+        """The platform tag that its binaries allow."""
         return platform_tag(self.wheel.path, self.expect.provided)
 
 
@@ -205,22 +207,22 @@ def verify(
     environment: Path | None = None,
     driver_stub: Path | None = None,
 ) -> list[Finding]:
-    """Run all checks on a wheel and return their findings, good and bad.
+    """Check a wheel and return all findings, good and bad.
 
     Args:
-        path: the wheel.
-        expect: what its recipe requires.
-        linked: the number of CUDA objects linked into each extension, by its path in the wheel, if known.
-        forbidden_paths: folders of the build machine that no file may name.
-        environment: the interpreter of an environment with the wheel's requirements, and for the import checks with the
-            wheel itself. Without it, checks that need one are noted as not run.
-        driver_stub: a folder with a stub of ``libcuda.so.1``, for machines without a driver.
+    path: the wheel.
+    expect: the properties that its recipe requires.
+    linked: the number of CUDA objects linked into each extension, by path in the wheel, if known.
+    forbidden_paths: folders of the build machine that no file may name.
+    environment: the interpreter of an environment with the wheel's requirements, and for the import checks
+    the wheel itself. Without it, the checks that need it note that they did not run.
+    driver_stub: a folder with a stub of ``libcuda.so.1``, for machines without a driver.
 
     Returns:
-        the findings in the order of :data:`CHECKS`. A wheel that cannot be opened has one finding, a failure.
+    the findings in the order of :data:`CHECKS`. A malformed wheel has a single finding, a failure.
 
     Raises:
-        ProgramFailed: the environment's interpreter does not run.
+    ProgramFailed: the environment's interpreter fails.
     """
     where = InstalledPython.of(environment) if environment else None
     with tempfile.TemporaryDirectory(prefix="voltforge-") as name:
@@ -238,7 +240,7 @@ def verify(
 
 
 def failed(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the findings that reject the wheel."""
+    """Return the findings of severity ``fail``."""
     return [finding for finding in findings if finding.severity == "fail"]
 
 
@@ -249,17 +251,19 @@ def report(findings: Iterable[Finding]) -> None:
 
 
 def check_record(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Every file has the hash and size of RECORD, and none is missing on either side (PEP 376)."""
+    """Check that RECORD matches the files (PEP 376), and that all binaries can be parsed."""
     problems = [*record_problems(subject.folder), *subject.malformed]
     return _findings("wheel", problems, f"{len(subject.members)} files, each with the hash of RECORD")
 
 
 def check_tag(subject: ExaminedWheel) -> Iterator[Finding]:
-    """File name and WHEEL have equal tags, and the tags claim no more than the binaries support (PEP 425, PEP 600)."""
+    """Check that file name and WHEEL have equal tags, and that the binaries run wherever these tags allow (PEP 425,
+    600).
+    """
     wheel = subject.wheel
     problems = []
     if wheel.tags != wheel.declared:
-        problems.append(f"the file name says {_tags(wheel.tags)} and WHEEL says {_tags(wheel.declared)}")
+        problems.append(f"the file name has the tags {_tags(wheel.tags)}, but WHEEL has {_tags(wheel.declared)}")
     try:
         possible = subject.platform
     except WheelError as error:
@@ -268,7 +272,9 @@ def check_tag(subject: ExaminedWheel) -> Iterator[Finding]:
     claimed = sorted({tag.platform for tag in wheel.tags})
     for tag in claimed:
         if not _covers(tag, possible.tag):
-            problems.append(f"{tag} claims more than {possible.tag}, which the binaries support: {possible.why}")
+            problems.append(
+                f"{tag} allows older platforms than {possible.tag}, which the binaries require: {possible.why}"
+            )
     yield from _findings("tag", problems, f"{_tags(wheel.tags)}; {possible.why}")
     if possible.glibc or possible.libstdcxx:
         floors = {"glibc": possible.glibc, "GLIBCXX": possible.libstdcxx}
@@ -277,37 +283,37 @@ def check_tag(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_requirements(subject: ExaminedWheel) -> Iterator[Finding]:
-    """METADATA has the expected requirements, and none of the unwanted ones."""
+    """Check the requirements of METADATA against the required and the forbidden projects."""
     expect, problems = subject.expect, []
-    has = {
+    requirements = {
         canonicalize_name(requirement.name): requirement
         for requirement in subject.wheel.requires
         if not requirement.marker or requirement.marker.evaluate({"extra": ""})
     }
     for wanted in map(Requirement, expect.requires):
-        found = has.get(canonicalize_name(wanted.name))
-        if not found:
-            problems.append(f"it does not require {wanted}")
-        elif wanted.specifier and found.specifier != wanted.specifier:
-            problems.append(f"it requires {found}, not {wanted}")
+        actual = requirements.get(canonicalize_name(wanted.name))
+        if not actual:
+            problems.append(f"METADATA does not require {wanted}")
+        elif wanted.specifier and actual.specifier != wanted.specifier:
+            problems.append(f"METADATA requires {actual} instead of {wanted}")
     for name in expect.requires_not:
-        if found := has.get(canonicalize_name(name)):
-            problems.append(f"it requires {found}")
-    return _findings("requirements", problems, f"{len(has)} for every user")
+        if actual := requirements.get(canonicalize_name(name)):
+            problems.append(f"METADATA requires {actual}, which is not allowed")
+    return _findings("requirements", problems, f"{len(requirements)} for every user")
 
 
 def check_size(subject: ExaminedWheel) -> Iterator[Finding]:
-    """The wheel is within its size limit."""
+    """Check the size of the wheel file."""
     size, most = subject.wheel.path.stat().st_size, subject.expect.max_size
     if most is None:
         yield Finding("size", "note", files.size(size))
         return
-    problems = [f"{files.size(size)}, over the {files.size(most)} that it may have"] if size > most else []
+    problems = [f"{files.size(size)}, more than the allowed {files.size(most)}"] if size > most else []
     yield from _findings("size", problems, f"{files.size(size)} of at most {files.size(most)}")
 
 
 def check_extensions(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Every expected extension exists."""
+    """Check that every required extension is a shared object in the wheel."""
     wanted = subject.expect.extensions
     problems = [
         f"{name} {'is not a shared object' if name in subject.members else 'is missing'}"
@@ -318,14 +324,12 @@ def check_extensions(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Every device image is for an expected architecture, each unit has one image for each, and PTX exists only if
-    expected.
-    """
+    """Check the architectures of all device code, and the number of images of each linked object."""
     arch, linked = subject.expect.arch, subject.linked or {}
     if not arch:
         return
     wanted = cubin.names(arch)
-    problems = [f"{name} should hold device code and is missing" for name in linked if name not in subject.binaries]
+    problems = [f"{name} should contain device code, but is missing" for name in linked if name not in subject.binaries]
     counts = []
     for name, binary in subject.binaries.items():
         try:
@@ -340,18 +344,18 @@ def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
                 yield Finding("device code", "note", f"{pieces}, unused beside the linked images")
             else:
                 problems.append(f"{pieces}, which nvlink has not linked: no driver can load them")
-        found = Counter(image.name for image in linked_images)
-        if foreign := {image: count for image, count in found.items() if image not in wanted}:
-            problems.append(f"{name} holds {_image_counts(foreign)}, which is not expected")
+        actual = Counter(image.name for image in linked_images)
+        if foreign := {image: count for image, count in actual.items() if image not in wanted}:
+            problems.append(f"{name} holds {_image_counts(foreign)}, which the recipe does not list")
         units = linked.get(name)
         for image in sorted(wanted):
-            if units is not None and found[image] != units:
-                count = f"{found[image]} images of {image}"
-                problems.append(f"{name} holds {count}, and {units} CUDA objects were linked into it")
-            elif found and not found[image]:
+            if units is not None and actual[image] != units:
+                count = f"{actual[image]} images of {image}"
+                problems.append(f"{name} holds {count}, but {units} CUDA objects were linked into it")
+            elif actual and not actual[image]:
                 problems.append(f"{name} holds no {image}")
-        if asked := {image: found[image] for image in wanted if found[image]}:
-            counts.append(f"{name} {_image_counts(asked)}")
+        if present := {image: actual[image] for image in wanted if actual[image]}:
+            counts.append(f"{name} {_image_counts(present)}")
     if counts:
         yield Finding("device code", "note" if problems else "pass", "; ".join(counts))
     yield from (Finding("device code", "fail", problem) for problem in problems)
@@ -360,11 +364,13 @@ def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_absent(subject: ExaminedWheel) -> Iterator[Finding]:
-    """No unwanted binary exists, and no unwanted kernel in a binary; see :func:`voltforge.binary.cubin.kernels`."""
+    """Check that no binary and no kernel matches a forbidden pattern; see :func:`voltforge.binary.cubin.kernels`."""
     patterns = subject.expect.absent
     problems = []
     for name, binary in subject.binaries.items():
-        problems += [f"{name} must not be in the wheel" for pattern in patterns if fnmatchcase(name, pattern)]
+        problems += [
+            f"{name} matches the forbidden pattern {pattern}" for pattern in patterns if fnmatchcase(name, pattern)
+        ]
         kernels = cubin.kernels(binary.path) if patterns else ()
         for pattern in patterns:
             if matching := sorted(kernel for kernel in kernels if fnmatchcase(kernel, pattern)):
@@ -374,36 +380,36 @@ def check_absent(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_paths(subject: ExaminedWheel) -> Iterator[Finding]:
-    """No file names a folder of the build machine; compressed data inside files is not searched."""
+    """Check that no file names a folder of the build machine. Compressed data inside a file is not searched."""
     forbidden = [path.rstrip("/").encode() for path in subject.forbidden_paths if path.rstrip("/")]
-    # The path must end there: /workspace does not name /work.
+    # The path must end there: /work does not match /workspace.
     exact = re.compile(rb"(?:" + b"|".join(map(re.escape, forbidden)) + rb")(?![\w.+-])") if forbidden else None
     problems = []
     for name in subject.members:
-        found = Counter(_occurrences(subject.folder / name, exact)) if exact else Counter[str]()
+        matches = Counter(_occurrences(subject.folder / name, exact)) if exact else Counter[str]()
         if name in subject.binaries:
-            found += Counter(_occurrences(subject.folder / name, _PRIVATE))
-        if found:
-            problems.append(f"{name} names {_examples(sorted(found))}")
+            matches += Counter(_occurrences(subject.folder / name, _PRIVATE))
+        if matches:
+            problems.append(f"{name} names {_examples(sorted(matches))}")
     return _findings("build paths", problems, "no file names a folder of the build machine")
 
 
 def check_runpath(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Every RUNPATH entry leads from the binary into site-packages, or is an expected entry."""
+    """Check that every RUNPATH entry is an allowed pattern and, starting at $ORIGIN, stays inside site-packages."""
     allowed = subject.expect.runpath
     problems, seen = [], 0
     for name, binary in subject.binaries.items():
         for entry in binary.runpath + binary.rpath:
             seen += 1
             if allowed and not any(fnmatchcase(entry, pattern) for pattern in allowed):
-                problems.append(f"{name} has {entry}, which is none of {', '.join(allowed)}")
+                problems.append(f"{name} has the RUNPATH entry {entry}, which matches none of {', '.join(allowed)}")
             elif not _stays_inside(name, entry):
-                problems.append(f"{name} has {entry}, which leads out of site-packages")
+                problems.append(f"{name} has the RUNPATH entry {entry}, which leads out of site-packages")
     return _findings("RUNPATH", problems, f"{seen} entries, each inside site-packages" if seen else "none")
 
 
 def check_stripped(subject: ExaminedWheel) -> Iterator[Finding]:
-    """No binary contains debug data."""
+    """Check that all binaries are stripped of symbol tables and debug information."""
     problems = []
     for name, binary in subject.binaries.items():
         if not binary.stripped:
@@ -413,7 +419,7 @@ def check_stripped(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_symbols(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Every symbol that a binary requires is found in its libraries, by the rules of ld.so."""
+    """Check that ld.so would find every library and every strong symbol of every binary."""
     environment = subject.environment
     if not subject.binaries:
         return
@@ -431,19 +437,19 @@ def check_symbols(subject: ExaminedWheel) -> Iterator[Finding]:
     problems, lent, total = [], {}, 0
     for name, binary in subject.binaries.items():
         try:
-            found = loader.resolve(name)
+            resolved = loader.resolve(name)
         except ElfError as error:
             problems.append(error.what)
             continue
         total += len(binary.undefined)
-        if found.missing:
-            problems.append(f"{name} needs {', '.join(found.missing)}, found nowhere")
-        if found.unresolved:
-            count = f"{len(found.unresolved)} of its {len(binary.undefined)} symbols"
-            problems.append(f"{name} finds {count} nowhere: {_examples(map(str, found.unresolved))}")
-        if found.lent:
-            lent[name] = found.lent
-    yield from _findings("symbols", problems, f"all {total} that {len(subject.binaries)} binaries require are found")
+        if resolved.missing:
+            problems.append(f"{name} needs {', '.join(resolved.missing)}, which no folder of the search path contains")
+        if resolved.unresolved:
+            count = f"{len(resolved.unresolved)} of its {len(binary.undefined)} symbols"
+            problems.append(f"{name} finds {count} nowhere: {_examples(map(str, resolved.unresolved))}")
+        if resolved.lent:
+            lent[name] = resolved.lent
+    yield from _findings("symbols", problems, f"all {total} that {len(subject.binaries)} binaries ask for are found")
     if lent:
         names = sorted({library for libraries in lent.values() for library in libraries})
         yield Finding(
@@ -452,30 +458,32 @@ def check_symbols(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_imports(subject: ExaminedWheel) -> Iterator[Finding]:
-    """The modules import in an environment with the wheel, and register the expected operators."""
+    """Check that the modules import, and that the operators of the recipe are registered."""
     expect, environment = subject.expect, subject.environment
     if not (expect.imports or expect.ops):
         return
     if not environment:
         yield Finding("imports", "note", "not checked: it needs an environment with the wheel installed")
         return
-    if other := [
+    if different := [
         name for name in subject.binaries if not _same_content(subject.folder / name, environment.site / name)
     ]:
-        yield Finding("imports", "fail", f"{environment.site} holds another build of {_examples(other)}, or none")
+        yield Finding(
+            "imports", "fail", f"{environment.site} has a different build of {_examples(different)}, or lacks it"
+        )
         return
     problems = []
     for module in expect.imports:
-        answer = _run_script(subject, environment, _IMPORT, module)
-        if answer:
-            problems.append(f"import {module}: {answer}")
+        problem = _run_script(subject, environment, _IMPORT, module)
+        if problem:
+            problems.append(f"import {module}: {problem}")
     yield from _findings("imports", problems, ", ".join(expect.imports))
     if expect.ops and not problems:
         yield from _operators(subject, environment)
 
 
 def check_config(subject: ExaminedWheel) -> Iterator[Finding]:
-    """The configuration that the installed package reports agrees with the variables of its build."""
+    """Check that the configuration reported by the installed wheel agrees with the variables of its build."""
     expression, wanted = subject.expect.config, subject.expect.variables
     if not expression or not subject.environment:
         return
@@ -483,17 +491,17 @@ def check_config(subject: ExaminedWheel) -> Iterator[Finding]:
     if problem or not answers[0][0]:
         yield Finding("configuration", "fail", problem or f"{expression}: {answers[0][1]}")
         return
-    told = dict(re.findall(r"\b([A-Z][A-Z0-9_]*)=([^\s,;]*)", answers[0][1]))
-    both = sorted(wanted.keys() & told.keys())
-    problems = [f"it reports {name}={told[name]}, but was built with {wanted[name]}" for name in both
-                if not options.same_value(told[name], wanted[name])]  # fmt: skip
-    if not both:
-        problems = [f"{expression} names none of the variables of its build"]
-    yield from _findings("configuration", problems, f"{len(both)} variables as in the recipe: {', '.join(both)}")
+    reported = dict(re.findall(r"\b([A-Z][A-Z0-9_]*)=([^\s,;]*)", answers[0][1]))
+    common = sorted(wanted.keys() & reported.keys())
+    problems = [f"it reports {name}={reported[name]}, but was built with {wanted[name]}" for name in common
+                if not options.same_value(reported[name], wanted[name])]  # fmt: skip
+    if not common:
+        problems = [f"{expression} reports none of the variables of its build"]
+    yield from _findings("configuration", problems, f"{len(common)} variables as in the recipe: {', '.join(common)}")
 
 
 def check_answers(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Expressions in the installed package have the values that the recipe requires."""
+    """Check the values of the recipe's expressions in an environment with the wheel installed."""
     says = subject.expect.says
     if not says:
         return
@@ -512,7 +520,7 @@ def check_answers(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_in_wheelhouse(house: Wheelhouse, path: Path, trust: Trust) -> list[Finding]:
-    """Return the findings on index, receipt, provenance and signature of a wheel in the wheelhouse."""
+    """Check a wheel of the wheelhouse against its index, receipt, provenance and signature."""
     problems, by = house.wheel_problems(Wheel.read(path), trust)
     return [*_findings("provenance", problems, f"wheel, index, receipt and provenance agree; signed by {by}")]
 
@@ -533,13 +541,13 @@ CHECKS: tuple[Check, ...] = (
     check_config,
     check_answers,
 )
-"""All checks, from those with the fewest needs to those with the most."""
+"""All checks, the cheapest first."""
 
 
 def _findings(check: str, problems: Iterable[str], fine: str) -> Iterator[Finding]:
-    """Yield a failure for each problem, or one success."""
-    found = [Finding(check, "fail", problem) for problem in problems]
-    yield from found or ([Finding(check, "pass", fine)] if fine else [])
+    """Yield a failure for each problem, or a single pass with the detail ``fine`` if there is none."""
+    failures = [Finding(check, "fail", problem) for problem in problems]
+    yield from failures or ([Finding(check, "pass", fine)] if fine else [])
 
 
 def _operators(subject: ExaminedWheel, environment: InstalledPython) -> Iterator[Finding]:
@@ -551,20 +559,20 @@ def _operators(subject: ExaminedWheel, environment: InstalledPython) -> Iterator
             yield Finding("operators", "fail", problem)
             return
         # An operator's overloads follow its name after a dot.
-        has = {full.partition(".")[0] for full in json.loads(answer.read_bytes())}
-    mine = {full for full in has if full.partition("::")[0] in spaces}
-    missing = [f"{name} is not registered" for name in sorted(wanted - mine)]
+        registered = {full.partition(".")[0] for full in json.loads(answer.read_bytes())}
+    own = {full for full in registered if full.partition("::")[0] in spaces}
+    missing = [f"{name} is not registered" for name in sorted(wanted - own)]
     yield from _findings("operators", missing, f"all {len(wanted)} are registered")
-    if mine - wanted:
+    if own - wanted:
         yield Finding(
-            "operators", "note", f"{len(mine - wanted)} more are registered: {_examples(sorted(mine - wanted))}"
+            "operators", "note", f"{len(own - wanted)} more are registered: {_examples(sorted(own - wanted))}"
         )
 
 
 def _values(
     subject: ExaminedWheel, environment: InstalledPython, expressions: Sequence[str]
 ) -> tuple[list[tuple[bool, str]], str]:
-    """Return the values of expressions in the environment as text, each with whether it has one, or the error."""
+    """Return a pair for each expression, (evaluated, value or error as text), and a message if the script failed."""
     with tempfile.TemporaryDirectory(prefix="voltforge-") as name:
         answer = Path(name) / "answers.json"
         modules = " ".join(subject.expect.imports)
@@ -574,29 +582,29 @@ def _values(
 
 
 def _run_script(subject: ExaminedWheel, environment: InstalledPython, script: str, *words: str) -> str:
-    """Run a script in the environment; return the error in one line, or nothing."""
+    """Run a script in the environment; return an empty string, or its error in one line."""
     variables = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
-    variables.setdefault("LOGNAME", "voltforge")  # torch reads it, and a user id in a container may have no name
+    variables.setdefault("LOGNAME", "voltforge")  # torch needs a user name, and a user id in a container may have none
     if subject.driver_stub and DRIVER not in system_libraries():
         variables["LD_LIBRARY_PATH"] = str(subject.driver_stub)
     try:
         run([environment.python, "-I", "-c", script, *words], env=variables, timeout=PATIENCE)
     except ProgramFailed as error:
         lines = [line for line in error.output.splitlines() if line.strip()]
-        told = [line.removeprefix(_ANSWER) for line in lines if line.startswith(_ANSWER)]
-        return (told or lines or [error.what])[-1] if error.status == 1 else error.what
+        messages = [line.removeprefix(_ANSWER) for line in lines if line.startswith(_ANSWER)]
+        return (messages or lines or [error.what])[-1] if error.status == 1 else error.what
     return ""
 
 
 def _binaries(folder: Path) -> tuple[dict[str, Elf], tuple[str, ...]]:
-    found, malformed = {}, []
+    binaries, malformed = {}, []
     for name in sorted(members(folder)):
         if is_binary(folder / name):
             try:
-                found[name] = Elf.read(folder / name)
+                binaries[name] = Elf.read(folder / name)
             except ElfError as error:
                 malformed.append(error.what.replace(str(folder / name), name))
-    return found, tuple(malformed)
+    return binaries, tuple(malformed)
 
 
 def _image_counts(images: Mapping[str, int]) -> str:
@@ -613,14 +621,14 @@ def _occurrences(path: Path, pattern: re.Pattern[bytes]) -> list[str]:
 
 
 def _stays_inside(name: str, entry: str) -> bool:
-    """Return True if a RUNPATH entry of the binary at ``name`` in site-packages leads into site-packages."""
+    """Return True if a RUNPATH entry of the binary at ``name`` in site-packages stays inside site-packages."""
     first, _, rest = entry.replace("${ORIGIN}", "$ORIGIN").partition("/")
-    goal = os.path.normpath(PurePosixPath(name).parent / rest)
-    return first == "$ORIGIN" and goal.split("/")[0] != ".."
+    target = os.path.normpath(PurePosixPath(name).parent / rest)
+    return first == "$ORIGIN" and target.split("/")[0] != ".."
 
 
 def _covers(claimed: str, possible: str) -> bool:
-    """Return True if every machine that accepts the claimed platform tag satisfies the possible one."""
+    """Return True if every machine that accepts the ``claimed`` platform tag also accepts the ``possible`` one."""
     if possible == "any" or claimed == possible:
         return True
     floor, least = _oldest_glibc(claimed), _oldest_glibc(possible)
@@ -628,7 +636,7 @@ def _covers(claimed: str, possible: str) -> bool:
 
 
 def _oldest_glibc(tag: str) -> tuple[tuple[int, int] | None, str]:
-    """Return the glibc version that a platform tag requires and its machine (PEP 600 defines the older tags)."""
+    """Return the glibc version that a platform tag requires, if any, and its machine; PEP 600 maps the older tags."""
     if match := re.fullmatch(r"manylinux_(\d+)_(\d+)_(\w+)", tag):
         return (int(match[1]), int(match[2])), match[3]
     older = {"manylinux1_": (2, 5), "manylinux2010_": (2, 12), "manylinux2014_": (2, 17)}
@@ -638,8 +646,8 @@ def _oldest_glibc(tag: str) -> tuple[tuple[int, int] | None, str]:
     return None, tag.removeprefix("linux_")
 
 
-def _same_content(one: Path, other: Path) -> bool:
-    return other.is_file() and files.sha256(one) == files.sha256(other)
+def _same_content(first: Path, second: Path) -> bool:
+    return second.is_file() and files.sha256(first) == files.sha256(second)
 
 
 def _tags(tags: Iterable[Tag]) -> str:
@@ -647,6 +655,6 @@ def _tags(tags: Iterable[Tag]) -> str:
 
 
 def _examples(names: Iterable[str]) -> str:
-    everything = list(names)
-    more = f" and {len(everything) - _SHOWN} more" if len(everything) > _SHOWN else ""
-    return ", ".join(everything[:_SHOWN]) + more
+    examples = list(names)
+    more = f" and {len(examples) - _SHOWN} more" if len(examples) > _SHOWN else ""
+    return ", ".join(examples[:_SHOWN]) + more

@@ -1,7 +1,7 @@
-"""The shared cache of finished wheels: a folder or a web server, asked before a build and given what was built.
+"""The shared cache of finished wheels: a folder or a web server that is searched before a build and filled after it.
 
-It holds plain files, so that whatever serves files can be one, and anyone may have written them. A statement is
-believed where a trusted key has signed it, and a wheel where its bytes have the hash that the statement says.
+It holds plain files, which any file server can serve and any attacker can write. A statement is believed if a trusted
+key has signed it, and a wheel if its bytes have the SHA-256 of the statement.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ from voltforge.wheel.provenance import Provenance
 from voltforge.wheel.signing import Trust
 
 ANSWER = 30.0
-"""Seconds after which an answer is given up, however often it was asked for: its head, or all of a small one.
+"""The time limit of an answer in seconds: its head, or all of a small file.
 
-The time limits of requests begin anew with each byte, and a server that sends one now and then would never end.
+The timeouts of requests restart with each byte, so a server that sends a byte now and then would never time out.
 """
 WINDOW = 30.0
-"""Seconds over which the speed of a wheel's download is looked at."""
+"""The period over which the speed of a download is measured, in seconds."""
 SLOWEST = 50_000
-"""Bytes in a second below which a download is given up. At this speed a wheel of 200 MB would take over an hour."""
+"""The lowest accepted download speed in bytes per second. At this speed a wheel of 200 MB takes over an hour."""
 REDIRECTS = 5
-"""How often a server may send on. requests' own 30, each of them slow, would take minutes."""
+"""The most redirects of an answer. 30 slow ones, the limit of requests, would take minutes."""
 LARGEST_STATEMENT = 4_000_000
-"""Bytes beyond which a file of statements is not read; a statement has some ten thousand."""
+"""The largest file of statements that is read, in bytes. A statement has some ten thousand."""
 LARGEST_WHEEL = 10_000_000_000
-"""Bytes beyond which a download is given up; the largest known wheel has under 5 GB."""
+"""The largest wheel that is downloaded, in bytes. The largest known wheel has under 5 GB."""
 BUILDERS = 16
-"""How many statements of one file are looked at."""
+"""The most statements of one file that are read."""
 
 Result = TypeVar("Result")
 
 
 class CacheError(VoltforgeError):
-    """The shared cache has no usable address, does not take a wheel, or gave something that cannot be used."""
+    """The shared cache has no usable address, refused a wheel, or sent an unusable answer."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class CachedWheel:
     """A wheel from the cache."""
 
     wheel: Path
-    """Where it lies now; its bytes have the hash that a trusted key has signed."""
+    """The downloaded file; its SHA-256 is that of a statement signed by a trusted key."""
     provenance: Provenance
-    """What the signed statement says of it."""
+    """The provenance in that statement."""
 
 
 @dataclass(frozen=True)
@@ -76,31 +76,31 @@ class CacheMiss:
     """No wheel from the cache."""
 
     why: str = ""
-    """What it or its server did wrong, a sentence; empty if it simply does not have the wheel."""
+    """The fault of the cache, in a sentence; empty if it merely lacks the wheel."""
 
 
 @dataclass(frozen=True)
 class SharedCache:
-    """A folder or an address with finished wheels, and for each build a statement that names its wheel.
+    """A folder or an address with finished wheels, and for each build the statements about its wheel.
 
-    ``keys/<first two digits of the build's key>/<key>.intoto.jsonl`` has a signed statement a line, each by another
-    builder, all of the same wheel; ``wheels/<sha256>/<file>`` is the wheel.
+        ``keys/<first two digits of the build's key>/<key>.intoto.jsonl`` has a signed statement on each line, each by a
+    different builder and all about the same wheel. ``wheels/<sha256>/<file>`` is the wheel.
     """
 
     address: str
-    """An absolute folder, or a file:, http: or https: address, which may hold credentials."""
+    """An absolute folder, or a file:, http: or https: address, which may include credentials."""
     patience: Patience = field(default=Patience(attempts=2))
     offline: bool = False
-    """Whether only a folder may be asked."""
+    """True if no server may be contacted."""
     ask_indexes: Callable[[], Indexes] = field(default=index.configured, repr=False)
-    """Gives the certificates that this machine trusts, where a wheel is given to a server."""
+    """Returns the certificates and proxies for uploads."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> SharedCache | None:
-        """The cache that ``VOLTFORGE_CACHE`` names, if it names one. ``VOLTFORGE_OFFLINE=1``: no network.
+        """Return the cache that ``VOLTFORGE_CACHE`` names, if any. ``VOLTFORGE_OFFLINE=1`` forbids the network.
 
-        Raises:
-            CacheError: it is neither a folder nor such an address.
+            Raises:
+        CacheError: the value is neither a folder nor such an address.
         """
         address = environ.get("VOLTFORGE_CACHE", "").strip()
         if not address:
@@ -112,15 +112,15 @@ class SharedCache:
         return redacted(self.address)
 
     def find(self, key: str, trust: Trust, downloads: Store) -> CachedWheel | CacheMiss:
-        """The wheel that was built under a key, as a key of ``trust`` has signed it; fetched into ``downloads``.
+        """Download the wheel that was built under ``key`` and signed by a key of ``trust`` into ``downloads``.
 
-        Whatever the cache does, or does not do, is a miss, within minutes; nothing is raised for it.
+        Any fault of the cache is a miss, within minutes. Raises nothing.
         """
         if not trust:
-            why = "no key is trusted; the file that VOLTFORGE_TRUSTED names is to have its builders' public keys"
+            why = "no key is trusted; put the builders' public keys into the file that VOLTFORGE_TRUSTED names"
             return CacheMiss(f"{self}: {why}")
         if self._local is None and (self.offline or downloads.offline):
-            return CacheMiss(f"{self}: VOLTFORGE_OFFLINE forbids to ask it")
+            return CacheMiss(f"{self}: VOLTFORGE_OFFLINE forbids network access")
         try:
             return self._fetch(key, trust, downloads)
         except NotFetchedError as error:
@@ -129,22 +129,24 @@ class SharedCache:
         except VoltforgeError as error:
             return CacheMiss(error.what)
         except Exception as error:
-            # requests, urllib3 and json raise more types for what a server says than they document, and a cache
-            # that is broken must not break a build.
-            return CacheMiss(f"{self}: what it gave cannot be read ({type(error).__name__})")
+            # requests, urllib3 and json raise more types than they document, and a broken cache must not break a build.
+            return CacheMiss(f"{self}: unreadable answer ({type(error).__name__})")
 
     def put(self, key: str, wheel: Path, envelope: bytes) -> bool:
-        """Give the cache a wheel and the signed statement that it was built under ``key``.
+        """Upload a wheel and the signed statement that it was built under ``key``; return False if both exist there.
 
-        The wheel goes first, so that no statement ever names what is not there. Statements of other builders of the
-        same wheel stay. Gives whether anything had to be written.
+                The wheel is written first, so that no statement names a missing wheel. Statements of other builders
+        stay.
 
-        Raises:
-            CacheError: the cache cannot be written, has another wheel under this key, or the statement is not signed
-                or of something else.
+                Raises:
+            CacheError: the cache cannot be written, has another wheel under this key, or the statement is unsigned
+            or about another wheel or build.
         """
         if self._local is None and self.offline:
-            raise CacheError(f"{self} was given nothing: VOLTFORGE_OFFLINE forbids to ask it", hint="unset it")
+            raise CacheError(
+                f"nothing was uploaded to {self}: VOLTFORGE_OFFLINE forbids network access",
+                hint="unset VOLTFORGE_OFFLINE",
+            )
         made = _checked_provenance(key, wheel, envelope)
         with self._open(self.ask_indexes) as place:
             there = place.read(_statements_path(key)) or b""
@@ -155,7 +157,8 @@ class SharedCache:
                 place.write(path, wheel)
                 if place.size(path) not in (size, UNKNOWN):
                     raise CacheError(
-                        f"{place.shown(path)} was taken, but is not there whole", hint="look at the log of its server"
+                        f"{place.shown(path)} was uploaded, but is missing or incomplete there",
+                        hint="look at the log of its server",
                     )
             kept = [line for line in others if line == envelope or _signers(line) != _signers(envelope)]
             lines = b"".join(kept if envelope in kept else [*kept, envelope])
@@ -185,7 +188,7 @@ class SharedCache:
                 return CacheMiss("" if self._local is None or self._local.is_dir() else f"{self} is not a folder")
             made = _trusted_provenance(lines, key, trust, place.shown(_statements_path(key)))
             address = place.address(_wheel_path(made))
-        # Its own mirrors and indexes have no finished wheels: to ask them would cost time.
+        # The mirrors and indexes of the store have no finished wheels.
         store = replace(
             downloads, mirrors=(), patience=self.patience, ask_indexes=lambda: _LimitedIndexes(**vars(ask()))
         )
@@ -204,10 +207,10 @@ def _wheel_path(made: Provenance) -> str:
 
 
 def _trusted_provenance(lines: bytes, key: str, trust: Trust, shown: str) -> Provenance:
-    """What the first statement says that a trusted key has signed of this build.
+    """Return the provenance of the first statement that a trusted key has signed for this build.
 
     Raises:
-        CacheError: there is none; what is wrong with the first of all.
+    CacheError: there is none; the message gives the problem of the first statement.
     """
     problems = []
     for line in lines.splitlines(keepends=True)[:BUILDERS]:
@@ -215,46 +218,46 @@ def _trusted_provenance(lines: bytes, key: str, trust: Trust, shown: str) -> Pro
             return _provenance_of_build(signing.verified(line, trust), key)
         except VoltforgeError as problem:
             problems.append(f"{problem.what}; {problem.hint}" if problem.hint else problem.what)
-    raise CacheError(f"{shown}: {problems[0] if problems else 'it is empty'}")
+    raise CacheError(f"{shown}: {problems[0] if problems else 'the file is empty'}")
 
 
 def _provenance_of_build(payload: bytes, key: str) -> Provenance:
-    """What a statement says of the wheel that was built under a key.
+    """Return the provenance in a statement about the wheel that was built under ``key``.
 
     Raises:
-        VoltforgeError: it is of another build, or is no statement on a wheel.
+    VoltforgeError: it is about another build, or is not a statement about a wheel.
     """
     made = provenance.read(payload)
     if made.build_key != key:
-        raise CacheError(f"the statement is of another build, {made.build_key}")
+        raise CacheError(f"the statement is about another build, {made.build_key}")
     return made
 
 
 def _checked_provenance(key: str, wheel: Path, envelope: bytes) -> Provenance:
-    """What is to be given to the cache, if it belongs together.
+    """Return the provenance to upload.
 
     Raises:
-        CacheError: the statement is not signed, or not of this wheel and build.
+    CacheError: the statement is unsigned, or is not about this wheel and build.
     """
     try:
         made = _provenance_of_build(signing.payload(envelope), key)
         if not _signers(envelope):
-            raise CacheError("nobody has signed the statement, so nobody would believe it")
+            raise CacheError("the statement is not signed")
         if (made.file, made.sha256) != (wheel.name, files.sha256(wheel)):
-            raise CacheError(f"the statement is of {made.file} with sha256 {made.sha256}")
+            raise CacheError(f"the statement is about {made.file} with sha256 {made.sha256}")
     except OSError as error:
         raise CacheError(f"{wheel} cannot be read: {error.strerror}") from error
     except VoltforgeError as problem:
-        hint = "./doit key signs what the wheelhouse has"
+        hint = "./doit key signs the wheels of the wheelhouse"
         raise CacheError(f"{wheel.name} cannot be shared: {problem.what}", hint=hint) from problem
     return made
 
 
 def _matching_statements(lines: bytes, key: str, made: Provenance, shown: str) -> list[bytes]:
-    """The statements that are there already and say the same of this build; what cannot be used is left out.
+    """Return the existing statements about the same build and wheel; warn about unusable ones and leave them out.
 
     Raises:
-        CacheError: one says that the build has given another wheel.
+    CacheError: a statement names a different wheel for this build.
     """
     same = []
     for line in lines.splitlines(keepends=True)[:BUILDERS]:
@@ -265,8 +268,8 @@ def _matching_statements(lines: bytes, key: str, made: Provenance, shown: str) -
             continue
         if other.sha256 != made.sha256:
             raise CacheError(
-                f"{shown} is of another wheel: the same build gave sha256 {other.sha256} there and {made.sha256} here",
-                hint="./doit reproduce shows whether it gives the same bytes twice; nothing was overwritten",
+                f"{shown} names a different wheel: this build gave sha256 {other.sha256} there and {made.sha256} here",
+                hint="./doit reproduce compares two builds; nothing was overwritten",
             )
         same.append(line)
     return same
@@ -280,10 +283,10 @@ def _signers(envelope: bytes) -> set[str]:
 
 
 def _normalised_address(address: str) -> str:
-    """An address or an absolute folder, from what a person wrote.
+    """Return the normalised address or absolute folder for a value of VOLTFORGE_CACHE.
 
     Raises:
-        CacheError: it is neither.
+    CacheError: it is neither.
     """
     scheme, colon, rest = address.partition(":")
     try:
@@ -294,11 +297,11 @@ def _normalised_address(address: str) -> str:
         on_web = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         if (on_disk or on_web) and not parts.query and not parts.fragment:
             return f"{scheme.lower()}:{rest}"
-    except (ValueError, RuntimeError):  # a port that is no number; the ~ of an unknown user
+    except (ValueError, RuntimeError):  # the port is not a number; the ~ of an unknown user
         pass
     shown = redacted(address) if "://" in address or not colon else f"{scheme}:…"
     raise CacheError(
-        f"VOLTFORGE_CACHE is {shown}, which is neither a folder nor a whole http, https or file address",
+        f"VOLTFORGE_CACHE is {shown}, which is neither a folder nor a complete http, https or file address",
         hint="VOLTFORGE_CACHE=/a/folder or VOLTFORGE_CACHE=https://host/path, with %40 for an @ in a password",
     )
 
@@ -306,7 +309,7 @@ def _normalised_address(address: str) -> str:
 # --- places ---
 
 UNKNOWN = -1
-"""The size of a file whose server does not say it."""
+"""The size of a file if the server does not report it."""
 
 
 @dataclass(frozen=True)
@@ -320,10 +323,10 @@ class _CacheFolder:
         return (self._file(path) or self.root / path).absolute().as_uri()
 
     def _file(self, path: str) -> Path | None:
-        """A file, or ``None`` if there is none.
+        """Return a file, or ``None`` if it does not exist.
 
-        Raises:
-            CacheError: it is something else; to open a pipe could wait forever.
+            Raises:
+        CacheError: it is not a regular file; opening a pipe could block forever.
         """
         file = self.root / path
         if file.exists() and not file.is_file():
@@ -331,10 +334,10 @@ class _CacheFolder:
         return file if file.exists() else None
 
     def read(self, path: str) -> bytes | None:
-        """A small file, or ``None`` if there is none.
+        """Return the content of a small file, or ``None`` if it does not exist.
 
-        Raises:
-            CacheError: it cannot be read, or is not small.
+            Raises:
+        CacheError: it cannot be read, or is too large.
         """
         try:
             if not (file := self._file(path)):
@@ -347,7 +350,7 @@ class _CacheFolder:
         return data
 
     def size(self, path: str) -> int | None:
-        """The bytes of a file, ``None`` if there is none."""
+        """Return the size of a file in bytes, or ``None`` if it does not exist."""
         try:
             file = self._file(path)
             return file.stat().st_size if file else None
@@ -358,10 +361,10 @@ class _CacheFolder:
         return CacheError(f"{self.root / path} cannot be read: {error.strerror}")
 
     def write(self, path: str, source: Path | bytes) -> None:
-        """Put a file there, and the folders that it needs.
+        """Write a file and create its folders.
 
-        Raises:
-            CacheError: it cannot be written.
+            Raises:
+        CacheError: it cannot be written.
         """
         target = self.root / path
         try:
@@ -387,10 +390,10 @@ class _CacheServer:
         return f"{self.base}/{quote(path)}"
 
     def read(self, path: str) -> bytes | None:
-        """A small file, or ``None`` if there is none.
+        """Return the content of a small file, or ``None`` if it does not exist.
 
-        Raises:
-            CacheError: there is no good answer in time, or the file is not small.
+            Raises:
+        CacheError: the request fails or times out, or the file is too large.
         """
         with self._errors_explained(path):
             return _with_timeout(ANSWER, lambda: self._read(path))
@@ -401,33 +404,33 @@ class _CacheServer:
             if response.status_code in (404, 410):
                 return None
             self._raise_for_status(path, response)
-            # read1 gives what has come; time would pass unseen in waiting for a whole block.
+            # read1 returns as soon as bytes arrive; read would wait for a whole block and miss the deadline.
             while block := response.raw.read1(files.BLOCK, decode_content=True):
                 data += block
                 _raise_if_large(data, self.shown(path))
-                if time.monotonic() > end:  # nobody waits for it any more
+                if time.monotonic() > end:  # _with_timeout has already given up
                     raise requests.Timeout
         return data
 
     def size(self, path: str) -> int | None:
-        """The bytes of a file, ``None`` if it cannot be had, or ``UNKNOWN``."""
+        """Return the size of a file in bytes, ``None`` if it cannot be downloaded, or ``UNKNOWN``."""
         with self._errors_explained(path):
             response = self._request("HEAD", path, allow_redirects=True)
         length = response.headers.get("Content-Length", "")
         return None if response.status_code != 200 else int(length) if length.isdecimal() else UNKNOWN
 
     def write(self, path: str, source: Path | bytes) -> None:
-        """Put a file there, and the folders that it needs.
+        """Upload a file and create its folders.
 
-        Raises:
-            CacheError: the server does not take it.
+            Raises:
+        CacheError: the server refuses it.
         """
         with self._errors_explained(path):
             refusals = self._make_folders(path)
             try:
                 response = self._put(path, source)
             except requests.ConnectionError:
-                # A server that refuses may hang up before it has read everything, and then its answer is lost.
+                # A server that refuses an upload may close the connection before its answer is read.
                 if not refusals:
                     raise
                 response = refusals[0]
@@ -442,10 +445,11 @@ class _CacheServer:
             return self._request("PUT", path, data=file, allow_redirects=False)
 
     def _make_folders(self, path: str) -> list[requests.Response]:
-        """Make the folders of a file (RFC 4918, section 9.3), and give the answers that refuse more than that.
+        """Create the folders of a file (RFC 4918, section 9.3) and return the answers with status 401, 403 or 507.
 
-        Before the file, for what is uploaded to a missing folder is refused only after it was sent; nginx says 500.
-        That a folder is there already is 405, as is that the server makes none: the upload tells.
+                Create them before the upload: otherwise a server refuses the file only after receiving it, nginx with
+        500. Status 405 means either that the folder exists or that the server cannot create any; the upload shows
+        which.
         """
         folders = ["", *(f"{folder}/" for folder in reversed(Path(path).parents[:-1]))]
         answers = [self._request("MKCOL", folder, allow_redirects=False) for folder in folders]
@@ -457,29 +461,31 @@ class _CacheServer:
 
     @contextlib.contextmanager
     def _errors_explained(self, path: str) -> Iterator[None]:
-        """Put what goes wrong on the way in words that hold no credentials."""
+        """Convert network errors to CacheError, without credentials in the message."""
         try:
             yield
         except requests.RequestException as error:
-            hint = "see whether its server runs, and what VOLTFORGE_CACHE is"
+            hint = "check that its server runs, and the value of VOLTFORGE_CACHE"
             raise CacheError(f"{self.shown(path)}: {explained(error, self.indexes)}", hint=hint) from error
-        except urllib3.exceptions.ReadTimeoutError as error:  # this and the next are what the bare body raises
+        except urllib3.exceptions.ReadTimeoutError as error:  # requests does not wrap the errors of the raw body
             raise CacheError(f"{self.shown(path)}: stopped sending") from error
         except urllib3.exceptions.HTTPError as error:
-            raise CacheError(f"{self.shown(path)}: broke off its answer, or garbled it") from error
+            raise CacheError(f"{self.shown(path)}: the answer is truncated or garbled") from error
 
     def _raise_for_status(self, path: str, response: requests.Response, *, writing: bool = False) -> None:
-        """Let only success pass.
+        """Raise unless the status is a success.
 
-        Raises:
-            CacheError: what the answer means, and what to try.
+            Raises:
+        CacheError: the meaning of the status, with a hint.
         """
         status = response.status_code
         if status in (200, 201, 204) if writing else status == 200:
             return
         if writing and response.is_redirect:
             target = redacted(response.headers["Location"])
-            raise CacheError(f"{self.shown(path)} is sent on to {target}", hint="name the other in VOLTFORGE_CACHE")
+            raise CacheError(
+                f"{self.shown(path)} is redirected to {target}", hint="set VOLTFORGE_CACHE to that address"
+            )
         known = _MEANINGS if writing or status == 401 else {}
         meaning, hint = known.get(status, ("", "look at the log of its server"))
         raise CacheError(f"{self.shown(path)} {answered(response)}{meaning}", hint=hint)
@@ -487,34 +493,37 @@ class _CacheServer:
 
 _MEANINGS: Mapping[int, tuple[str, str]] = {
     401: (
-        ": it wants a user and a password, or others",
+        ": it requires a user and a password, or different ones",
         "VOLTFORGE_CACHE=https://user:password@host/path, or a line for its host in ~/.netrc",
     ),
-    403: (": this user may not write there", "ask for the right to write, or name another user in VOLTFORGE_CACHE"),
-    404: (": it has no such folder and makes none", "make the folder on the server, or correct VOLTFORGE_CACHE"),
+    403: (": this user may not write there", "ask for write permission, or use another user in VOLTFORGE_CACHE"),
+    404: (
+        ": the folder does not exist, and the server does not create it",
+        "create the folder on the server, or correct VOLTFORGE_CACHE",
+    ),
     405: (
-        ": it gives files and takes none",
-        "allow uploads (nginx: dav_methods PUT MKCOL), or name the folder that it serves in VOLTFORGE_CACHE",
+        ": the server does not accept uploads",
+        "allow uploads (nginx: dav_methods PUT MKCOL), or set VOLTFORGE_CACHE to the folder that it serves",
     ),
     409: (
-        ": it has no such folder and makes none",
-        "make it on the server, or let uploads make folders (nginx: create_full_put_path on)",
+        ": the folder does not exist, and the server does not create it",
+        "create it on the server, or let uploads create folders (nginx: create_full_put_path on)",
     ),
-    413: (": the wheel is too large for it", "raise the server's limit (nginx: client_max_body_size)"),
-    500: ("", "look at the log of its server; nginx answers so where a folder is missing: create_full_put_path on"),
-    501: (": it does not know uploads", "name a WebDAV server or a folder in VOLTFORGE_CACHE"),
-    507: (": its disk is full", "remove old files of keys/ and then of wheels/ there"),
+    413: (": the wheel is larger than the server allows", "raise the server's limit (nginx: client_max_body_size)"),
+    500: ("", "look at the log of its server; nginx answers 500 if a folder is missing: create_full_put_path on"),
+    501: (": the server does not support uploads", "set VOLTFORGE_CACHE to a WebDAV server or a folder"),
+    507: (": its disk is full", "remove old files of keys/ there, and then of wheels/"),
 }
-"""What a refused upload means, and what to try, by status (RFC 9110, section 15.5; RFC 4918, section 11)."""
+"""The meaning of a refused upload and a hint, by status (RFC 9110, section 15.5; RFC 4918, section 11)."""
 
 
 def _raise_if_large(data: bytes, shown: str) -> None:
     if len(data) > LARGEST_STATEMENT:
-        raise CacheError(f"{shown} is larger than {files.size(LARGEST_STATEMENT)}, and no statement is")
+        raise CacheError(f"{shown} is larger than {files.size(LARGEST_STATEMENT)}, the limit for statements")
 
 
 class _UploadFile(io.FileIO):
-    """A file that says how far it has been read."""
+    """A file that reports its read progress."""
 
     def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
         super().__init__(path)
@@ -528,7 +537,7 @@ class _UploadFile(io.FileIO):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         before = self.tell()
         after = super().seek(offset, whence)
-        self._advance(after - before)  # an upload that begins anew
+        self._advance(after - before)  # negative when an upload is repeated
         return after
 
 
@@ -536,10 +545,10 @@ class _UploadFile(io.FileIO):
 
 
 def _with_timeout(seconds: float, work: Callable[[], Result]) -> Result:
-    """What ``work`` gives, unless it takes longer; then it goes on unheeded until its connection or the process ends.
+    """Return the result of ``work``, run in a thread that is abandoned after ``seconds``.
 
     Raises:
-        requests.Timeout: it takes longer.
+    requests.Timeout: it takes longer.
     """
     done: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
@@ -558,17 +567,17 @@ def _with_timeout(seconds: float, work: Callable[[], Result]) -> Result:
 
 @dataclass
 class _DownloadSpeed:
-    """Whether a download is fast enough, and ends."""
+    """The speed and size limits of one download."""
 
     total: int = 0
     count: int = 0
     start: float = field(default_factory=time.monotonic)
 
     def add(self, count: int) -> None:
-        """So many bytes more.
+        """Count received bytes.
 
-        Raises:
-            CacheError: they are too few for the time, or too many for a wheel.
+            Raises:
+        CacheError: the download is too slow, or larger than any wheel.
         """
         self.total += count
         self.count += count
@@ -577,12 +586,12 @@ class _DownloadSpeed:
             raise CacheError(f"the shared cache sends more than {files.size(LARGEST_WHEEL)} for one wheel")
         if passed >= WINDOW:
             if self.count < SLOWEST * passed:
-                raise CacheError(f"the shared cache is too slow: {files.size(self.count / passed)} in a second")
+                raise CacheError(f"the shared cache is too slow: {files.size(self.count / passed)} per second")
             self.count, self.start = 0, time.monotonic()
 
 
 class _LimitedAdapter(BaseAdapter):
-    """Sends requests as another does, and bounds the time that they take."""
+    """An adapter that limits the time of the requests sent by another adapter."""
 
     def __init__(self, adapter: BaseAdapter, pace: _DownloadSpeed) -> None:
         super().__init__()
@@ -609,7 +618,7 @@ class _LimitedAdapter(BaseAdapter):
 
 @dataclass(frozen=True)
 class _LimitedIndexes(Indexes):
-    """The same certificates and proxies, for a server that nobody has to wait for."""
+    """The same certificates and proxies, with time limits for an untrusted server."""
 
     def session(self, patience: Patience | None = None) -> requests.Session:
         session = super().session(patience)
