@@ -215,7 +215,7 @@ def place(request, tmp_path) -> Place:
 # --- giving and finding ---
 
 
-def test_a_wheel_that_was_put_is_found_with_its_bytes_and_what_was_signed_of_it(place, built, signer, tmp_path):
+def test_uploaded_wheel_is_found_with_its_bytes_and_provenance(place, built, signer, tmp_path):
     one = plain(place.address)
     assert one.put(built.key, built.wheel, built.envelope)
     assert place.files() == {built.statement_path: built.envelope, built.wheel_path: built.wheel.read_bytes()}
@@ -226,7 +226,7 @@ def test_a_wheel_that_was_put_is_found_with_its_bytes_and_what_was_signed_of_it(
     assert (hit.provenance.build_key, hit.provenance.sha256) == (built.key, built.sha256)
 
 
-def test_the_very_same_is_not_put_twice(place, built):
+def test_same_wheel_is_not_uploaded_twice(place, built):
     one = plain(place.address)
     assert one.put(built.key, built.wheel, built.envelope)
     before = {path: path.stat().st_mtime_ns for path in place.folder.rglob("*")}
@@ -234,15 +234,13 @@ def test_the_very_same_is_not_put_twice(place, built):
     assert {path: path.stat().st_mtime_ns for path in place.folder.rglob("*")} == before
 
 
-def test_what_is_not_there_is_a_miss_without_a_word(place, built, signer, tmp_path):
+def test_missing_wheel_is_a_miss_without_a_message(place, built, signer, tmp_path):
     one = plain(place.address)
     one.put(built.key, built.wheel, built.envelope)
     assert one.find("f" * 64, Trust.of(signer), store(tmp_path / "store")) == CacheMiss("")
 
 
-def test_a_wheel_with_another_hash_under_the_same_key_is_refused_and_nothing_is_overwritten(
-    place, built, signer, tmp_path
-):
+def test_different_wheel_under_the_same_key_is_refused_and_not_overwritten(place, built, signer, tmp_path):
     one, other = plain(place.address), build(tmp_path / "other", signer, seed=2)
     one.put(built.key, built.wheel, built.envelope)
     before = place.files()
@@ -254,7 +252,7 @@ def test_a_wheel_with_another_hash_under_the_same_key_is_refused_and_nothing_is_
     assert place.files() == before
 
 
-def test_the_statements_of_two_builders_of_the_same_wheel_stand_side_by_side(place, built, signer, stranger, tmp_path):
+def test_statements_of_two_builders_of_a_wheel_are_both_kept(place, built, signer, stranger, tmp_path):
     one, theirs = plain(place.address), signing.sealed(statement(built.wheel), stranger)
     assert one.put(built.key, built.wheel, built.envelope)
     assert one.put(built.key, built.wheel, theirs)
@@ -264,7 +262,7 @@ def test_the_statements_of_two_builders_of_the_same_wheel_stand_side_by_side(pla
         assert isinstance(one.find(built.key, Trust.of(who), store(tmp_path / f"{number}")), CachedWheel)
 
 
-def test_a_newer_statement_of_the_same_builder_takes_the_place_of_the_older(tmp_path, built, signer, stranger):
+def test_newer_statement_of_a_builder_replaces_the_older(tmp_path, built, signer, stranger):
     one, older = plain(str(tmp_path)), statement(built.wheel).replace(b'"seconds":1', b'"seconds":2')
     theirs = signing.sealed(statement(built.wheel), stranger)
     for envelope in (signing.sealed(older, signer), theirs, built.envelope):
@@ -272,7 +270,7 @@ def test_a_newer_statement_of_the_same_builder_takes_the_place_of_the_older(tmp_
     assert (tmp_path / built.statement_path).read_bytes() == theirs + built.envelope
 
 
-def test_what_is_broken_there_is_replaced_with_a_warning(place, built, signer, said, tmp_path):
+def test_broken_file_in_the_cache_is_replaced_with_a_warning(place, built, signer, said, tmp_path):
     one = plain(place.address)
     one.put(built.key, built.wheel, built.envelope)
     (place.folder / built.statement_path).write_bytes(built.envelope[:-9])
@@ -286,15 +284,18 @@ def test_what_is_broken_there_is_replaced_with_a_warning(place, built, signer, s
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda built, _: replace(built, key="e" * 64), f"another build, {KEY}"),
-        (lambda built, other: replace(built, wheel=other.wheel), "is of sample-1.0.* with sha256"),
-        (lambda built, _: replace(built, envelope=signing.sealed(statement(built.wheel), None)), "nobody has signed"),
+        (lambda built, _: replace(built, key="e" * 64), f"about another build, {KEY}"),
+        (lambda built, other: replace(built, wheel=other.wheel), "is about sample-1.0.* with sha256"),
+        (
+            lambda built, _: replace(built, envelope=signing.sealed(statement(built.wheel), None)),
+            "the statement is not signed",
+        ),
         (lambda built, _: replace(built, envelope=b"{}\n"), "not a DSSE envelope"),
         (lambda built, _: replace(built, wheel=built.wheel.with_name("gone.whl")), "cannot be read: No such file"),
     ],
     ids=["key", "wheel", "unsigned", "garbage", "gone"],
 )  # fmt: skip
-def test_what_does_not_belong_together_is_not_put(tmp_path, built, signer, spoil, words):
+def test_wheel_and_statement_that_do_not_match_are_not_uploaded(tmp_path, built, signer, spoil, words):
     wrong = spoil(built, build(tmp_path / "other", signer, seed=2))
     (tmp_path / "cache").mkdir()
     with pytest.raises(CacheError, match=words):
@@ -302,7 +303,7 @@ def test_what_does_not_belong_together_is_not_put(tmp_path, built, signer, spoil
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_wheel_that_is_here_already_is_not_fetched_again(tmp_path, built, signer):
+def test_downloaded_wheel_is_not_fetched_again(tmp_path, built, signer):
     with serving() as server:
         server.files = built.laid_out()
         one, downloads = plain(server.url), store(tmp_path)
@@ -312,7 +313,7 @@ def test_a_wheel_that_is_here_already_is_not_fetched_again(tmp_path, built, sign
     assert server.paths().count(f"/{built.wheel_path}") == 1
 
 
-def test_only_the_cache_is_asked_for_its_wheel(tmp_path, built, signer):
+def test_mirrors_and_indexes_are_not_searched_for_a_cached_wheel(tmp_path, built, signer):
     with serving() as server, serving() as other:
         server.files = built.laid_out()
         del server.files[f"/{built.wheel_path}"]
@@ -322,7 +323,7 @@ def test_only_the_cache_is_asked_for_its_wheel(tmp_path, built, signer):
         assert other.asked == []
 
 
-def test_a_cache_may_send_on_to_where_its_files_are(tmp_path, built, signer):
+def test_cache_may_redirect_to_its_files(tmp_path, built, signer):
     with serving() as server, serving() as other:
         other.files = built.laid_out()
         server.faults = {path: [Fault(302, {"Location": other.url + path.replace("+", "%2B")})] for path in other.files}
@@ -332,7 +333,7 @@ def test_a_cache_may_send_on_to_where_its_files_are(tmp_path, built, signer):
 # --- whom to believe, whom to ask ---
 
 
-def test_without_a_trusted_key_nothing_is_asked_and_it_is_said_how_to_trust_one(tmp_path, built):
+def test_no_request_without_a_trusted_key_and_the_message_says_how_to_add_it(tmp_path, built):
     with serving() as server:
         server.files = built.laid_out()
         miss = plain(server.url).find(built.key, Trust(), store(tmp_path))
@@ -342,14 +343,14 @@ def test_without_a_trusted_key_nothing_is_asked_and_it_is_said_how_to_trust_one(
     assert server.asked == []
 
 
-def test_offline_asks_a_folder_but_no_server(tmp_path, built, signer):
+def test_offline_a_folder_is_used_but_no_server(tmp_path, built, signer):
     offline, trust = store(tmp_path / "s", offline=True), Trust.of(signer)
     with serving() as server:
         server.files = built.laid_out()
         for one in (plain(server.url), plain(server.url, offline=True)):
             downloads = replace(offline, offline=not one.offline)
             assert one.find(built.key, trust, downloads) == CacheMiss(
-                f"{server.url}: VOLTFORGE_OFFLINE forbids to ask it"
+                f"{server.url}: VOLTFORGE_OFFLINE forbids network access"
             )
         with pytest.raises(CacheError, match="VOLTFORGE_OFFLINE"):
             plain(server.url, offline=True).put(built.key, built.wheel, built.envelope)
@@ -373,7 +374,7 @@ def test_offline_asks_a_folder_but_no_server(tmp_path, built, signer):
         ("http://[::1]:8080/", "http://[::1]:8080/"),
     ],
 )
-def test_the_environment_names_the_cache(address, usable):
+def test_cache_address_comes_from_the_environment(address, usable):
     found = SharedCache.from_environment({"VOLTFORGE_CACHE": address, "VOLTFORGE_OFFLINE": "1"})
     assert (found.address if found else None) == usable
     assert SharedCache.from_environment({}) is None
@@ -389,7 +390,7 @@ def test_the_environment_names_the_cache(address, usable):
         "http://me:se/cret@cache.example/",
     ],
 )  # fmt: skip
-def test_an_address_that_is_none_is_said_in_a_sentence_without_its_secrets(address):
+def test_invalid_address_is_reported_without_its_secrets(address):
     with pytest.raises(CacheError, match=r"VOLTFORGE_CACHE is .*, which is neither a folder nor") as caught:
         SharedCache.from_environment({"VOLTFORGE_CACHE": address})
     assert "secret" not in str(caught.value)
@@ -410,13 +411,13 @@ def refused(cache: SharedCache, built: Built) -> CacheError:
 @pytest.mark.parametrize(
     ("part", "what", "hint"),
     [
-        ("static", "answered 405 Method Not Allowed: it gives files and takes none", "dav_methods"),
+        ("static", "answered 405 Method Not Allowed: the server does not accept uploads", "dav_methods"),
         ("small", "answered 413 ", "client_max_body_size"),
         ("put", "answered 500 Internal Server Error", "create_full_put_path"),
-        ("moved", "is sent on to http", "name the other in VOLTFORGE_CACHE"),
+        ("moved", "is redirected to http", "set VOLTFORGE_CACHE to that address"),
     ],
 )
-def test_an_nginx_that_takes_no_wheel_is_explained(nginx, tmp_path, signer, part, what, hint):
+def test_refusal_by_nginx_is_explained(nginx, tmp_path, signer, part, what, hint):
     large = build(tmp_path, signer, size=3_000_000)
     error = refused(plain(f"{nginx.address}/{part}/of-{tmp_path.name}"), large)
     assert what in error.what
@@ -427,12 +428,12 @@ def test_an_nginx_that_takes_no_wheel_is_explained(nginx, tmp_path, signer, part
 @pytest.mark.parametrize(
     ("part", "user", "what", "hint"),
     [
-        ("closed", "", "answered 401 .*: it wants a user and a password, or others", "netrc"),
-        ("closed", "me:wrong-one@", "answered 401 .*: it wants a user and a password, or others", "netrc"),
-        ("fixed", "", "answered 403 .*: this user may not write there", "ask for the right"),
+        ("closed", "", "answered 401 .*: it requires a user and a password, or different ones", "netrc"),
+        ("closed", "me:wrong-one@", "answered 401 .*: it requires a user and a password, or different ones", "netrc"),
+        ("fixed", "", "answered 403 .*: this user may not write there", "ask for write permission"),
     ],
 )
-def test_a_webdav_server_that_takes_no_wheel_is_explained(webdav, tmp_path, signer, said, part, user, what, hint):
+def test_refusal_by_a_webdav_server_is_explained(webdav, tmp_path, signer, said, part, user, what, hint):
     large = build(tmp_path, signer, size=3_000_000)  # it hangs up in the middle of it
     error = refused(plain(f"{webdav.address.replace('//', f'//{user}')}/{part}/x"), large)
     assert re.search(what, error.what)
@@ -441,7 +442,7 @@ def test_a_webdav_server_that_takes_no_wheel_is_explained(webdav, tmp_path, sign
     assert list((webdav.folder / part).glob("x")) == []
 
 
-def test_the_user_and_the_password_may_stand_in_netrc(webdav, tmp_path, built, signer, monkeypatch):
+def test_user_and_password_are_read_from_netrc(webdav, tmp_path, built, signer, monkeypatch):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password sec/ret\n")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -450,7 +451,7 @@ def test_the_user_and_the_password_may_stand_in_netrc(webdav, tmp_path, built, s
     assert isinstance(one.find(built.key, Trust.of(signer), store(tmp_path / "s")), CachedWheel)
 
 
-def test_a_folder_that_cannot_be_written_is_explained(tmp_path, built, signer):
+def test_unwritable_folder_is_explained(tmp_path, built, signer):
     (tmp_path / "file").touch()
     assert "cannot be written: " in refused(plain(str(tmp_path / "file")), built).what
     with ordinary_user(), tempfile.TemporaryDirectory() as room:
@@ -459,7 +460,7 @@ def test_a_folder_that_cannot_be_written_is_explained(tmp_path, built, signer):
         assert "cannot be written: Permission denied" in refused(plain(f"{room}/cache"), mine).what
 
 
-def test_a_folder_that_is_not_there_is_made_by_the_first_wheel_and_named_by_a_search(tmp_path, built, signer):
+def test_missing_folder_is_created_by_an_upload_and_reported_by_a_search(tmp_path, built, signer):
     one, trust = plain(str(tmp_path / "new" / "cache")), Trust.of(signer)
     assert one.find(built.key, trust, store(tmp_path / "s")) == CacheMiss(f"{tmp_path}/new/cache is not a folder")
     assert one.put(built.key, built.wheel, built.envelope)
@@ -542,20 +543,20 @@ def writable() -> Iterator[Writable]:
     [
         (["hang up"] * 2, 405, "cannot be reached, or dropped the connection"),
         (["hang up"] * 2, 403, "answered 403 Forbidden: this user may not write there"),
-        (["forget"], 405, "was taken, but is not there whole"),
-        (["half"], 405, "was taken, but is not there whole"),
-        ([401], 405, "wants a user and a password, or others"),
+        (["forget"], 405, "was uploaded, but is missing or incomplete there"),
+        (["half"], 405, "was uploaded, but is missing or incomplete there"),
+        ([401], 405, "requires a user and a password, or different ones"),
         ([403], 405, "this user may not write there"),
-        ([404], 405, "it has no such folder and makes none"),
+        ([404], 405, "the folder does not exist, and the server does not create it"),
         ([409], 403, "answered 403 Forbidden: this user may not write there"),
-        ([413], 405, "the wheel is too large for it"),
+        ([413], 405, "the wheel is larger than the server allows"),
         ([418], 405, "answered 418"),
-        ([501], 405, "does not know uploads"),
+        ([501], 405, "does not support uploads"),
         ([503] * 2, 405, "answered 503"),
         ([507], 405, "its disk is full"),
     ],
 )  # fmt: skip
-def test_an_upload_that_fails_leaves_no_statement(writable, built, counted, faults, folders, words):
+def test_failed_upload_leaves_no_statement(writable, built, counted, faults, folders, words):
     writable.faults, writable.folders = list(faults), folders
     with pytest.raises(CacheError, match=words):
         plain(writable.url).put(built.key, built.wheel, built.envelope)
@@ -564,13 +565,13 @@ def test_an_upload_that_fails_leaves_no_statement(writable, built, counted, faul
 
 
 @pytest.mark.parametrize("fault", ["hang up", 500, 503])
-def test_an_upload_is_tried_again_from_its_beginning(writable, built, signer, tmp_path, fault):
+def test_upload_is_retried_from_its_beginning(writable, built, signer, tmp_path, fault):
     writable.faults = [fault]
     assert plain(writable.url).put(built.key, built.wheel, built.envelope)
     assert writable.files == built.laid_out()
 
 
-def test_the_wheel_goes_first_and_the_next_try_sends_what_is_missing(writable, built):
+def test_wheel_is_uploaded_before_its_statement_and_a_retry_sends_the_rest(writable, built):
     writable.faults = [201, 507]
     with pytest.raises(CacheError, match="disk is full"):
         plain(writable.url).put(built.key, built.wheel, built.envelope)
@@ -583,14 +584,14 @@ def test_the_wheel_goes_first_and_the_next_try_sends_what_is_missing(writable, b
     assert writable.files == built.laid_out()
 
 
-def test_an_upload_shows_how_far_it_is(writable, built, said, monkeypatch):
+def test_upload_shows_its_progress(writable, built, said, monkeypatch):
     monkeypatch.setattr(console, "PLAIN_INTERVAL", 0)
     plain(writable.url).put(built.key, built.wheel, built.envelope)
     shown = said.getvalue().splitlines()
     assert f"{built.wheel.name}: {files.size(built.wheel.stat().st_size)} of" in shown[-1]
 
 
-def test_a_server_that_cannot_be_reached_takes_nothing(built):
+def test_nothing_is_uploaded_to_an_unreachable_server(built):
     assert "cannot be reached" in refused(plain(f"http://127.0.0.1:{free_port()}"), built).what
 
 
@@ -598,15 +599,15 @@ def test_a_server_that_cannot_be_reached_takes_nothing(built):
     ("fault", "words"),
     [
         (Fault(302, {"Location": "http://[::1"}), "redirects to an invalid address"),
-        (Fault(headers={"Content-Encoding": "gzip"}), "broke off its answer, or garbled it"),
+        (Fault(headers={"Content-Encoding": "gzip"}), "the answer is truncated or garbled"),
         (Fault(302, {"Location": "file:///etc/passwd"}), "redirects to an address that is neither http nor https"),
-        (Fault(cut=0), "broke off its answer"),
+        (Fault(cut=0), "the answer is truncated"),
         (Fault(body=b"x" * 5_000_000), "is larger than 4.0 MB"),
         (Fault(403), "answered 403 Forbidden"),
-        (Fault(404), "answered 501 .*: it does not know uploads"),
+        (Fault(404), "answered 501 .*: the server does not support uploads"),
     ],
 )  # fmt: skip
-def test_a_server_whose_statements_cannot_be_read_takes_nothing(built, fault, words):
+def test_nothing_is_uploaded_when_statements_are_unreadable(built, fault, words):
     with serving() as server:
         server.files = {f"/{built.statement_path}": built.envelope}
         server.faults = {f"/{built.statement_path}": [fault]}
@@ -614,7 +615,7 @@ def test_a_server_whose_statements_cannot_be_read_takes_nothing(built, fault, wo
             plain(server.url).put(built.key, built.wheel, built.envelope)
 
 
-def test_a_server_that_cannot_say_whether_it_has_the_wheel_takes_nothing(built):
+def test_nothing_is_uploaded_when_the_wheels_presence_is_unknown(built):
     with serving() as server:
         server.faults = {f"/{built.wheel_path}": [Fault(302, {"Location": "file:///etc/passwd"})]}
         error = refused(plain(server.url), built)
@@ -684,11 +685,11 @@ SERVED: dict[str, tuple[str, Callable[[bytes], list[Fault]], str]] = {
     "statement: forbidden": (STATEMENT, lambda _: [Fault(403)], "answered 403 Forbidden"),
     "statement: wants a password": (STATEMENT, lambda _: [Fault(401)], "answered 401 .*a user and a password"),
     "statement: a page": (STATEMENT, lambda _: [Fault(body=PAGE)], "is not a DSSE envelope"),
-    "statement: empty": (STATEMENT, lambda _: [Fault(body=b"")], "it is empty"),
+    "statement: empty": (STATEMENT, lambda _: [Fault(body=b"")], "the file is empty"),
     "statement: no JSON that ends": (STATEMENT, lambda _: [Fault(body=b"[" * 1_000_000)], "is not a DSSE envelope"),
     "statement: a huge number": (STATEMENT, lambda _: [Fault(body=b"1" * 100_000)], "is not a DSSE envelope"),
     "statement: truncated": (STATEMENT, lambda data: [Fault(body=data[:-99])], "is not a DSSE envelope"),
-    "statement: broken off": (STATEMENT, lambda data: [Fault(cut=len(data) // 2)], "broke off its answer"),
+    "statement: broken off": (STATEMENT, lambda data: [Fault(cut=len(data) // 2)], "the answer is truncated"),
     "statement: stalls": (STATEMENT, lambda _: [Fault(cut=99, stall=True)], "stopped sending"),
     "statement: silent": (STATEMENT, lambda _: [Fault(cut=0, stall=True)], "stopped sending"),
     "statement: too large": (STATEMENT, lambda data: [Fault(body=data * 4000)], "is larger than 4.0 MB"),
@@ -699,16 +700,18 @@ SERVED: dict[str, tuple[str, Callable[[bytes], list[Fault]], str]] = {
         lambda _: [Fault(body=gzip.compress(bytes(100_000_000)), headers={"Content-Encoding": "gzip"})],
         "is larger than 4.0 MB",
     ),
-    "statement: not packed": (STATEMENT, lambda _: [Fault(headers={"Content-Encoding": "gzip"})], "or garbled it"),
+    "statement: not packed": (
+        STATEMENT, lambda _: [Fault(headers={"Content-Encoding": "gzip"})], "truncated or garbled",
+    ),
     "statement: sent on without end": (STATEMENT, lambda _: [Fault(302, {"Location": "?"})] * 99, "redirects without"),
     "statement: sent on into this disk": (
         STATEMENT, lambda _: [Fault(302, {"Location": "file:///etc/passwd"})], "neither http nor https",
     ),
     "statement: sent on to nowhere": (
-        STATEMENT, lambda _: [Fault(302, {"Location": "http://[::1"})], "an invalid address",
+        STATEMENT, lambda _: [Fault(302, {"Location": "http://[::1"})], "redirects to an invalid address",
     ),
     "statement: sent on to a strange name": (
-        STATEMENT, lambda _: [Fault(302, {"Location": f"http://{'a' * 300}.example/"})], "invalid address",
+        STATEMENT, lambda _: [Fault(302, {"Location": f"http://{'a' * 300}.example/"})], "redirects to an invalid address",
     ),
     "wheel: gone": (WHEEL, lambda _: [Fault(404)], "answered 404 Not Found"),
     "wheel: server error": (WHEEL, lambda _: [Fault(500)] * 9, "answered 500 Internal Server Error"),
@@ -721,7 +724,9 @@ SERVED: dict[str, tuple[str, Callable[[bytes], list[Fault]], str]] = {
     "wheel: stalls": (WHEEL, lambda _: [Fault(cut=999, stall=True)] * 9, "stopped sending, 2 times|too slow"),
     "wheel: silent": (WHEEL, lambda _: [Fault(cut=0, stall=True)] * 9, "stopped sending, 2 times|too slow"),
     "wheel: sent on without end": (WHEEL, lambda _: [Fault(302, {"Location": "?"})] * 99, "redirects without end"),
-    "wheel: sent on to nowhere": (WHEEL, lambda _: [Fault(302, {"Location": "http://[::1"})], "an invalid address"),
+    "wheel: sent on to nowhere": (
+        WHEEL, lambda _: [Fault(302, {"Location": "http://[::1"})], "redirects to an invalid address",
+    ),
     "wheel: sent on into this disk": (
         WHEEL, lambda _: [Fault(302, {"Location": "file:///etc/passwd"})], "neither http nor https",
     ),
@@ -729,7 +734,7 @@ SERVED: dict[str, tuple[str, Callable[[bytes], list[Fault]], str]] = {
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_whatever_a_server_does_is_a_miss_and_taints_nothing(tmp_path, built, signer, hurried, counted, name):
+def test_any_server_fault_is_a_miss_and_leaves_no_file(tmp_path, built, signer, hurried, counted, name):
     which, faults, words = SERVED[name]
     path = f"/{built.statement_path if which == STATEMENT else built.wheel_path}"
     with serving() as server:
@@ -764,15 +769,13 @@ SCRIPTED: dict[str, tuple[str, Callable[[], Iterator[bytes]], str]] = {
     "wheel: not HTTP": (WHEEL, lambda: iter([b"220 ready\r\n"]), "dropped the connection|broke off"),
     "wheel: no answer": (WHEEL, lambda: iter([]), "dropped the connection"),
     "wheel: a trickling head": (WHEEL, lambda: forever(b"HTTP/1.0 200 OK\r\nX: ", b"y"), "did not answer in time"),
-    "wheel: a trickling body": (WHEEL, lambda: forever(b"HTTP/1.0 200 OK\r\n\r\n", b"y"), "too slow: .* in a second"),
+    "wheel: a trickling body": (WHEEL, lambda: forever(b"HTTP/1.0 200 OK\r\n\r\n", b"y"), "too slow: .* per second"),
     "wheel: a body without end": (WHEEL, lambda: forever(b"HTTP/1.0 200 OK\r\n\r\n", bytes(9**6)), "more than 9.0 MB"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCRIPTED)
-def test_what_is_no_answer_or_never_ends_is_a_miss_in_time(
-    tmp_path, built, signer, hurried, counted, monkeypatch, name
-):
+def test_invalid_or_endless_answer_is_a_miss_in_time(tmp_path, built, signer, hurried, counted, monkeypatch, name):
     which, parts, words = SCRIPTED[name]
     monkeypatch.setattr(shared_cache, "LARGEST_WHEEL", 9_000_000)
 
@@ -786,23 +789,23 @@ def test_what_is_no_answer_or_never_ends_is_a_miss_in_time(
     counted(FAULTS)
 
 
-def test_a_statement_that_nobody_waits_for_any_more_is_not_read_on(tmp_path, built, signer, hurried):
+def test_statement_is_not_read_after_its_timeout(tmp_path, built, signer, hurried):
     with scripted(lambda _: forever(b"HTTP/1.0 200 OK\r\n\r\n", b"y")) as url:
         before = set(threading.enumerate())
         assert "in time" in missed(plain(url), built, Trust.of(signer), tmp_path)
         within(5, lambda: set(threading.enumerate()) <= before)
 
 
-def test_what_requests_itself_does_not_expect_is_a_miss(tmp_path, built, signer, monkeypatch):
+def test_unexpected_error_of_requests_is_a_miss(tmp_path, built, signer, monkeypatch):
     def confused(*_, **__):
         raise LookupError("unknown encoding")  # made up: the known ways to it are closed
 
     monkeypatch.setattr(requests.Session, "request", confused)
     why = missed(plain("http://127.0.0.1:1"), built, Trust.of(signer), tmp_path)
-    assert why == "http://127.0.0.1:1: what it gave cannot be read (LookupError)"
+    assert why == "http://127.0.0.1:1: unreadable answer (LookupError)"
 
 
-def test_a_server_that_is_down_is_a_miss(tmp_path, built, signer, counted):
+def test_stopped_server_is_a_miss(tmp_path, built, signer, counted):
     address = f"http://me:secret@127.0.0.1:{free_port()}/cache"
     why = missed(plain(address), built, Trust.of(signer), tmp_path)
     assert why.startswith("http://***@127.0.0.1:")
@@ -832,7 +835,7 @@ def lie(name: str, built: Built, me: Signer, stranger: Signer) -> bytes:
 LIES = {
     "not signed": "is not signed",
     "signed by a stranger": "unknown key",
-    "another build's": "of another build, e{64}",
+    "another build's": "about another build, e{64}",
     "a folder in the name": "names a file that is none",
     "a folder above": "names a file that is none",
     "no wheel": "is not on a wheel",
@@ -842,9 +845,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_a_statement_that_is_not_of_this_build_by_a_trusted_key_is_a_miss(
-    tmp_path, built, signer, stranger, counted, name
-):
+def test_statement_of_another_build_or_untrusted_key_is_a_miss(tmp_path, built, signer, stranger, counted, name):
     content = {built.statement_path: lie(name, built, signer, stranger), built.wheel_path: built.wheel}
     samples.tree(tmp_path / "cache", content)
     why = missed(plain(str(tmp_path / "cache")), built, Trust.of(signer), tmp_path / "store")
@@ -853,7 +854,7 @@ def test_a_statement_that_is_not_of_this_build_by_a_trusted_key_is_a_miss(
     counted(FAULTS)
 
 
-def test_one_good_statement_among_bad_ones_is_enough(tmp_path, built, signer, stranger):
+def test_one_valid_statement_among_invalid_ones_is_enough(tmp_path, built, signer, stranger):
     bad = [lie(name, built, signer, stranger) for name in LIES]
     content = {built.statement_path: b"".join([*bad, built.envelope]), built.wheel_path: built.wheel}
     samples.tree(tmp_path / "cache", content)
@@ -862,7 +863,7 @@ def test_one_good_statement_among_bad_ones_is_enough(tmp_path, built, signer, st
     )
 
 
-def test_a_changed_byte_anywhere_in_the_statement_is_a_miss(tmp_path, built, signer, counted):
+def test_changed_byte_anywhere_in_the_statement_is_a_miss(tmp_path, built, signer, counted):
     samples.tree(tmp_path / "cache", {built.statement_path: built.envelope, built.wheel_path: built.wheel})
     one, places = plain(str(tmp_path / "cache")), range(0, len(built.envelope), 8)
     for position in places:
@@ -909,7 +910,7 @@ def circle(path: Path) -> None:
     ],
     ids=["gone", "pipe", "folder", "endless", "circle", "large"],
 )
-def test_whatever_lies_in_a_folder_is_a_miss(tmp_path, built, signer, counted, spoil, statement_words, wheel_words):
+def test_any_unusable_file_in_a_folder_is_a_miss(tmp_path, built, signer, counted, spoil, statement_words, wheel_words):
     for path, words in ((built.wheel_path, wheel_words), (built.statement_path, statement_words)):
         files.remove(tmp_path / "cache")
         samples.tree(tmp_path / "cache", {built.statement_path: built.envelope, built.wheel_path: built.wheel})
@@ -919,7 +920,7 @@ def test_whatever_lies_in_a_folder_is_a_miss(tmp_path, built, signer, counted, s
         counted(FAULTS)
 
 
-def test_a_cache_that_may_not_be_read_is_a_miss(built, signer, counted):
+def test_unreadable_cache_is_a_miss(built, signer, counted):
     trust = Trust.of(signer)
     with ordinary_user(), tempfile.TemporaryDirectory() as room:
         mine = build(Path(room) / "built", signer)
@@ -933,7 +934,7 @@ def test_a_cache_that_may_not_be_read_is_a_miss(built, signer, counted):
     counted(FAULTS, 2)
 
 
-def test_a_store_that_cannot_be_written_is_a_miss(built, signer, counted):
+def test_unwritable_download_folder_is_a_miss(built, signer, counted):
     with ordinary_user(), tempfile.TemporaryDirectory() as room:
         mine = build(Path(room) / "built", signer)
         plain(f"{room}/cache").put(mine.key, mine.wheel, mine.envelope)

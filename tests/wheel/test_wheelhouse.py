@@ -147,15 +147,15 @@ def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
 # --- installing ---
 
 
-def test_a_wheel_is_installed_from_the_index_on_the_disk(ours, installer):
+def test_wheel_is_installed_from_the_index_on_disk(ours, installer):
     assert installer.install("--index-url", simple(ours), "thing") == f"ours {LOCAL}"
 
 
-def test_a_wheel_is_installed_from_the_folder_itself(ours, installer):
+def test_wheel_is_installed_from_the_folder_itself(ours, installer):
     assert installer.install("--no-index", "--find-links", str(ours.path), "thing") == f"ours {LOCAL}"
 
 
-def test_a_wheel_is_installed_over_http_with_its_metadata_asked_first(ours, installer):
+def test_wheel_is_installed_over_http_and_its_metadata_is_requested_first(ours, installer):
     with served(ours.path) as (url, asked):
         assert installer.install("--index-url", f"{url}/simple/", "thing") == f"ours {LOCAL}"
     files_asked = [path for path in asked if ".whl" in path]
@@ -163,7 +163,7 @@ def test_a_wheel_is_installed_over_http_with_its_metadata_asked_first(ours, inst
     assert files_asked[-1].endswith(".whl")
 
 
-def test_a_local_version_answers_to_the_plain_one_and_wins_over_it(ours, plain, installer):
+def test_local_version_satisfies_the_plain_version_and_is_preferred(ours, plain, installer):
     words = ["--index-url", simple(plain), "--extra-index-url", simple(ours)]
     if installer.name == "uv":
         words += ["--index-strategy", "unsafe-best-match"]  # otherwise uv looks no further than the first index
@@ -171,12 +171,12 @@ def test_a_local_version_answers_to_the_plain_one_and_wins_over_it(ours, plain, 
     assert installer.install(*words, "thing") == f"ours {LOCAL}"
 
 
-def test_uv_prefers_the_index_that_is_named_first(ours, plain, tmp_path):
+def test_uv_prefers_the_first_index(ours, plain, tmp_path):
     uv = Installer("uv", tmp_path)
     assert uv.install("--default-index", simple(plain), "--index", simple(ours), "thing==1.0") == f"ours {LOCAL}"
 
 
-def test_what_a_wheel_requires_comes_from_the_other_index(tmp_path, installer):
+def test_requirements_of_a_wheel_come_from_the_other_index(tmp_path, installer):
     ours = house(tmp_path / "ours", wheel(tmp_path / "made", metadata="Requires-Dist: other<2\n"))
     theirs = house(tmp_path / "theirs", wheel(tmp_path / "made", "1.5", name="other"))
     assert (
@@ -184,14 +184,14 @@ def test_what_a_wheel_requires_comes_from_the_other_index(tmp_path, installer):
     )
 
 
-def test_pip_downloads_it(ours, pip, tmp_path):
+def test_pip_downloads_a_wheel(ours, pip, tmp_path):
     done = pip("download", "--dest", str(tmp_path / "got"), "--index-url", simple(ours), "thing")
     assert done.returncode == 0, done.stderr
     [got] = (tmp_path / "got").iterdir()
     assert files.sha256(got) == files.sha256(ours.path / got.name)
 
 
-def test_a_wheel_that_was_changed_afterwards_is_refused(ours, installer):
+def test_changed_wheel_is_refused(ours, installer):
     [path] = ours.path.glob("*.whl")
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\x03\x04") + 10] ^= 1  # a time in it: still a good zip, but other bytes
@@ -201,7 +201,7 @@ def test_a_wheel_that_was_changed_afterwards_is_refused(ours, installer):
             installer.install("--index-url", simple(ours), *words)
 
 
-def test_a_wheel_for_another_python_is_left_alone(tmp_path, installer):
+def test_wheel_for_another_python_is_not_installed(tmp_path, installer):
     one = house(tmp_path / "ours", wheel(tmp_path / "made", metadata="Requires-Python: >=3.99\n"))
     with pytest.raises(AssertionError, match=r"3\.99"):
         installer.install("--index-url", simple(one), "thing")
@@ -241,7 +241,7 @@ def check_page(package, ours: Wheelhouse) -> None:
     assert package.url.endswith(f"/thing-{LOCAL.replace('+', '%2B')}-py3-none-any.whl")
 
 
-def test_the_python_that_a_wheel_requires_is_said_with_its_signs_escaped(tmp_path):
+def test_required_python_is_escaped_in_html(tmp_path):
     one = house(tmp_path / "ours", wheel(tmp_path / "made", metadata="Requires-Python: >=3.10,<3.14\n"))
     html = (one.path / "simple" / "thing" / "index.html").read_text()
     assert 'data-requires-python="&lt;3.14,&gt;=3.10"' in html
@@ -249,7 +249,7 @@ def test_the_python_that_a_wheel_requires_is_said_with_its_signs_escaped(tmp_pat
     assert page["files"][0]["requires-python"] == "<3.14,>=3.10"
 
 
-def test_the_same_wheels_make_the_same_pages(tmp_path):
+def test_equal_wheels_give_equal_pages(tmp_path):
     made = [wheel(tmp_path / "made", name=name) for name in ("b", "a", "c")]
     one, other = house(tmp_path / "one", *made), house(tmp_path / "other", *reversed(made))
     pages = [
@@ -260,7 +260,7 @@ def test_the_same_wheels_make_the_same_pages(tmp_path):
     assert len(pages[0]) == 3 * 2 + 2 * 4
 
 
-def test_an_index_of_nothing_is_still_an_index(tmp_path, pip):
+def test_empty_index_is_valid(tmp_path, pip):
     one = Wheelhouse(tmp_path / "ours")
     one.index()
     with pytest.raises(AssertionError, match="No matching distribution"):
@@ -270,7 +270,7 @@ def test_an_index_of_nothing_is_still_an_index(tmp_path, pip):
 # --- keeping ---
 
 
-def test_an_entry_says_what_a_wheel_is(tmp_path):
+def test_entry_describes_the_wheel(tmp_path):
     path = described(tmp_path / "made")
     document = {"file": f"{path.name}.cdx.json", "sha256": files.sha256_bytes(b'{"bomFormat": "x"}')}
     assert Wheelhouse(tmp_path).entry(path) == {
@@ -282,7 +282,7 @@ def test_an_entry_says_what_a_wheel_is(tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["metadata", "requires_python", "sbom", "statement"])
-def test_a_receipt_that_lacks_what_is_asked_of_it_holds_nothing(tmp_path, lost):
+def test_incomplete_receipt_holds_no_wheel(tmp_path, lost):
     one = Wheelhouse(tmp_path / "ours")
     results = keep(one, described(tmp_path / "made"))
     assert one.holds(results)
@@ -290,7 +290,7 @@ def test_a_receipt_that_lacks_what_is_asked_of_it_holds_nothing(tmp_path, lost):
     assert not one.holds(results)
 
 
-def test_what_came_in_is_held_and_has_what_goes_with_it_beside_it(tmp_path):
+def test_added_wheel_is_held_with_its_files_beside_it(tmp_path):
     one = Wheelhouse(tmp_path / "ours")
     path = described(tmp_path / "made")
     assert one.holds(keep(one, path))
@@ -301,7 +301,7 @@ def test_what_came_in_is_held_and_has_what_goes_with_it_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize("older", ["0.9", "1.0+sm70.cu123", "1.1"])
-def test_a_wheel_takes_the_place_of_the_projects_others_and_of_no_one_elses(tmp_path, older):
+def test_wheel_replaces_other_wheels_of_its_project_only(tmp_path, older):
     one = house(tmp_path / "ours", wheel(tmp_path / "made", older), wheel(tmp_path / "made", "3.0", name="other"))
     one.add(wheel(tmp_path / "made"))
     assert {(made.name, made.version) for made in one.wheels()} == {
@@ -312,12 +312,12 @@ def test_a_wheel_takes_the_place_of_the_projects_others_and_of_no_one_elses(tmp_
     assert f"thing-{older}-" not in (one.path / "simple" / "thing" / "index.html").read_text().replace("%2B", "+")
 
 
-def test_the_same_version_built_anew_takes_the_place_of_the_old(tmp_path, pip):
+def test_rebuilt_version_replaces_the_old_wheel(tmp_path, pip):
     one = house(tmp_path / "ours", wheel(tmp_path / "made", where="first"), wheel(tmp_path / "made", where="second"))
     assert pip.install("--index-url", simple(one), "thing") == f"second {LOCAL}"
 
 
-def test_a_project_whose_name_has_signs_is_found_by_every_spelling(tmp_path):
+def test_project_name_is_found_in_every_spelling(tmp_path):
     """By uv: pip before 23.1 compares the name in a PEP 658 file letter by letter, and lets such a wheel lie."""
     one = house(
         tmp_path / "ours", samples.wheel(tmp_path / "made", {"thing.py": "WHERE = 1"}, name="Thing_Two", version="1")
@@ -336,7 +336,7 @@ def part(one: Wheelhouse, kept: dict[str, Any], name: str) -> Path:
 
 @pytest.mark.parametrize("spoil", ["gone", "cut", "emptied", "another byte"])
 @pytest.mark.parametrize("name", PARTS)
-def test_a_wheel_is_not_held_when_any_part_is_gone_or_not_as_it_was(tmp_path, name, spoil):
+def test_wheel_is_not_held_if_any_file_is_missing_or_changed(tmp_path, name, spoil):
     one = Wheelhouse(tmp_path / "ours")
     kept = keep(one, described(tmp_path / "made"))
     path = part(one, kept, name)
@@ -354,7 +354,7 @@ def test_a_wheel_is_not_held_when_any_part_is_gone_or_not_as_it_was(tmp_path, na
     assert one.wheel_problems(one.wheels()[0], Trust()) == ([], "nobody: no key is trusted here")
 
 
-def test_only_the_word_of_a_trusted_key_is_taken_where_keys_are_trusted(tmp_path):
+def test_only_trusted_signatures_pass_if_there_are_trusted_keys(tmp_path):
     mine, other = (signing.make_key(tmp_path / name) for name in ("mine.pem", "other.pem"))
     one = Wheelhouse(tmp_path / "ours")
     keep(one, described(tmp_path / "made"))
@@ -366,7 +366,7 @@ def test_only_the_word_of_a_trusted_key_is_taken_where_keys_are_trusted(tmp_path
     assert one.wheel_problems(made, Trust.of(mine)) == ([], "a trusted key")
 
 
-def test_a_signed_wheel_stays_held(tmp_path):
+def test_signed_wheel_is_still_held(tmp_path):
     one = Wheelhouse(tmp_path / "ours")
     kept = keep(one, described(tmp_path / "made"), signing.make_key(tmp_path / "first.pem"))
     assert one.holds(kept)
@@ -374,7 +374,7 @@ def test_a_signed_wheel_stays_held(tmp_path):
     assert one.holds(kept)
 
 
-def test_the_provenance_of_another_wheel_does_not_pass(tmp_path):
+def test_provenance_of_another_wheel_is_reported(tmp_path):
     """Nor does its receipt, nor a wheel that nobody made here."""
     signer = signing.make_key(tmp_path / "key.pem")
     one, elsewhere = Wheelhouse(tmp_path / "ours"), Wheelhouse(tmp_path / "elsewhere")
@@ -386,8 +386,8 @@ def test_the_provenance_of_another_wheel_does_not_pass(tmp_path):
     envelope.write_bytes(replayed)
     told = one.wheel_problems(made, Trust.of(signer))[0]
     assert [line.split(" with")[0] for line in told] == [
-        "its provenance is for thing-1.0-py3-none-any.whl",
-        f"the receipt of {kept['file']} and its provenance disagree",
+        "its provenance is about thing-1.0-py3-none-any.whl",
+        f"the receipt of {kept['file']} does not match its provenance",
     ]
     envelope.write_bytes(mine)
     one.receipt("thing", "cp311").unlink()
@@ -408,7 +408,7 @@ def offers_a_foreign_file(page: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["index.html", "index.json"])
-def test_an_index_that_offers_a_foreign_file_beside_ours_is_not_what_the_wheels_make(tmp_path, name):
+def test_index_page_with_a_foreign_file_is_reported(tmp_path, name):
     """pip would take the newer one; our own entry is there all the same, so the wheel itself stays held."""
     one = Wheelhouse(tmp_path / "ours")
     kept = keep(one, described(tmp_path / "made"))
@@ -423,7 +423,7 @@ def test_an_index_that_offers_a_foreign_file_beside_ours_is_not_what_the_wheels_
 
 
 @pytest.mark.parametrize("as_link", [False, True])
-def test_a_project_that_has_no_wheel_here_may_not_have_a_page(tmp_path, as_link):
+def test_page_of_a_project_without_a_wheel_is_reported(tmp_path, as_link):
     one = Wheelhouse(tmp_path / "ours")
     keep(one, described(tmp_path / "made"))
     page = tmp_path / "elsewhere" if as_link else one.path / "simple" / "evil"
@@ -431,12 +431,12 @@ def test_a_project_that_has_no_wheel_here_may_not_have_a_page(tmp_path, as_link)
     if as_link:
         (one.path / "simple" / "evil").symlink_to(page)
     assert one.index_problems() == [
-        f"the index has simple/evil{'' if as_link else '/index.html'}, but there is no such wheel"
+        f"the index has simple/evil{'' if as_link else '/index.html'}, which belongs to no wheel of the wheelhouse"
     ]
 
 
 @pytest.mark.parametrize("name", ["index.html", "index.json", "thing/index.html"])
-def test_a_page_that_is_gone_or_changed_is_told_whichever_it_is(tmp_path, name):
+def test_missing_or_changed_page_is_reported(tmp_path, name):
     one = Wheelhouse(tmp_path / "ours")
     keep(one, described(tmp_path / "made"))
     page = one.path / "simple" / name
@@ -448,14 +448,14 @@ def test_a_page_that_is_gone_or_changed_is_told_whichever_it_is(tmp_path, name):
     assert one.index_problems() == []
 
 
-def test_two_wheels_of_a_project_make_one_page_and_no_stranger(tmp_path):
+def test_two_wheels_of_a_project_share_a_page(tmp_path):
     made = [wheel(tmp_path / python, tag=f"{python}-{python}-linux_x86_64") for python in ("cp38", "cp39")]
     one = house(tmp_path / "ours", *made)
     assert len(one.wheels()) == 2
     assert one.index_problems() == []
 
 
-def test_a_receipt_whose_wheel_is_gone_is_told(tmp_path):
+def test_receipt_of_a_missing_wheel_is_reported(tmp_path):
     one = Wheelhouse(tmp_path / "ours")
     kept = keep(one, described(tmp_path / "made"))
     files.write(one.receipt("broken", "cp9"), "{")
@@ -468,11 +468,11 @@ def test_a_receipt_whose_wheel_is_gone_is_told(tmp_path):
     ]
 
 
-def test_receipts_are_kept_by_project_and_python(tmp_path):
+def test_receipts_are_named_by_project_and_python(tmp_path):
     assert Wheelhouse(tmp_path).receipt("thing", "cp311") == tmp_path / "receipts" / "thing-cp311.json"
 
 
-def test_a_wheel_for_another_python_stays_beside_that_of_this_one(tmp_path):
+def test_wheel_for_another_python_stays(tmp_path):
     mine = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     made = [
         wheel(tmp_path / str(number), version, tag=f"{tag}-{tag}-linux_x86_64")
@@ -484,7 +484,7 @@ def test_a_wheel_for_another_python_stays_beside_that_of_this_one(tmp_path):
     assert all((name in page) == (one.path / name).exists() for name in (path.name for path in made))
 
 
-def test_receipts_of_wheels_that_are_no_more_go_with_them(tmp_path):
+def test_receipts_of_removed_wheels_are_removed(tmp_path):
     one = Wheelhouse(tmp_path / "ours")
     for version, name in (("1.0", "thing"), ("1.0", "other"), ("2.0", "thing")):
         keep(one, described(tmp_path / "made", version, name=name), python=f"cp{version[0]}")
@@ -493,7 +493,7 @@ def test_receipts_of_wheels_that_are_no_more_go_with_them(tmp_path):
     assert {path.name for path in (one.path / "receipts").iterdir()} == {"other-cp1.json", "thing-cp2.json"}
 
 
-def test_what_is_no_wheel_does_not_come_in(tmp_path):
+def test_malformed_wheel_is_not_added(tmp_path):
     path = tmp_path / "thing-1.0-py3-none-any.whl"
     path.write_bytes(b"PK\x05\x06")
     with pytest.raises(WheelError):
@@ -501,7 +501,7 @@ def test_what_is_no_wheel_does_not_come_in(tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence():
+def test_unwritable_folder_is_reported_in_a_sentence():
     with ordinary_user(), tempfile.TemporaryDirectory() as room:
         path = wheel(Path(room, "made"))
         locked = Path(room, "ours")
@@ -514,7 +514,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence():
     assert caught.value.hint
 
 
-def test_an_index_that_cannot_be_renewed_leaves_the_old_one(ours, tmp_path, monkeypatch):
+def test_failed_index_update_leaves_the_old_index(ours, tmp_path, monkeypatch):
     before = (ours.path / "simple" / "thing" / "index.html").read_bytes()
     write = files.write
 

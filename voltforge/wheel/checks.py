@@ -117,12 +117,12 @@ class Expectation:
     arch: tuple[str, ...] = ()
     """The architectures of all device code in the wheel; empty: not checked.
 
-        Written as in TORCH_CUDA_ARCH_LIST: ``7.0``, ``9.0a``, ``7.0+PTX``.
+    Written as in TORCH_CUDA_ARCH_LIST: ``7.0``, ``9.0a``, ``7.0+PTX``.
     """
     absent: tuple[str, ...] = ()
     """Patterns that no path of a binary and no mangled name of a kernel may match: ``*_vllm_fa*``, ``*marlin*``.
 
-        Python files are exempt: ``gptq_marlin.py`` may stay although its kernels are left out.
+    Python files are exempt: ``gptq_marlin.py`` may stay although its kernels are left out.
     """
     max_size: int | None = None
     """The largest allowed size of the wheel file in bytes."""
@@ -160,8 +160,8 @@ class InstalledPython:
     def of(cls, python: Path) -> InstalledPython:
         """Find the executable and the site-packages of an interpreter by running it.
 
-            Raises:
-        ProgramFailed: it cannot be run, or fails.
+        Raises:
+            ProgramFailed: it cannot be run, or fails.
         """
         executable, site = json.loads(run([python, "-I", "-c", _ABOUT], timeout=PATIENCE).output.splitlines()[-1])
         return cls(Path(executable), Path(site))
@@ -210,19 +210,19 @@ def verify(
     """Check a wheel and return all findings, good and bad.
 
     Args:
-    path: the wheel.
-    expect: the properties that its recipe requires.
-    linked: the number of CUDA objects linked into each extension, by path in the wheel, if known.
-    forbidden_paths: folders of the build machine that no file may name.
-    environment: the interpreter of an environment with the wheel's requirements, and for the import checks
-    the wheel itself. Without it, the checks that need it note that they did not run.
-    driver_stub: a folder with a stub of ``libcuda.so.1``, for machines without a driver.
+        path: the wheel.
+        expect: the properties that its recipe requires.
+        linked: the number of CUDA objects linked into each extension, by path in the wheel, if known.
+        forbidden_paths: folders of the build machine that no file may name.
+        environment: the interpreter of an environment with the wheel's requirements, and for the import checks the
+            wheel itself. Without it, the checks that need it note that they did not run.
+        driver_stub: a folder with a stub of ``libcuda.so.1``, for machines without a driver.
 
     Returns:
-    the findings in the order of :data:`CHECKS`. A malformed wheel has a single finding, a failure.
+        the findings in the order of :data:`CHECKS`. A malformed wheel has a single finding, a failure.
 
     Raises:
-    ProgramFailed: the environment's interpreter fails.
+        ProgramFailed: the environment's interpreter fails.
     """
     where = InstalledPython.of(environment) if environment else None
     with tempfile.TemporaryDirectory(prefix="voltforge-") as name:

@@ -83,7 +83,7 @@ class CacheMiss:
 class SharedCache:
     """A folder or an address with finished wheels, and for each build the statements about its wheel.
 
-        ``keys/<first two digits of the build's key>/<key>.intoto.jsonl`` has a signed statement on each line, each by a
+    ``keys/<first two digits of the build's key>/<key>.intoto.jsonl`` has a signed statement on each line, each by a
     different builder and all about the same wheel. ``wheels/<sha256>/<file>`` is the wheel.
     """
 
@@ -99,8 +99,8 @@ class SharedCache:
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> SharedCache | None:
         """Return the cache that ``VOLTFORGE_CACHE`` names, if any. ``VOLTFORGE_OFFLINE=1`` forbids the network.
 
-            Raises:
-        CacheError: the value is neither a folder nor such an address.
+        Raises:
+            CacheError: the value is neither a folder nor such an address.
         """
         address = environ.get("VOLTFORGE_CACHE", "").strip()
         if not address:
@@ -135,23 +135,22 @@ class SharedCache:
     def put(self, key: str, wheel: Path, envelope: bytes) -> bool:
         """Upload a wheel and the signed statement that it was built under ``key``; return False if both exist there.
 
-                The wheel is written first, so that no statement names a missing wheel. Statements of other builders
-        stay.
+        The wheel is written first, so that no statement names a missing wheel. Statements of other builders stay.
 
-                Raises:
-            CacheError: the cache cannot be written, has another wheel under this key, or the statement is unsigned
-            or about another wheel or build.
+        Raises:
+            CacheError: the cache cannot be written, has another wheel under this key, or the statement is unsigned or
+                about another wheel or build.
         """
         if self._local is None and self.offline:
             raise CacheError(
                 f"nothing was uploaded to {self}: VOLTFORGE_OFFLINE forbids network access",
                 hint="unset VOLTFORGE_OFFLINE",
             )
-        made = _checked_provenance(key, wheel, envelope)
+        statement = _checked_provenance(key, wheel, envelope)
         with self._open(self.ask_indexes) as place:
-            there = place.read(_statements_path(key)) or b""
-            others = _matching_statements(there, key, made, place.shown(_statements_path(key)))
-            size, path = wheel.stat().st_size, _wheel_path(made)
+            existing = place.read(_statements_path(key)) or b""
+            matching = _matching_statements(existing, key, statement, place.shown(_statements_path(key)))
+            size, path = wheel.stat().st_size, _wheel_path(statement)
             missing = place.size(path) != size
             if missing:
                 place.write(path, wheel)
@@ -160,11 +159,11 @@ class SharedCache:
                         f"{place.shown(path)} was uploaded, but is missing or incomplete there",
                         hint="look at the log of its server",
                     )
-            kept = [line for line in others if line == envelope or _signers(line) != _signers(envelope)]
-            lines = b"".join(kept if envelope in kept else [*kept, envelope])
-            if lines != there:
+            remaining = [line for line in matching if line == envelope or _signers(line) != _signers(envelope)]
+            lines = b"".join(remaining if envelope in remaining else [*remaining, envelope])
+            if lines != existing:
                 place.write(_statements_path(key), lines)
-            return missing or lines != there
+            return missing or lines != existing
 
     @property
     def _local(self) -> Path | None:
@@ -186,13 +185,13 @@ class SharedCache:
             lines = place.read(_statements_path(key))
             if lines is None:
                 return CacheMiss("" if self._local is None or self._local.is_dir() else f"{self} is not a folder")
-            made = _trusted_provenance(lines, key, trust, place.shown(_statements_path(key)))
-            address = place.address(_wheel_path(made))
+            statement = _trusted_provenance(lines, key, trust, place.shown(_statements_path(key)))
+            address = place.address(_wheel_path(statement))
         # The mirrors and indexes of the store have no finished wheels.
         store = replace(
             downloads, mirrors=(), patience=self.patience, ask_indexes=lambda: _LimitedIndexes(**vars(ask()))
         )
-        return CachedWheel(store.get(Artifact(made.file, made.sha256, url=address)), made)
+        return CachedWheel(store.get(Artifact(statement.file, statement.sha256, url=address)), statement)
 
 
 # --- statements ---
@@ -202,15 +201,15 @@ def _statements_path(key: str) -> str:
     return f"keys/{key[:2]}/{key}.intoto.jsonl"
 
 
-def _wheel_path(made: Provenance) -> str:
-    return f"wheels/{made.sha256}/{made.file}"
+def _wheel_path(statement: Provenance) -> str:
+    return f"wheels/{statement.sha256}/{statement.file}"
 
 
 def _trusted_provenance(lines: bytes, key: str, trust: Trust, shown: str) -> Provenance:
     """Return the provenance of the first statement that a trusted key has signed for this build.
 
     Raises:
-    CacheError: there is none; the message gives the problem of the first statement.
+        CacheError: there is none; the message gives the problem of the first statement.
     """
     problems = []
     for line in lines.splitlines(keepends=True)[:BUILDERS]:
@@ -225,39 +224,39 @@ def _provenance_of_build(payload: bytes, key: str) -> Provenance:
     """Return the provenance in a statement about the wheel that was built under ``key``.
 
     Raises:
-    VoltforgeError: it is about another build, or is not a statement about a wheel.
+        VoltforgeError: it is about another build, or is not a statement about a wheel.
     """
-    made = provenance.read(payload)
-    if made.build_key != key:
-        raise CacheError(f"the statement is about another build, {made.build_key}")
-    return made
+    statement = provenance.read(payload)
+    if statement.build_key != key:
+        raise CacheError(f"the statement is about another build, {statement.build_key}")
+    return statement
 
 
 def _checked_provenance(key: str, wheel: Path, envelope: bytes) -> Provenance:
     """Return the provenance to upload.
 
     Raises:
-    CacheError: the statement is unsigned, or is not about this wheel and build.
+        CacheError: the statement is unsigned, or is not about this wheel and build.
     """
     try:
-        made = _provenance_of_build(signing.payload(envelope), key)
+        statement = _provenance_of_build(signing.payload(envelope), key)
         if not _signers(envelope):
             raise CacheError("the statement is not signed")
-        if (made.file, made.sha256) != (wheel.name, files.sha256(wheel)):
-            raise CacheError(f"the statement is about {made.file} with sha256 {made.sha256}")
+        if (statement.file, statement.sha256) != (wheel.name, files.sha256(wheel)):
+            raise CacheError(f"the statement is about {statement.file} with sha256 {statement.sha256}")
     except OSError as error:
         raise CacheError(f"{wheel} cannot be read: {error.strerror}") from error
     except VoltforgeError as problem:
         hint = "./doit key signs the wheels of the wheelhouse"
         raise CacheError(f"{wheel.name} cannot be shared: {problem.what}", hint=hint) from problem
-    return made
+    return statement
 
 
-def _matching_statements(lines: bytes, key: str, made: Provenance, shown: str) -> list[bytes]:
+def _matching_statements(lines: bytes, key: str, statement: Provenance, shown: str) -> list[bytes]:
     """Return the existing statements about the same build and wheel; warn about unusable ones and leave them out.
 
     Raises:
-    CacheError: a statement names a different wheel for this build.
+        CacheError: a statement names a different wheel for this build.
     """
     same = []
     for line in lines.splitlines(keepends=True)[:BUILDERS]:
@@ -266,9 +265,9 @@ def _matching_statements(lines: bytes, key: str, made: Provenance, shown: str) -
         except VoltforgeError as problem:
             console.warn(f"{shown}: {problem.what}; it is replaced")
             continue
-        if other.sha256 != made.sha256:
+        if other.sha256 != statement.sha256:
             raise CacheError(
-                f"{shown} names a different wheel: this build gave sha256 {other.sha256} there and {made.sha256} here",
+                f"{shown} names a different wheel: the build gave {other.sha256} there and {statement.sha256} here",
                 hint="./doit reproduce compares two builds; nothing was overwritten",
             )
         same.append(line)
@@ -286,7 +285,7 @@ def _normalised_address(address: str) -> str:
     """Return the normalised address or absolute folder for a value of VOLTFORGE_CACHE.
 
     Raises:
-    CacheError: it is neither.
+        CacheError: it is neither.
     """
     scheme, colon, rest = address.partition(":")
     try:
@@ -325,8 +324,8 @@ class _CacheFolder:
     def _file(self, path: str) -> Path | None:
         """Return a file, or ``None`` if it does not exist.
 
-            Raises:
-        CacheError: it is not a regular file; opening a pipe could block forever.
+        Raises:
+            CacheError: it is not a regular file; opening a pipe could block forever.
         """
         file = self.root / path
         if file.exists() and not file.is_file():
@@ -336,8 +335,8 @@ class _CacheFolder:
     def read(self, path: str) -> bytes | None:
         """Return the content of a small file, or ``None`` if it does not exist.
 
-            Raises:
-        CacheError: it cannot be read, or is too large.
+        Raises:
+            CacheError: it cannot be read, or is too large.
         """
         try:
             if not (file := self._file(path)):
@@ -363,8 +362,8 @@ class _CacheFolder:
     def write(self, path: str, source: Path | bytes) -> None:
         """Write a file and create its folders.
 
-            Raises:
-        CacheError: it cannot be written.
+        Raises:
+            CacheError: it cannot be written.
         """
         target = self.root / path
         try:
@@ -392,8 +391,8 @@ class _CacheServer:
     def read(self, path: str) -> bytes | None:
         """Return the content of a small file, or ``None`` if it does not exist.
 
-            Raises:
-        CacheError: the request fails or times out, or the file is too large.
+        Raises:
+            CacheError: the request fails or times out, or the file is too large.
         """
         with self._errors_explained(path):
             return _with_timeout(ANSWER, lambda: self._read(path))
@@ -422,8 +421,8 @@ class _CacheServer:
     def write(self, path: str, source: Path | bytes) -> None:
         """Upload a file and create its folders.
 
-            Raises:
-        CacheError: the server refuses it.
+        Raises:
+            CacheError: the server refuses it.
         """
         with self._errors_explained(path):
             refusals = self._make_folders(path)
@@ -447,9 +446,8 @@ class _CacheServer:
     def _make_folders(self, path: str) -> list[requests.Response]:
         """Create the folders of a file (RFC 4918, section 9.3) and return the answers with status 401, 403 or 507.
 
-                Create them before the upload: otherwise a server refuses the file only after receiving it, nginx with
-        500. Status 405 means either that the folder exists or that the server cannot create any; the upload shows
-        which.
+        Create them before the upload: otherwise a server refuses the file only after receiving it, nginx with 500.
+        Status 405 means either that the folder exists or that the server cannot create any; the upload shows which.
         """
         folders = ["", *(f"{folder}/" for folder in reversed(Path(path).parents[:-1]))]
         answers = [self._request("MKCOL", folder, allow_redirects=False) for folder in folders]
@@ -475,8 +473,8 @@ class _CacheServer:
     def _raise_for_status(self, path: str, response: requests.Response, *, writing: bool = False) -> None:
         """Raise unless the status is a success.
 
-            Raises:
-        CacheError: the meaning of the status, with a hint.
+        Raises:
+            CacheError: the meaning of the status, with a hint.
         """
         status = response.status_code
         if status in (200, 201, 204) if writing else status == 200:
@@ -548,7 +546,7 @@ def _with_timeout(seconds: float, work: Callable[[], Result]) -> Result:
     """Return the result of ``work``, run in a thread that is abandoned after ``seconds``.
 
     Raises:
-    requests.Timeout: it takes longer.
+        requests.Timeout: it takes longer.
     """
     done: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
@@ -576,8 +574,8 @@ class _DownloadSpeed:
     def add(self, count: int) -> None:
         """Count received bytes.
 
-            Raises:
-        CacheError: the download is too slow, or larger than any wheel.
+        Raises:
+            CacheError: the download is too slow, or larger than any wheel.
         """
         self.total += count
         self.count += count

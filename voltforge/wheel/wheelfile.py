@@ -99,8 +99,8 @@ class Wheel:
     def read(cls, path: Path, limits: Limits = LIMITS) -> Wheel:
         """Read the file name, METADATA and WHEEL of a wheel.
 
-            Raises:
-        WheelError: the wheel is malformed, or these three contradict each other.
+        Raises:
+            WheelError: the wheel is malformed, or these three contradict each other.
         """
         try:
             name, version, _, tags = parse_wheel_filename(path.name)
@@ -142,7 +142,7 @@ def unpack(path: Path, folder: Path, limits: Limits = LIMITS) -> None:
     """Unpack a wheel into ``folder``, creating it if needed: modes 644, or 755 for entries marked executable.
 
     Raises:
-    WheelError: it is not a zip file, an entry is damaged, is a link, or would be written outside ``folder``.
+        WheelError: it is not a zip file, an entry is damaged, is a link, or would be written outside ``folder``.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -158,17 +158,17 @@ def unpack(path: Path, folder: Path, limits: Limits = LIMITS) -> None:
 def normalise(folder: Path, out_dir: Path, *, tag: str, epoch: int) -> Path:
     """Write the unpacked wheel in ``folder`` to ``out_dir`` so that equal content gives equal bytes.
 
-        The order, times, owners and umask of the files and the locale do not change the result. Entries are sorted,
-    with the dist-info folder last. Times are ``epoch``, modes are 644 or 755. RECORD and the Tag and Generator lines of
+    The order, times, owners and umask of the files and the locale do not change the result. Entries are sorted, with
+    the dist-info folder last. Times are ``epoch``, modes are 644 or 755. RECORD and the Tag and Generator lines of
     WHEEL are written anew. Signatures of the old RECORD are left out. ``folder`` itself is not changed.
 
-        Args:
+    Args:
         folder: an unpacked wheel, with one ``*.dist-info`` folder.
         out_dir: the folder for the wheel; an older wheel of the same name is replaced.
         tag: the compatibility tag, such as ``cp38-abi3-manylinux_2_36_x86_64``.
         epoch: the time of all entries in seconds since 1970 (SOURCE_DATE_EPOCH), moved into the range of zip.
 
-        Raises:
+    Raises:
         WheelError: ``folder`` is not an unpacked wheel, or holds a link, a device or a name that is not UTF-8.
     """
     return _pack(folder, out_dir, tag=tag, epoch=epoch, method=zipfile.ZIP_DEFLATED)
@@ -213,11 +213,11 @@ def platform_tag(path: Path, exclude: Sequence[str] = PROVIDED) -> PlatformTag:
     """Return the platform tag that a wheel's binaries allow, by auditwheel's manylinux policies (PEP 600).
 
     Args:
-    path: the wheel; its own platform tag is ignored.
-    exclude: patterns of SONAMEs that other wheels or the driver provide.
+        path: the wheel; its own platform tag is ignored.
+        exclude: patterns of SONAMEs that other wheels or the driver provide.
 
     Raises:
-    WheelError: auditwheel cannot analyse the wheel.
+        WheelError: auditwheel cannot analyse the wheel.
     """
     from auditwheel.error import AuditwheelError, NonPlatformWheelError  # type: ignore[import-untyped]
     from auditwheel.libc import Libc  # type: ignore[import-untyped]
@@ -257,16 +257,16 @@ def finish(
     """Turn a build backend's wheel into the one to publish: strip it, set RUNPATHs and tag, normalise it.
 
     Args:
-    path: the wheel.
-    out_dir: the folder for the finished wheel.
-    runpath: RUNPATH entries by pattern of path inside the wheel: ``{"vllm/*.so": ["$ORIGIN/../torch/lib"]}``;
-    binaries that match no pattern keep theirs.
-    exclude: see :func:`platform_tag`.
-    epoch: see :func:`normalise`.
-    complete: called with the unpacked wheel and the epoch, to add files such as the SBOM.
+        path: the wheel.
+        out_dir: the folder for the finished wheel.
+        runpath: RUNPATH entries by pattern of path inside the wheel: ``{"vllm/*.so": ["$ORIGIN/../torch/lib"]}``;
+            binaries that match no pattern keep theirs.
+        exclude: see :func:`platform_tag`.
+        epoch: see :func:`normalise`.
+        complete: called with the unpacked wheel and the epoch, to add files such as the SBOM.
 
     Raises:
-    WheelError: the wheel is malformed, or a pattern matches no binary in it.
+        WheelError: the wheel is malformed, or a pattern matches no binary in it.
     """
     Wheel.read(path)
     with tempfile.TemporaryDirectory(prefix="voltforge-") as name:
@@ -287,7 +287,7 @@ def dist_info(folder: Path) -> Path:
     """Return the dist-info folder of an unpacked wheel.
 
     Raises:
-    WheelError: there is none, or there are several.
+        WheelError: there is none, or there are several.
     """
     return folder / _only_dist_info(folder, {child.name for child in folder.iterdir()})
 
@@ -296,7 +296,7 @@ def set_runpaths(folder: Path, runpath: Mapping[str, Sequence[str]]) -> None:
     """Set the RUNPATHs of an unpacked wheel, as for :func:`finish`; the last matching pattern wins.
 
     Raises:
-    WheelError: a pattern matches no binary.
+        WheelError: a pattern matches no binary.
     """
     binaries = _binaries(folder)
     wanted = {file: entries for pattern, entries in runpath.items() for file in _matching(folder, pattern, binaries)}
@@ -308,7 +308,7 @@ def members(folder: Path) -> list[str]:
     """Return the paths of all files in ``folder``, relative to it and with slashes, in no order.
 
     Raises:
-    WheelError: an entry is neither a file nor a folder, or its name is not UTF-8.
+        WheelError: an entry is neither a file nor a folder, or its name is not UTF-8.
     """
     paths, problems = [], []
     for parent, folders, names in os.walk(folder):

@@ -1,4 +1,4 @@
-"""The wheelhouse: checked wheels, their receipts, and a package index.
+"""The wheelhouse: a folder of verified wheels with their receipts and a package index.
 
 Beside each wheel are its METADATA, a copy of its SBOM, and its provenance in a signed envelope.
 """
@@ -25,11 +25,11 @@ from voltforge.wheel.signing import Signer, Trust
 API_VERSION = "1.1"
 """The version of the simple repository API (PEP 700)."""
 METADATA, SBOM, PROVENANCE = ".metadata", ".cdx.json", ".intoto.jsonl"
-"""The suffixes of the files beside a wheel (PEP 658; CycloneDX; DSSE, one envelope per line)."""
+"""Suffixes of the files beside a wheel (PEP 658; CycloneDX; DSSE with an envelope on each line)."""
 
 
 class WheelhouseError(VoltforgeError):
-    """The wheelhouse cannot be written, or does not match its receipts."""
+    """The wheelhouse cannot be written, or contradicts its receipts."""
 
 
 @dataclass(frozen=True)
@@ -39,49 +39,48 @@ class Wheelhouse:
     path: Path
 
     def receipt(self, name: str, python: str) -> Path:
-        """Return the path of the receipt of a project's wheel for a Python: ``vllm-cp311.json``."""
+        """Return the path of a project's receipt for a Python: ``vllm-cp311.json``."""
         return self.path / "receipts" / f"{name}-{python}.json"
 
     def holds(self, results: Mapping[str, Any]) -> bool:
-        """Return True if the wheel of a receipt exists, byte for byte, and the index and the files beside it match."""
+        """Return True if the wheel of a receipt exists unchanged, with matching index entries and files beside it."""
         file = self.path / str(results["file"])
         if not file.is_file() or files.sha256(file) != results["sha256"]:
             return False
         try:
             statement = _payload(self.beside(file, PROVENANCE).read_bytes())
-            # Its hash is known, so the wheel, which can have 12,000 files, need not be opened.
+            # The receipt has the digests of the files beside the wheel; a wheel of 12,000 files need not be opened.
             return files.sha256_bytes(statement) == results["statement"] and not self.entry_problems(results)
         except (OSError, ValueError, KeyError, TypeError):
-            return False  # a receipt of an older voltforge, or an edited one
+            return False  # an incomplete receipt
 
     def beside(self, path: Path, ending: str) -> Path:
-        """Return the path of a file beside a wheel: its METADATA, its SBOM or its provenance."""
+        """Return the path of a file beside a wheel: METADATA, SBOM or provenance."""
         return path.with_name(f"{path.name}{ending}")
 
     def entry(self, verified: Path) -> dict[str, Any]:
-        """Return the part of a receipt that describes the wheel: file, name, version, sha256, size, and data for the
-        index.
+        """Return a wheel's results in its receipt: file, name, version, sha256, size, and the values for the index.
 
         Raises:
-            WheelError: it is not a wheel.
+            WheelError: it is not a well-formed wheel.
         """
-        made, document = wheelfile.Wheel.read(verified), wheelfile.sbom_bytes(verified)
+        wheel, document = wheelfile.Wheel.read(verified), wheelfile.sbom_bytes(verified)
         known = {"file": f"{verified.name}{SBOM}", "sha256": files.sha256_bytes(document)} if document else None
-        return {"file": verified.name, "name": made.name, "version": str(made.version),
+        return {"file": verified.name, "name": wheel.name, "version": str(wheel.version),
                 "sha256": files.sha256(verified), "size": verified.stat().st_size, "sbom": known,
                 "metadata": files.sha256_bytes(wheelfile.metadata_bytes(verified)),
-                "requires_python": str(made.metadata.requires_python or "")}  # fmt: skip
+                "requires_python": str(wheel.metadata.requires_python or "")}  # fmt: skip
 
     def add(self, verified: Path, statement: bytes = b"", signer: Signer | None = None) -> None:
-        """Add a checked wheel, remove the project's other wheels for this Python, and write the index.
+        """Add a verified wheel, remove the project's other wheels for this Python, and rewrite the index.
 
-        Wheels for another Python stay: ``cp312`` beside ``cp311``. Receipts of removed wheels are removed. The
-        provenance ``statement``, if given, is signed by ``signer``, if given.
+        Wheels for other Pythons stay: ``cp312`` beside ``cp311``. Receipts of removed wheels are removed too. The
+        provenance ``statement``, if any, is signed if there is a signer.
 
         Raises:
             WheelhouseError: the folder cannot be written.
         """
-        made = wheelfile.Wheel.read(verified)
+        wheel = wheelfile.Wheel.read(verified)
         target = self.path / verified.name
         try:
             with verified.open("rb") as source, files.replacing(target) as beside:
@@ -90,17 +89,17 @@ class Wheelhouse:
                 files.write(self.beside(target, SBOM), document)
             if statement:
                 files.write(self.beside(target, PROVENANCE), signing.sealed(statement, signer))
-            here, its = _pythons(sys_tags()), _pythons(made.tags)
-            served = its | here if its & here else its
-            others = {
-                one.path
-                for one in self.wheels()
-                if one.name == made.name and one.path != target and served & _pythons(one.tags)
+            running, own = _pythons(sys_tags()), _pythons(wheel.tags)
+            served = own | running if own & running else own
+            replaced = {
+                other.path
+                for other in self.wheels()
+                if other.name == wheel.name and other.path != target and served & _pythons(other.tags)
             }
-            self.index(without=others)
-            for path in others:
-                for gone in (path, *(self.beside(path, ending) for ending in (METADATA, SBOM, PROVENANCE))):
-                    files.remove(gone)
+            self.index(without=replaced)
+            for path in replaced:
+                for removed in (path, *(self.beside(path, ending) for ending in (METADATA, SBOM, PROVENANCE))):
+                    files.remove(removed)
             self._drop_receipts()
         except OSError as error:
             raise WheelhouseError(
@@ -109,55 +108,57 @@ class Wheelhouse:
             ) from error
 
     def sign(self, signer: Signer) -> list[str]:
-        """Sign the provenance of every wheel and return the names of the wheels.
+        """Sign the provenance of every wheel and return the wheels' file names.
 
         Raises:
             SignatureError: a statement cannot be read.
         """
         signed = []
-        for one in self.wheels():
-            envelope = self.beside(one.path, PROVENANCE)
+        for wheel in self.wheels():
+            envelope = self.beside(wheel.path, PROVENANCE)
             if envelope.is_file():
                 files.write(envelope, signing.sealed(signing.payload(envelope.read_bytes()), signer))
-                signed.append(one.path.name)
+                signed.append(wheel.path.name)
         return signed
 
-    def entry_problems(self, told: Mapping[str, Any]) -> list[str]:
-        """Return the differences between a wheel's :meth:`entry` and the index and files beside it, a sentence each."""
-        found, file, name = [], told["file"], told["name"]
-        wanted = {METADATA: told["metadata"], **({SBOM: told["sbom"]["sha256"]} if told["sbom"] else {})}
+    def entry_problems(self, entry: Mapping[str, Any]) -> list[str]:
+        """List the index entries and files beside a wheel that do not match its :meth:`entry`."""
+        problems, file, name = [], entry["file"], entry["name"]
+        wanted = {METADATA: entry["metadata"], **({SBOM: entry["sbom"]["sha256"]} if entry["sbom"] else {})}
         for ending, digest in wanted.items():
             if files.sha256_bytes(_read(self.path / f"{file}{ending}") or b"") != digest:
-                found.append(f"{file}{ending} differs from the one in the wheel")
+                problems.append(f"{file}{ending} does not match the wheel")
         page = files.read_json(self.path / "simple" / name / "index.json")
-        if _listed(told) not in (page.get("files", []) if isinstance(page, dict) else []):
-            found.append(f"the index (simple/{name}/index.json) does not list {file} with its hash")
-        if f"    {_link(told)}\n".encode() not in (_read(self.path / "simple" / name / "index.html") or b""):
-            found.append(f"the index (simple/{name}/index.html) does not list {file} with its hash")
-        return found
+        if _listed(entry) not in (page.get("files", []) if isinstance(page, dict) else []):
+            problems.append(f"the index (simple/{name}/index.json) does not list {file} with its hash")
+        if f"    {_link(entry)}\n".encode() not in (_read(self.path / "simple" / name / "index.html") or b""):
+            problems.append(f"the index (simple/{name}/index.html) does not list {file} with its hash")
+        return problems
 
-    def wheel_problems(self, made: wheelfile.Wheel, trust: Trust) -> tuple[list[str], str]:
-        """Return the differences between a wheel and its index, receipt, provenance and signature, and who signed it.
+    def wheel_problems(self, wheel: wheelfile.Wheel, trust: Trust) -> tuple[list[str], str]:
+        """List contradictions between a wheel and its index, receipt, provenance and signature; also return the signer.
 
-        If keys are trusted, one of them must have signed.
+        If there are trusted keys, the signature must be by one of them.
         """
-        found, name, sha256 = self.entry_problems(self.entry(made.path)), made.path.name, files.sha256(made.path)
-        ours = [results for _, results in self.receipts() if results.get("file") == name]
-        found += [] if ours else [f"{name} has no receipt"]
-        found += [f"the receipt of {name} is for other bytes" for one in ours if one.get("sha256") != sha256]
-        envelope = _read(self.beside(made.path, PROVENANCE))
+        problems, name, sha256 = self.entry_problems(self.entry(wheel.path)), wheel.path.name, files.sha256(wheel.path)
+        receipts = [results for _, results in self.receipts() if results.get("file") == name]
+        problems += [] if receipts else [f"{name} has no receipt"]
+        problems += [
+            f"the receipt of {name} has a different sha256" for receipt in receipts if receipt.get("sha256") != sha256
+        ]
+        envelope = _read(self.beside(wheel.path, PROVENANCE))
         if envelope is None:
-            return [*found, f"{name}{PROVENANCE} is missing"], "nobody"
+            return [*problems, f"{name}{PROVENANCE} is missing"], "nobody"
         try:
             statement = signing.verified(envelope, trust) if trust else signing.payload(envelope)
-            said = provenance.read(statement)
-            if (said.file, said.sha256) != (name, sha256):
-                found.append(f"its provenance is for {said.file} with sha256 {said.sha256[:16]}…")
-            if any(files.sha256_bytes(statement) != one.get("statement") for one in ours):
-                found.append(f"the receipt of {name} and its provenance disagree")
+            attested = provenance.read(statement)
+            if (attested.file, attested.sha256) != (name, sha256):
+                problems.append(f"its provenance is about {attested.file} with sha256 {attested.sha256[:16]}…")
+            if any(files.sha256_bytes(statement) != receipt.get("statement") for receipt in receipts):
+                problems.append(f"the receipt of {name} does not match its provenance")
         except VoltforgeError as error:
-            found.append(f"{name}{PROVENANCE}: {error.what}")
-        return found, "a trusted key" if trust else "nobody: no key is trusted here"
+            problems.append(f"{name}{PROVENANCE}: {error.what}")
+        return problems, "a trusted key" if trust else "nobody: no key is trusted here"
 
     def _drop_receipts(self) -> None:
         for path, results in self.receipts():
@@ -166,12 +167,12 @@ class Wheelhouse:
                 path.unlink()
 
     def receipts(self) -> list[tuple[Path, Mapping[str, Any]]]:
-        """Return all receipts with their results; an unreadable one has none."""
-        found = [(path, files.read_json(path)) for path in sorted((self.path / "receipts").glob("*.json"))]
-        return [(path, one.get("results") or {} if isinstance(one, dict) else {}) for path, one in found]
+        """Return the paths of all receipts, each with its results; an unreadable receipt has none."""
+        records = [(path, files.read_json(path)) for path in sorted((self.path / "receipts").glob("*.json"))]
+        return [(path, record.get("results") or {} if isinstance(record, dict) else {}) for path, record in records]
 
     def wheels(self) -> list[wheelfile.Wheel]:
-        """Return all wheels by file name.
+        """Return all wheels, sorted by file name.
 
         Raises:
             WheelError: a wheel is malformed.
@@ -179,32 +180,35 @@ class Wheelhouse:
         return [wheelfile.Wheel.read(path) for path in sorted(self.path.glob("*.whl"))]
 
     def index_problems(self) -> list[str]:
-        """Return the parts of the index and the receipts without a wheel, a sentence each.
+        """List index pages and receipts that do not belong to the wheels of the wheelhouse.
 
-        An installer takes whatever a page offers, so every page must be exactly the one that the present wheels give.
+        An installer takes any file that a page lists, so every page must be exactly as generated.
         """
         simple, wanted = self.path / "simple", self._pages()
-        there = {str(one.relative_to(simple)) for one in simple.rglob("*") if one.is_symlink() or not one.is_dir()}
-        found = [f"the index has simple/{name}, but there is no such wheel" for name in sorted(there - wanted.keys())]
+        pages = {str(page.relative_to(simple)) for page in simple.rglob("*") if page.is_symlink() or not page.is_dir()}
+        problems = [
+            f"the index has simple/{name}, which belongs to no wheel of the wheelhouse"
+            for name in sorted(pages - wanted.keys())
+        ]
         for name, text in wanted.items():
             if _read(simple / name) != text.encode():
-                found.append(f"the index (simple/{name}) does not match the wheels")
+                problems.append(f"the index (simple/{name}) does not match the wheels")
         for path, results in self.receipts():
             file = results.get("file")
             if not file:
-                found.append(f"receipts/{path.name} names no wheel")
+                problems.append(f"receipts/{path.name} names no wheel")
             elif not (self.path / str(file)).is_file():
-                found.append(f"receipts/{path.name} names {file}, which does not exist")
-        return found
+                problems.append(f"receipts/{path.name} names {file}, which does not exist")
+        return problems
 
     def index(self, *, without: Set[Path] = frozenset()) -> None:
         """Write ``simple/``: HTML (PEP 503) and JSON (PEP 691) pages with hashes, and the metadata files of PEP 658.
 
-        Wheels in ``without`` are omitted because they are removed next; a page never names a missing file.
+        ``without`` are wheels about to be removed. They leave the index first, so that no page names a missing file.
         """
-        for made in self.wheels():
-            if made.path not in without:
-                files.write(self.beside(made.path, METADATA), wheelfile.metadata_bytes(made.path))
+        for wheel in self.wheels():
+            if wheel.path not in without:
+                files.write(self.beside(wheel.path, METADATA), wheelfile.metadata_bytes(wheel.path))
         for ending in (METADATA, SBOM, PROVENANCE):
             for stale in self.path.glob(f"*.whl{ending}"):
                 if not stale.with_name(stale.name.removesuffix(ending)).exists():
@@ -214,30 +218,28 @@ class Wheelhouse:
                 files.write(beside / name, text)
 
     def _pages(self, without: Set[Path] = frozenset()) -> dict[str, str]:
-        """Return the content of ``simple/`` by the paths in it."""
+        """Return the content of all pages of ``simple/``, by path."""
         projects: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(self.path.glob("*.whl")):
             if path not in without:
-                told = self.entry(path)
-                projects.setdefault(told["name"], []).append(told)
+                entry = self.entry(path)
+                projects.setdefault(entry["name"], []).append(entry)
         links = [f'<a href="{html.escape(name)}/">{html.escape(name)}</a><br>' for name in projects]
         pages = _page("", "Simple index", links, {"projects": [{"name": name} for name in projects]})
         for name, entries in projects.items():
-            versions = sorted({told["version"] for told in entries})
+            versions = sorted({entry["version"] for entry in entries})
             answer = {"name": name, "files": [*map(_listed, entries)], "versions": versions}
             pages |= _page(f"{name}/", f"Links for {name}", [*map(_link, entries)], answer)
         return pages
 
 
 def _pythons(tags: Iterable[Tag]) -> set[tuple[str, str]]:
-    """Return the Pythons of these tags, by interpreter and ABI."""
+    """Return the Pythons of a wheel's tags as pairs of interpreter and ABI."""
     return {(tag.interpreter, tag.abi) for tag in tags}
 
 
 def _payload(envelope: bytes) -> bytes:
-    """Return the payload of an envelope that we wrote; :mod:`voltforge.wheel.signing`, which checks more, is slow to
-    import.
-    """
+    """Decode the payload of a DSSE envelope without importing :mod:`voltforge.wheel.signing`'s slow dependencies."""
     return base64.b64decode(json.loads(envelope)["payload"], validate=True)
 
 
@@ -252,37 +254,37 @@ def _url(file: str) -> str:
     return f"../../{quote(file)}"  # some stores decode a bare + as a space
 
 
-def _listed(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a wheel's entry as a file of a project page, in PEP 691's format (and 700, 714)."""
+def _listed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a file object of a project page (PEP 691, with the keys of PEP 700 and 714)."""
     return {
-        "filename": told["file"],
-        "url": _url(told["file"]),
-        "hashes": {"sha256": told["sha256"]},
-        "size": told["size"],
-        "core-metadata": {"sha256": told["metadata"]},
-        "dist-info-metadata": {"sha256": told["metadata"]},
-        **({"requires-python": told["requires_python"]} if told["requires_python"] else {}),
+        "filename": entry["file"],
+        "url": _url(entry["file"]),
+        "hashes": {"sha256": entry["sha256"]},
+        "size": entry["size"],
+        "core-metadata": {"sha256": entry["metadata"]},
+        "dist-info-metadata": {"sha256": entry["metadata"]},
+        **({"requires-python": entry["requires_python"]} if entry["requires_python"] else {}),
     }
 
 
-def _link(told: Mapping[str, Any]) -> str:
-    """Return the same entry as an anchor of PEP 503, with the attributes of PEP 658 and 714."""
-    hashed = f"sha256={told['metadata']}"
+def _link(entry: Mapping[str, Any]) -> str:
+    """Return an anchor of a project page (PEP 503, with the attributes of PEP 658 and 714)."""
+    hashed = f"sha256={entry['metadata']}"
     attributes = {
-        "href": f"{_url(told['file'])}#sha256={told['sha256']}",
+        "href": f"{_url(entry['file'])}#sha256={entry['sha256']}",
         "data-core-metadata": hashed,
         "data-dist-info-metadata": hashed,
     }
-    if told["requires_python"]:
-        attributes["data-requires-python"] = told["requires_python"]
+    if entry["requires_python"]:
+        attributes["data-requires-python"] = entry["requires_python"]
     words = "".join(f' {key}="{html.escape(value)}"' for key, value in attributes.items())
-    return f"<a{words}>{html.escape(told['file'])}</a><br>"
+    return f"<a{words}>{html.escape(entry['file'])}</a><br>"
 
 
 def _page(folder: str, title: str, links: list[str], answer: dict[str, Any]) -> dict[str, str]:
-    """Return a page for people and for programs, by the paths of its two files."""
+    """Return the HTML and the JSON page of a folder, by path."""
     lines = [f"    {link}" for link in links]
     head = f'<meta name="pypi:repository-version" content="{API_VERSION}"><title>{html.escape(title)}</title>'
     page = ["<!DOCTYPE html>", "<html>", f"  <head>{head}</head>", "  <body>", *lines, "  </body>", "</html>", ""]
-    told = json.dumps({"meta": {"api-version": API_VERSION}, **answer}, indent=2) + "\n"
-    return {f"{folder}index.html": "\n".join(page), f"{folder}index.json": told}
+    text = json.dumps({"meta": {"api-version": API_VERSION}, **answer}, indent=2) + "\n"
+    return {f"{folder}index.html": "\n".join(page), f"{folder}index.json": text}
