@@ -711,7 +711,7 @@ SERVED: dict[str, tuple[str, Callable[[bytes], list[Fault]], str]] = {
         STATEMENT, lambda _: [Fault(302, {"Location": "http://[::1"})], "redirects to an invalid address",
     ),
     "statement: sent on to a strange name": (
-        STATEMENT, lambda _: [Fault(302, {"Location": f"http://{'a' * 300}.example/"})], "redirects to an invalid address",
+        STATEMENT, lambda _: [Fault(302, {"Location": f"http://{'a' * 300}.example/"})], "invalid address",
     ),
     "wheel: gone": (WHEEL, lambda _: [Fault(404)], "answered 404 Not Found"),
     "wheel: server error": (WHEEL, lambda _: [Fault(500)] * 9, "answered 500 Internal Server Error"),
