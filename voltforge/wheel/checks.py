@@ -102,7 +102,7 @@ class Finding:
     """The result of one check."""
 
     check: str
-    """The name of the check, in one or two words."""
+    """The check's name, in a word or two."""
     severity: Literal["pass", "fail", "note"]
     """``fail`` keeps the wheel out of the wheelhouse; ``note`` is information."""
     detail: str
@@ -320,7 +320,7 @@ def check_extensions(subject: ExaminedWheel) -> Iterator[Finding]:
         for name in wanted
         if name not in subject.binaries
     ]
-    return _findings("extensions", problems, ", ".join(wanted) or "none are expected")
+    return _findings("extensions", problems, ", ".join(wanted) or "none are asked for")
 
 
 def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
@@ -341,7 +341,7 @@ def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
         if len(linked_images) < len(images):
             pieces = f"{name} holds {len(images) - len(linked_images)} relocatable images"
             if linked_images:
-                yield Finding("device code", "note", f"{pieces}, unused beside the linked images")
+                yield Finding("device code", "note", f"{pieces} of no use beside the linked ones")
             else:
                 problems.append(f"{pieces}, which nvlink has not linked: no driver can load them")
         actual = Counter(image.name for image in linked_images)
@@ -424,7 +424,7 @@ def check_symbols(subject: ExaminedWheel) -> Iterator[Finding]:
     if not subject.binaries:
         return
     if not environment:
-        yield Finding("symbols", "note", "not checked: it needs an environment with the requirements of the wheel")
+        yield Finding("symbols", "note", "not checked: it needs an environment with what the wheel requires")
         return
     site = environment.site
     loader = Loader(
@@ -453,7 +453,7 @@ def check_symbols(subject: ExaminedWheel) -> Iterator[Finding]:
     if lent:
         names = sorted({library for libraries in lent.values() for library in libraries})
         yield Finding(
-            "symbols", "note", f"{_examples(lent)} find {', '.join(names)} only after torch was imported"
+            "symbols", "note", f"{_examples(lent)} find {', '.join(names)} only where torch has been imported before"
         )  # fmt: skip
 
 
@@ -608,7 +608,7 @@ def _binaries(folder: Path) -> tuple[dict[str, Elf], tuple[str, ...]]:
 
 
 def _image_counts(images: Mapping[str, int]) -> str:
-    """Return ``sm_70 (29), sm_80 (52)``, in the order of the architectures."""
+    """``sm_70 (29), sm_80 (52)``, in the order of the architectures."""
     order = sorted(images, key=lambda name: (name.split("_")[0] != "sm", len(name.rstrip("af")), name))
     return ", ".join(f"{name} ({images[name]})" for name in order)
 
