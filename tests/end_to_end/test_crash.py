@@ -366,7 +366,7 @@ def record(kind: str) -> str:
 
 
 @pytest.mark.parametrize("ways", [(KILLED,), (INTERRUPTED,), (CUT, EMPTIED)], ids=lambda ways: ways[0].name)
-def test_a_checkout_whose_runs_end_before_and_after_every_record_in_turn_comes_to_the_same_bytes(
+def test_runs_killed_around_every_record_end_in_the_same_bytes(
     one: Place, good: dict[str, str], ways: tuple[Way, ...], counted
 ) -> None:
     """One and the same checkout, from nothing, at ever later points: each run begins where the last was ended."""
@@ -431,7 +431,7 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize(("state", "point", "way"), MOMENTS)
-def test_a_run_is_made_good_that_ended_while(
+def test_killed_run_is_recovered_at(
     place: Place, good: dict[str, str], state: str, point: Point, way: Way, counted
 ) -> None:
     kind = state.split()[0]
@@ -454,7 +454,7 @@ STEPS = 4
 @pytest.mark.parametrize(
     ("ways", "first"), [((KILLED,), 1), ((INTERRUPTED,), 2), ((CUT, EMPTIED), 3)], ids=["SIGKILL", "SIGINT", "cut"]
 )
-def test_a_wheelhouse_with_an_older_wheel_has_the_new_one_wherever_the_run_ended_that_brought_it(
+def test_new_wheel_replaces_the_old_after_a_kill_at_any_point(
     place: Place, good: dict[str, str], ways: tuple[Way, ...], first: int, counted
 ) -> None:
     """At every fourth change to the wheelhouse, counted from another one for each way."""
@@ -480,7 +480,7 @@ def test_a_wheelhouse_with_an_older_wheel_has_the_new_one_wherever_the_run_ended
     counted(f"kill points recovered: {ways[0].name}", len(points))
 
 
-def test_compilers_that_outlive_a_killed_run_without_a_sandbox_do_not_spoil_the_next(place: Place, counted) -> None:
+def test_surviving_compilers_of_a_killed_run_do_not_affect_the_next(place: Place, counted) -> None:
     words = "sandbox=off", "wheels:saxpy"
     place.reset("build")
     assert place.run(*words).status == 0
@@ -553,7 +553,7 @@ def small(one: Place, good: dict[str, str]) -> Iterator[Place]:
 
 
 @pytest.mark.parametrize(("state", "point"), FULL.values(), ids=FULL)
-def test_a_disk_is_told_and_made_good_that_was_full_when(
+def test_full_disk_is_reported_and_recovered_at(
     small: Place, good: dict[str, str], state: str, point: Point, counted
 ) -> None:
     small.reset(state.split()[0], compiled="again" in state)
@@ -567,9 +567,7 @@ def test_a_disk_is_told_and_made_good_that_was_full_when(
     counted("other faults met with a sentence and recovered")
 
 
-def test_a_wheelhouse_that_may_only_be_read_is_a_sentence_and_what_was_built_is_kept(
-    place: Place, good: dict[str, str], counted
-) -> None:
+def test_read_only_wheelhouse_is_reported_and_the_build_is_kept(place: Place, good: dict[str, str], counted) -> None:
     place.patch("-")
     with namespace(
         place, 'mount --bind "$1/wheelhouse" "$1/wheelhouse"; mount -o remount,ro,bind "$1/wheelhouse"'
@@ -587,9 +585,7 @@ def test_a_wheelhouse_that_may_only_be_read_is_a_sentence_and_what_was_built_is_
 # --- the clock, the others, and what is changed under a run's feet ---
 
 
-def test_a_source_that_changed_is_compiled_though_the_clock_was_set_back(
-    place: Place, good: dict[str, str], counted
-) -> None:
+def test_changed_source_is_compiled_after_the_clock_was_set_back(place: Place, good: dict[str, str], counted) -> None:
     """To a clock that was set back, all that was made before is of the future."""
     day = 86_400 * 10**9
     for folder in ("build/work", "build/trees"):
@@ -635,9 +631,7 @@ def compiling(place: Place) -> Iterator[subprocess.Popen[str]]:
         run.communicate()
 
 
-def test_of_two_runs_at_once_the_second_says_for_whom_it_waits_and_finds_nothing_to_do(
-    place: Place, good: dict[str, str], counted
-) -> None:
+def test_second_concurrent_run_waits_and_then_reuses_everything(place: Place, good: dict[str, str], counted) -> None:
     place.reset("build")
     with compiling(place) as first:
         second = place.run()
@@ -668,7 +662,7 @@ def changed_while_compiling(place: Place, path: Path, old: str, new: str) -> str
     return said
 
 
-def test_a_patch_that_is_changed_while_its_package_compiles_is_named_and_the_next_run_has_it(
+def test_patch_changed_during_compilation_is_reported_and_used_next(
     place: Place, good: dict[str, str], counted
 ) -> None:
     before = code(place)
@@ -681,7 +675,7 @@ def test_a_patch_that_is_changed_while_its_package_compiles_is_named_and_the_nex
     counted("other faults met with a sentence and recovered")
 
 
-def test_a_source_that_is_changed_while_it_compiles_is_told_and_the_next_run_unpacks_it_again(
+def test_source_changed_during_compilation_is_reported_and_unpacked_again(
     place: Place, good: dict[str, str], counted
 ) -> None:
     source = place.root / "build/trees/saxpy/csrc/saxpy.cu"
@@ -692,9 +686,7 @@ def test_a_source_that_is_changed_while_it_compiles_is_told_and_the_next_run_unp
     counted("other faults met with a sentence and recovered")
 
 
-def test_a_recipe_that_is_changed_while_its_package_compiles_changes_nothing_then_and_the_next_run_has_it(
-    place: Place, good: dict[str, str], counted
-) -> None:
+def test_recipe_changed_during_compilation_is_used_by_the_next_run(place: Place, good: dict[str, str], counted) -> None:
     recipe, new = place.root / "recipes/saxpy.toml", "nvidia/cuda_runtime/../cuda_runtime/lib"
     place.reset("build")
     with compiling(place) as run:

@@ -1,4 +1,4 @@
-"""The real image, made from the wheelhouse's own wheels."""
+"""The image is built from the wheels of the wheelhouse."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from voltforge.sources import distro, environment
 
 @pytest.fixture(scope="module")
 def results(repository: Path, vllm: Pipeline, engine_works: None) -> dict:
-    """What `./doit image` made: ten minutes on two cores, nothing if it ran before."""
+    """The output of `./doit image`: ten minutes on two cores, nothing if it is current."""
     doit("image")
     return json.loads((repository / "build/stages/image.json").read_text())["results"]
 
@@ -46,7 +46,7 @@ WITHOUT_A_GPU = ("env", "LD_LIBRARY_PATH=/mnt/driver", "PYTHONPATH=/mnt")
 
 
 def without_a_gpu(repository: Path, driver_stub: DriverStub) -> dict[Path, str]:
-    """What is mounted where a GPU is pretended."""
+    """The mounts that simulate a GPU."""
     return {repository / "volta": "volta", driver_stub.path: "driver"}
 
 
@@ -55,7 +55,7 @@ def mounted(places: dict[Path, str]) -> tuple[str, ...]:
 
 
 @pytest.mark.build
-def test_the_image_is_small_and_an_update_of_vllm_moves_little(results: dict) -> None:
+def test_image_is_small_and_a_vllm_update_changes_few_layers(results: dict) -> None:
     layers = [size for _, size in results["compressed"]]
     assert results["base_size"] + sum(results["layers"].values()) <= 6_500_000_000
     assert sum(layers) <= 3_200_000_000
@@ -67,7 +67,7 @@ def test_the_image_is_small_and_an_update_of_vllm_moves_little(results: dict) ->
 
 
 @pytest.mark.build
-def test_the_archive_says_what_it_is_made_of_and_how_it_is_run(results: dict, repository: Path) -> None:
+def test_archive_has_labels_and_the_run_configuration(results: dict, repository: Path) -> None:
     told = subprocess.run(
         ["skopeo", "inspect", "--config", f"oci-archive:{repository / results['path']}"],
         capture_output=True,
@@ -89,7 +89,7 @@ def test_the_archive_says_what_it_is_made_of_and_how_it_is_run(results: dict, re
 
 
 @pytest.mark.build
-def test_what_is_in_the_image_imports_and_goes_together(container: str, repository: Path) -> None:
+def test_packages_of_the_image_import_and_are_compatible(container: str, repository: Path) -> None:
     assert Path("/opt/vllm/bin/vllm").name in inside(container, "sh", "-c", "command -v vllm")
     program = "import torch, torchvision, transformers, vllm, triton; print(torch._C._cuda_getArchFlags())"
     assert inside(container, "python", "-c", program).split()[-1] == "sm_70"
@@ -147,10 +147,10 @@ FOUND = (
 
 
 @pytest.mark.build
-def test_the_images_own_triton_finds_every_kernel_that_was_compiled_ahead(
+def test_triton_in_the_image_finds_every_precompiled_kernel(
     container: str, repository: Path, driver_stub: DriverStub
 ) -> None:
-    """Compilers that are called for one refuse; the calls are vLLM's own, on a pretended card."""
+    """vLLM's own calls on a simulated card, with compilers that refuse to run."""
     options = mounted(without_a_gpu(repository, driver_stub))
     said = inside(container, *WITHOUT_A_GPU, "PYTHONPATH=/mnt:/opt/voltforge", "sh", "-c", FOUND, options=options)
     found = re.search(r"(\d+) kernels, all in the cache", said)
@@ -159,13 +159,13 @@ def test_the_images_own_triton_finds_every_kernel_that_was_compiled_ahead(
 
 
 @pytest.mark.build
-def test_the_image_is_run_by_nobody_special(container: str) -> None:
+def test_image_runs_as_an_unprivileged_user(container: str) -> None:
     said = inside(container, "sh", "-c", "id -u; touch /opt/vllm/x 2>/dev/null || echo refused")
     assert said.split() == ["1000", "refused"]
 
 
 @pytest.mark.build
-def test_the_image_names_nothing_of_the_build_machine(container: str, repository: Path) -> None:
+def test_image_contains_no_path_of_the_build_machine(container: str, repository: Path) -> None:
     told = subprocess.run(["buildah", "mount", container], capture_output=True, text=True, check=True)
     root = Path(told.stdout.strip())
     folders = [root / name for name in ("opt", "etc", "home", "var")]
@@ -175,7 +175,7 @@ def test_the_image_names_nothing_of_the_build_machine(container: str, repository
 
 
 @pytest.mark.build
-def test_without_a_gpu_the_image_says_so_in_a_sentence(container: str) -> None:
+def test_missing_gpu_is_reported_in_a_sentence(container: str) -> None:
     start = ("/opt/vllm/bin/python", "/opt/voltforge/start.py")
     said = inside(container, *start, "--model", "some/model", status=1)
     [line] = [line for line in said.splitlines() if line.startswith("voltforge: ")]
@@ -186,7 +186,7 @@ def test_without_a_gpu_the_image_says_so_in_a_sentence(container: str) -> None:
 
 
 @pytest.mark.build
-def test_a_base_with_another_python_is_refused_in_words(results: dict, repository: Path, tmp_path: Path) -> None:
+def test_base_with_another_python_is_refused(results: dict, repository: Path, tmp_path: Path) -> None:
     base = f"localhost/voltforge-base:{distro.codename()}"
     with pytest.raises(EngineError, match=r"the base has Python 3\.\d+, and the wheels are for 3\.99"):
         container_engine.choose().build(
@@ -199,7 +199,7 @@ def test_a_base_with_another_python_is_refused_in_words(results: dict, repositor
 
 
 @pytest.mark.build
-def test_why_tells_layers_projects_and_what_was_left_out(results: dict, repository: Path) -> None:
+def test_why_prints_layers_projects_and_omitted_files(results: dict, repository: Path) -> None:
     said = doit("image:why")
     for word in ("nvidia-cudnn-cu12", "packages", "required by", "back end"):
         assert word in said

@@ -1,4 +1,4 @@
-"""The key of a wheel: another for every byte that can change it, the same for all that cannot."""
+"""Every byte that can change a wheel changes its key; other edits do not."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ often = settings(max_examples=100, deadline=None, suppress_health_check=[HealthC
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory, toolchain: Toolchain) -> Pipeline:
-    """A small checkout with a patch, its source unpacked."""
+    """A small checkout with a patch and an unpacked source."""
     pipeline = small_checkout(tmp_path_factory.mktemp("keys") / "checkout")
     series = pipeline.root / "patches" / "saxpy"
     series.mkdir(parents=True)
@@ -47,7 +47,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory, toolchain: Toolchain) -> Pip
 
 
 def keys(pipeline: Pipeline) -> tuple[str, str]:
-    """Of the built wheel, and of the one that is checked and kept, as the checkout is now."""
+    """Return the current keys of the built wheel and of the checked wheel."""
     again = Pipeline.load(pipeline.root, pipeline.settings)
     package = again.package(again.recipes["saxpy"])
     return package.stages["build"].key(), package.stages["wheels"].key()
@@ -55,7 +55,7 @@ def keys(pipeline: Pipeline) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def holding(path: Path, content: bytes) -> Iterator[None]:
-    """A file with other content while the block runs."""
+    """Give a file other content while the block runs."""
     before = path.read_bytes()
     path.write_bytes(content)
     try:
@@ -76,12 +76,12 @@ def recipe(pipeline: Pipeline) -> Path:
 @pytest.mark.parametrize("file", ["patches/saxpy/0001-say-more.patch", "recipes/locks/saxpy.txt"])
 @often
 @given(at=st.integers(0, 100_000), bits=st.integers(1, 255))
-def test_any_byte_of_a_patch_or_a_lock_is_another_key(
+def test_any_byte_of_a_patch_or_lock_changes_the_key(
     grown: Pipeline, counted: Tally, file: str, at: int, bits: int
 ) -> None:
     before, path = keys(grown), grown.root / file
     with holding(path, flipped(path.read_bytes(), at, bits)):
-        with contextlib.suppress(VoltforgeError):  # a patch without a subject or a diff is none
+        with contextlib.suppress(VoltforgeError):  # a patch needs a subject and a diff
             assert not {*keys(grown)} & {*before}
             counted("changes of one byte that changed the key")
     assert keys(grown) == before
@@ -97,7 +97,7 @@ def test_any_byte_of_a_patch_or_a_lock_is_another_key(
         min_size=1,
     )
 )
-def test_comments_and_blank_lines_of_a_recipe_change_nothing(
+def test_comments_and_blank_lines_of_a_recipe_do_not_change_the_key(
     grown: Pipeline, counted: Tally, lines: list[tuple[int, str]]
 ) -> None:
     before, text = keys(grown), recipe(grown).read_text().splitlines()
@@ -118,7 +118,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("old", OPTIONS)
-def test_any_option_of_a_recipe_is_another_key(grown: Pipeline, counted: Tally, old: str) -> None:
+def test_any_option_of_a_recipe_changes_the_key(grown: Pipeline, counted: Tally, old: str) -> None:
     before, text = keys(grown), recipe(grown).read_text()
     assert old in text
     with holding(recipe(grown), text.replace(old, OPTIONS[old]).encode()):
@@ -126,7 +126,7 @@ def test_any_option_of_a_recipe_is_another_key(grown: Pipeline, counted: Tally, 
     counted("changes of an option that changed the key")
 
 
-def test_what_a_wheel_is_held_to_is_of_the_kept_one_alone(grown: Pipeline) -> None:
+def test_expectations_change_only_the_key_of_the_checked_wheel(grown: Pipeline) -> None:
     before, text = keys(grown), recipe(grown).read_text()
     with holding(recipe(grown), text.replace("100 kB", "90 kB").encode()):
         built, kept = keys(grown)
@@ -134,7 +134,7 @@ def test_what_a_wheel_is_held_to_is_of_the_kept_one_alone(grown: Pipeline) -> No
     assert kept != before[1]
 
 
-def test_another_source_is_another_key(grown: Pipeline) -> None:
+def test_source_changes_the_key(grown: Pipeline) -> None:
     before, text = keys(grown), recipe(grown).read_text()
     sha256 = grown.recipes["saxpy"].source.sha256
     with holding(recipe(grown), text.replace(sha256, "0" * 64).encode()):
@@ -142,7 +142,7 @@ def test_another_source_is_another_key(grown: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("names", ["0001-say-mire.patch", "0002-say-more.patch"])
-def test_another_name_or_place_in_the_series_is_another_key(grown: Pipeline, names: str) -> None:
+def test_name_and_order_of_patches_change_the_key(grown: Pipeline, names: str) -> None:
     before, path = keys(grown), grown.root / "patches" / "saxpy" / "0001-say-more.patch"
     path.rename(path.with_name(names))
     try:
@@ -151,7 +151,7 @@ def test_another_name_or_place_in_the_series_is_another_key(grown: Pipeline, nam
         path.with_name(names).rename(path)
 
 
-def test_another_python_is_another_key(grown: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_version_changes_the_key(grown: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     before = keys(grown)
     monkeypatch.setattr(environment, "interpreter", lambda: "cpython-3.11.99")
     assert not {*keys(grown)} & {*before}
@@ -159,10 +159,10 @@ def test_another_python_is_another_key(grown: Pipeline, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", [name for name in COMPILERS if name != "bin/nvcc"])
-def test_one_byte_of_a_compiler_is_another_key(
+def test_one_byte_of_a_compiler_changes_the_key(
     grown: Pipeline, toolchain: Toolchain, tmp_path: Path, monkeypatch, counted: Tally, compiler: str
 ) -> None:
-    """Of a toolkit that CUDA_HOME names, which is looked at and never run here but for nvcc's version."""
+    """The key with a toolkit that CUDA_HOME names; only its nvcc is run, for its version."""
     home = tmp_path / "cuda"
     shutil.copytree(toolchain.home, home, copy_function=os.link, symlinks=True)
     monkeypatch.setenv("CUDA_HOME", str(home))
@@ -183,7 +183,7 @@ def test_one_byte_of_a_compiler_is_another_key(
     counted("changes of one byte that changed the key")
 
 
-def test_what_cannot_change_a_wheel_does_not_change_its_key(
+def test_inputs_that_cannot_change_a_wheel_do_not_change_its_key(
     grown: Pipeline, tmp_path: Path, monkeypatch, counted: Tally
 ) -> None:
     before = keys(grown)
@@ -206,10 +206,10 @@ def test_what_cannot_change_a_wheel_does_not_change_its_key(
     counted("edits that change nothing and did not change the key", 9)
 
 
-def test_the_recipe_of_these_tests_has_every_option_that_they_change() -> None:
+def test_recipe_of_these_tests_has_every_option() -> None:
     assert all(old.replace("{", "{{").replace("}", "}}") in SAXPY for old in OPTIONS)
 
 
-def test_the_toolchains_own_names_are_those_that_are_hashed(toolchain: Toolchain) -> None:
+def test_names_of_the_toolchain_are_hashed(toolchain: Toolchain) -> None:
     assert set(COMPILERS) < set(toolchain.identity)
     assert all(len(toolchain.identity[f"g++/{name}"]) == 64 for name in ("cc1plus", "as", "collect2", "ld"))

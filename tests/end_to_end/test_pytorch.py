@@ -78,13 +78,13 @@ def ninja(shop: Workshop, *targets: str) -> list[Path]:
     return [shop.work / "tree/build" / target for target in targets]
 
 
-def test_the_source_knows_every_option_of_the_recipe_but_the_newer_ones(recipe: SourceRecipe, upstream: Tree) -> None:
+def test_source_has_every_option_of_the_recipe_except_newer_ones(recipe: SourceRecipe, upstream: Tree) -> None:
     with pytest.raises(OptionError) as caught:
         options.check_variables(recipe, upstream.path)
     assert set(caught.value.unknown) == debian.NEWER
 
 
-def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(recipe: SourceRecipe, upstream: Tree) -> None:
+def test_misspelt_option_is_refused_with_a_suggestion(recipe: SourceRecipe, upstream: Tree) -> None:
     env = {name: value for name, value in recipe.build.env.items() if name not in debian.NEWER} | {"USE_CUDDN": "1"}
     misspelt = recipe.model_copy(update={"build": recipe.build.model_copy(update={"env": env})})
     with pytest.raises(OptionError) as caught:
@@ -92,7 +92,7 @@ def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(recipe: Source
     assert caught.value.unknown == {"USE_CUDDN": ["USE_CUDNN"]}
 
 
-def test_it_is_configured_as_the_recipe_says(shop: Workshop, summary: list[str]) -> None:
+def test_configuration_matches_the_recipe(shop: Workshop, summary: list[str]) -> None:
     told = dict(match.groups() for line in summary if (match := re.match(r"--\s+([\w ]+?)\s+: (.*)", line)))
     assert told["cuDNN version"] == "9.10.2"
     assert (told["BLAS"], told["LAPACK"], told["USE_NCCL"], told["USE_SYSTEM_NCCL"]) == ("mkl", "mkl", "1", "ON")
@@ -102,7 +102,7 @@ def test_it_is_configured_as_the_recipe_says(shop: Workshop, summary: list[str])
     assert compiled_for == {"arch=compute_70,code=sm_70"}
 
 
-def test_a_library_that_is_not_found_ends_the_build_before_anything_is_compiled(
+def test_missing_library_stops_the_build_before_compilation(
     pipeline: Pipeline, patched: Tree, toolchain: Toolchain, tmp_path: Path
 ) -> None:
     made = debian.workshop(pipeline, patched, toolchain, tmp_path / "work", {"CUDNN_ROOT": "/nowhere"})
@@ -124,7 +124,7 @@ def test_c10_is_compiled_and_loads(shop: Workshop, toolchain: Toolchain) -> None
 
 
 @pytest.mark.usefixtures("summary")
-def test_cuda_sources_of_aten_are_compiled_for_sm_70_alone(shop: Workshop, toolchain: Toolchain) -> None:
+def test_cuda_sources_of_aten_are_compiled_only_for_sm_70(shop: Workshop, toolchain: Toolchain) -> None:
     for made in ninja(shop, *(f"{ATEN}/{kernel}.cu.o" for kernel in KERNELS)):
         assert listed_by_cuobjdump(toolchain, made) == {"sm_70": 1}
         ptx = subprocess.run([toolchain.home / "bin/cuobjdump", "-lptx", made], capture_output=True, text=True)
@@ -133,6 +133,6 @@ def test_cuda_sources_of_aten_are_compiled_for_sm_70_alone(shop: Workshop, toolc
 
 
 @pytest.mark.usefixtures("summary")
-def test_attention_by_cudnn_is_compiled(shop: Workshop) -> None:
+def test_cudnn_attention_is_compiled(shop: Workshop) -> None:
     [made] = ninja(shop, f"{ATEN}/cudnn/MHA.cpp.o")
     assert b"run_cudnn_SDP_fprop" in made.read_bytes()

@@ -1,4 +1,4 @@
-"""PyTorch for sm_70, made for real of the stock wheel."""
+"""The stock PyTorch wheel is thinned to sm_70."""
 
 import subprocess
 import zipfile
@@ -24,7 +24,7 @@ def recipe(repository: Path) -> ThinRecipe:
     return found
 
 
-def test_every_stock_torch_wheel_is_one_of_the_lock(repository):
+def test_every_stock_torch_wheel_is_in_the_lock(repository):
     locked = (repository / "recipes/locks/vllm-build.txt").read_text()
     stock = recipe(repository).wheels
     assert [wheel.file.split("-")[2] for wheel in stock] == ["cp310", "cp311", "cp312", "cp313"]
@@ -33,7 +33,7 @@ def test_every_stock_torch_wheel_is_one_of_the_lock(repository):
 
 @pytest.fixture(scope="module")
 def torch(repository, tmp_path_factory):
-    """The stock torch wheel of the running Python, and it thinned to 7.0."""
+    """The stock torch wheel for the running Python, and the same wheel thinned to 7.0."""
     pipeline = Pipeline.load(repository, Settings(torch="thin"))
     stock = pipeline.package(pipeline.recipes["torch"]).fetch.result().path
     folder = tmp_path_factory.mktemp("torch")
@@ -42,7 +42,7 @@ def torch(repository, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_stock_torch_keeps_every_cubin_of_sm_70_byte_for_byte_and_nothing_else(torch, tmp_path, toolchain):
+def test_thinned_torch_keeps_exactly_the_sm_70_cubins(torch, tmp_path, toolchain):
     stock, thin = torch
     assert thin.name == stock.name.replace("2.9.0", "2.9.0+sm70.thin")
     assert thin.stat().st_size <= 320_000_000
@@ -77,7 +77,7 @@ print(torch.__version__, torch.cuda.get_arch_list())
 
 
 @pytest.mark.slow
-def test_thinned_torch_works_in_an_environment_of_what_it_still_requires(torch, repository, tmp_path):
+def test_thinned_torch_works_with_only_its_remaining_requirements(torch, repository, tmp_path):
     _, thin = torch
     pins = locks.read(repository / "recipes/locks/vllm-build.txt")
     lock = tmp_path / "lock.txt"
@@ -94,7 +94,7 @@ def test_thinned_torch_works_in_an_environment_of_what_it_still_requires(torch, 
 
 
 @pytest.mark.slow
-def test_thinned_torch_is_the_same_bytes_each_time(torch, repository, tmp_path):
+def test_thinned_torch_is_reproducible(torch, repository, tmp_path):
     stock, thin = torch
     again = thin_wheel(stock, tmp_path, ["7.0"], special=recipe(repository).thin)
     assert files.sha256(again) == files.sha256(thin)

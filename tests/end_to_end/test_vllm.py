@@ -1,4 +1,4 @@
-"""The main job on its real input: the vLLM sdist becomes a verified sm_70 wheel that pip and uv install."""
+"""The vLLM sdist becomes a verified sm_70 wheel that pip and uv install."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def made(vllm: Pipeline) -> wheelfile.Wheel:
 
 @pytest.fixture(scope="module")
 def patched(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """The sources as the series leaves them."""
+    """The sources after all patches."""
     recipe = vllm.recipes["vllm"]
     series = patches.series(vllm.root / "patches" / "vllm")
     return tree.create(vllm.store.get(recipe.source.artifact), series, tmp_path_factory.mktemp("vllm") / "tree")
 
 
 def called(folder: Path, pattern: str) -> Sequence[str]:
-    """The lines of the package's Python files that match, with their files."""
+    """Return the matching lines of the package's Python files, with their paths."""
     found = []
     for path in sorted((folder / "vllm").rglob("*.py")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -59,7 +59,7 @@ def called(folder: Path, pattern: str) -> Sequence[str]:
     return found
 
 
-def test_the_wheel_is_vllm_with_the_toolkit_in_its_version_and_one_for_all_pythons(
+def test_wheel_version_names_the_toolkit_and_tag_allows_all_pythons(
     made: wheelfile.Wheel, receipt: dict[str, dict[str, object]]
 ) -> None:
     assert re.fullmatch(r"0\.12\.0\+sm70\.cu12\d", str(made.version))
@@ -72,7 +72,7 @@ def test_the_wheel_is_vllm_with_the_toolkit_in_its_version_and_one_for_all_pytho
     }
 
 
-def test_what_is_compiled_together_is_all_that_is_no_longer_compiled_alone(repository: Path) -> None:
+def test_merged_sources_are_exactly_those_no_longer_compiled_separately(repository: Path) -> None:
     """0018-compiled-together."""
     patch = (repository / "patches/vllm/0018-compiled-together.patch").read_text()
     included = re.findall(r'^\+#include "\.\./(.+\.cu)"$', patch, re.MULTILINE)
@@ -80,7 +80,7 @@ def test_what_is_compiled_together_is_all_that_is_no_longer_compiled_alone(repos
     assert sorted(included) == sorted({*re.findall(r'^- +"csrc/(.+\.cu)"\)?$', patch, re.MULTILINE)})
 
 
-def test_every_check_passed_and_the_receipt_has_them(receipt: dict[str, dict[str, object]]) -> None:
+def test_every_check_passes_and_is_in_the_receipt(receipt: dict[str, dict[str, object]]) -> None:
     findings = receipt["results"]["findings"]
     assert isinstance(findings, list)
     assert not [finding for finding in findings if finding["severity"] == "fail"]
@@ -89,14 +89,14 @@ def test_every_check_passed_and_the_receipt_has_them(receipt: dict[str, dict[str
     }
 
 
-def test_a_second_run_says_that_it_is_current_and_builds_nothing(vllm: Pipeline) -> None:
+def test_second_run_reports_current_and_builds_nothing(vllm: Pipeline) -> None:
     said = doit("wheels:vllm")
     assert "wheels:vllm is current" in said
     assert "* build" not in said
 
 
-def test_pip_picks_it_from_the_wheelhouse_beside_the_machines_own_index(vllm: Pipeline, tmp_path: Path) -> None:
-    """The stock wheel of the same version is on that index: only the local part makes ours the newer."""
+def test_pip_prefers_the_wheelhouse_over_the_default_index(vllm: Pipeline, tmp_path: Path) -> None:
+    """The index also has the stock wheel of the same version; only the local version part makes this wheel newer."""
     plain = configured()
     assert plain.default
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "fresh"], check=True)
@@ -118,7 +118,7 @@ def test_pip_picks_it_from_the_wheelhouse_beside_the_machines_own_index(vllm: Pi
     assert chosen["download_info"]["url"].startswith(vllm.wheelhouse.path.as_uri())
 
 
-def test_nothing_that_it_requires_is_missing(installed: Environment) -> None:
+def test_all_requirements_are_installed(installed: Environment) -> None:
     assert unmet_requirements(installed) == []
 
 
@@ -132,47 +132,47 @@ def test_nothing_that_it_requires_is_missing(installed: Environment) -> None:
         "the_command_line_explains_itself",
     ],
 )
-def test_on_a_pretended_volta(check: str, vllm_python: VllmPython) -> None:
-    """No GPU is here: the platform only says that it is one of capability 7.0, and no kernel runs."""
+def test_vllm_runs_on_a_simulated_volta(check: str, vllm_python: VllmPython) -> None:
+    """No GPU exists here: the platform reports capability 7.0, and no kernel runs."""
     vllm_python.run(ROOT / "tests" / "scripts" / "pretended_volta.py", check)
 
 
-def test_nothing_on_cuda_reaches_the_kernels_that_were_left_out(patched: Tree) -> None:
+def test_no_cuda_path_uses_an_omitted_kernel(patched: Tree) -> None:
     calls = [line for line in called(patched.path, r"\bpaged_attention_v[12]\b") if "def " not in line]
     elsewhere = ("_ipex_ops.py", "rocm_aiter_fa.py", "_custom_ops.py")
     assert not [line for line in calls if not any(name in line for name in elsewhere)], calls
     assert "paged_attention_v" not in (patched.path / "CMakeLists.txt").read_text()
 
 
-def test_the_build_downloads_nothing_for_7_0(patched: Tree) -> None:
+def test_build_for_7_0_downloads_nothing(patched: Tree) -> None:
     text = (patched.path / "CMakeLists.txt").read_text()
     assert "GIT_REPOSITORY" not in text
     for module in ("qutlass", "vllm_flash_attn", "flashmla", "triton_kernels"):
         assert f"include(cmake/external_projects/{module}.cmake)" not in text
 
 
-def test_what_sm_70_has_no_use_for_is_not_required(made: wheelfile.Wheel) -> None:
+def test_requirements_unusable_on_sm_70_are_removed(made: wheelfile.Wheel) -> None:
     always = {one.name for one in made.requires if not one.marker or one.marker.evaluate({"extra": ""})}
     assert {"torch", "triton", "numba", "torchvision"} <= always
     assert not {"flashinfer-python", "ray", "torchaudio"} & always
 
 
-def test_the_header_diet_edits_no_source(repository: Path) -> None:
+def test_header_reduction_edits_no_source(repository: Path) -> None:
     (diet,) = (repository / "patches" / "vllm").glob("*-header-diet.patch")
     touched = set(re.findall(r"^\+\+\+ b/(\S+)", diet.read_text(), re.MULTILINE))
     assert "csrc/lean/torch/all.h" in touched
     assert {path for path in touched if not path.startswith("csrc/lean/")} == {"CMakeLists.txt", "cmake/utils.cmake"}
 
 
-def test_each_patch_says_why_where_and_what_to_check_again(repository: Path) -> None:
+def test_each_patch_has_reason_upstream_and_recheck_fields(repository: Path) -> None:
     for patch in patches.series(repository / "patches" / "vllm"):
         header = patch.path.read_text().split("\n---\n")[0]
         for field in ("Subject: ", "Why: ", "Upstream: ", "Re-check: "):
             assert f"\n{field}" in f"\n{header}", f"{patch.path.name} lacks {field}"
 
 
-def test_the_stock_wheel_is_found_to_be_what_it_is(vllm: Pipeline, repository: Path) -> None:
-    """467 MB of real input for every check that needs no environment; its findings were recorded and read once."""
+def test_findings_on_the_stock_wheel_match_the_record(vllm: Pipeline, repository: Path) -> None:
+    """Run every check that needs no environment on a real wheel of 467 MB and compare the findings with the record."""
     stock = vllm.store.get(
         Artifact(
             file="vllm-0.12.0-cp38-abi3-manylinux_2_31_x86_64.whl",
