@@ -26,9 +26,10 @@ from rich.console import Console
 
 from tests.support.corruption import bounded, saying
 from tests.support.servers import Fault, Server, serving
-from voltforge.sources import fetch, index
-from voltforge.sources.fetch import Artifact, FetchError, NotFetchedError, NotKeptError, Store
+from voltforge.sources import fetch, index, transfer
+from voltforge.sources.fetch import Artifact, NotFetchedError, Store
 from voltforge.sources.index import Indexes, Patience
+from voltforge.sources.transfer import FetchError, NotKeptError
 from voltforge.system import console
 
 FILE = "thing-1.0.tar.gz"
@@ -455,7 +456,7 @@ def endless(block: bytes, pause: float = 0.0):
 
 
 def test_a_file_of_unknown_size_without_end_is_stopped_at_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "MOST", 5_000_000)
+    monkeypatch.setattr(transfer, "MOST", 5_000_000)
     with saying(lambda path: endless(bytes(100_000))) as url:
         error = problem(store(tmp_path), artifact(url=f"{url}{PATH}", size=None))
     assert outcomes(error) == ["sends more than the expected 5000000 bytes"]

@@ -17,9 +17,10 @@ from voltforge.compile import driver_stub
 from voltforge.errors import VoltforgeError, listed
 from voltforge.sources import environment, materials
 from voltforge.sources.archive import unpack
-from voltforge.sources.fetch import MOST, Artifact, NotFetchedError, Store
+from voltforge.sources.fetch import Artifact, NotFetchedError, Store
 from voltforge.sources.materials import Material
 from voltforge.sources.recipe import CudaRecipe, Provision
+from voltforge.sources.transfer import MOST
 from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
 from voltforge.system.records import CheckoutPath

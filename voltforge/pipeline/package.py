@@ -16,9 +16,9 @@ from voltforge.pipeline.checkout import Checkout
 from voltforge.pipeline.results import BuiltWheel, Checked, CheckedBefore, Receipt, SourceFile
 from voltforge.pipeline.stage import Stage, Values
 from voltforge.sources import environment, materials
-from voltforge.sources.fetch import FetchError
 from voltforge.sources.materials import Material
 from voltforge.sources.recipe import Recipe, Source
+from voltforge.sources.transfer import FetchError
 from voltforge.system import console, files, records
 from voltforge.wheel import checks, provenance
 from voltforge.wheel.checks import Expectation, Finding

@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,25 +16,19 @@ from typing import IO
 from urllib.parse import quote
 
 import requests
-import urllib3
 
-from voltforge.errors import VoltforgeError, listed, remedy
+from voltforge.errors import listed
 from voltforge.sources import distro, index
-from voltforge.sources.index import HASH, Indexes, Patience, answered, explained
+from voltforge.sources.index import HASH, Indexes, Patience, explained
 from voltforge.sources.threads import Halt, each
+from voltforge.sources.transfer import AbsentError, FetchError, NotKeptError, PartialFile, RefusedError, Transfer
 from voltforge.system import console, files
 from voltforge.system.urls import local_path, redacted
 
-MOST = 64 * 10**9
-"""Bytes; a file of unknown size is not downloaded beyond this."""
 AT_ONCE = 4
 """The number of files that download at the same time, and so of connections: as many as browsers open to one host."""
 WAIT = 0.2
 """Seconds between two checks whether another process still downloads a file."""
-LEAST = 1000
-"""Bytes that a server must send within index.TIMEOUT."""
-_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.ASCII)
-"""A Content-Range header (RFC 9110, section 14.4)."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +67,6 @@ class Missing:
     attempts: tuple[Attempt, ...]
 
 
-class FetchError(VoltforgeError):
-    """A file could not be downloaded or stored."""
-
-
 class NotFetchedError(FetchError):
     """All locations of one or more files failed."""
 
@@ -95,30 +84,6 @@ class NotFetchedError(FetchError):
         self.missing = tuple(missing)
         self.folder = folder
         self.offline = offline
-
-
-class NotKeptError(FetchError):
-    """A file could not be written: the disk is full, the folder belongs to another user, …"""
-
-    def __init__(self, path: Path, error: OSError) -> None:
-        super().__init__(
-            f"{path} cannot be written: {error.strerror or error}",
-            hint=remedy(error.strerror, "correct the folder's owner and mode"),
-        )
-        self.path = path
-        self.errno = error.errno
-
-
-class _RefusedError(Exception):
-    """A location does not give the file; the message is the rest of a sentence about it."""
-
-
-class _AbsentError(_RefusedError):
-    """A location answered that it does not have the file."""
-
-
-class _CutError(Exception):
-    """A body ended too early: its bytes are good, the rest can be requested."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +203,7 @@ class Store:
         attempts: list[Attempt] = []
         try:
             return self._good(artifact) or self._locked(artifact, attempts, halt)
-        except _RefusedError:
+        except RefusedError:
             return Missing(artifact, tuple(attempts))
         except OSError as error:
             raise NotKeptError(Path(error.filename or self.folder), error) from error
@@ -288,9 +253,9 @@ class Store:
             for address in place.addresses:
                 try:
                     return self._take(artifact, address, place.proxies, session, halt)
-                except _AbsentError as problem:
+                except AbsentError as problem:
                     refusal = str(problem)
-                except _RefusedError as problem:
+                except RefusedError as problem:
                     refusal = str(problem)
                     break
                 except requests.RequestException as error:
@@ -300,7 +265,7 @@ class Store:
             attempts.append(Attempt(place.shown, refusal))
             if not self.offline:
                 console.note(f"{artifact.file}: {place.shown} {refusal}")
-        raise _RefusedError
+        raise RefusedError
 
     def _places(self, artifact: Artifact, session: requests.Session, attempts: list[Attempt]) -> Iterator[_Place]:
         """Yield the locations of a file, nearest first; locations without it go to ``attempts``."""
@@ -350,10 +315,12 @@ class Store:
         if path := local_path(address):
             _copy(path, target, artifact)
             return target
-        with _Part(target.parent / f"{artifact.sha256}.part") as part:
-            actual = _Transfer(artifact, address, proxies, session, part, self.patience, halt).run()
+        with PartialFile(target.parent / f"{artifact.sha256}.part") as part:
+            actual = Transfer(
+                artifact.file, artifact.size, artifact.sha256, address, proxies, session, part, self.patience, halt
+            ).run()
             if actual != artifact.sha256:
-                raise _RefusedError(self._set_aside(part.path, artifact, actual))
+                raise RefusedError(self._set_aside(part.path, artifact, actual))
             part.become(target)
         return target
 
@@ -363,187 +330,6 @@ class Store:
         rejected.parent.mkdir(parents=True, exist_ok=True)
         path.replace(rejected)
         return f"gave {_wrong(artifact, actual)}; stored for inspection as {rejected}"
-
-
-class _Part:
-    """The downloaded part of a file, and its hash. It survives a killed run, and the next run resumes it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.count = 0
-        self._digest = hashlib.sha256()
-
-    def __enter__(self) -> _Part:
-        self._file: IO[bytes] = self.path.open("a+b", buffering=0)
-        self._file.seek(0)
-        while block := self._file.read(files.BLOCK):
-            self._digest.update(block)
-            self.count += len(block)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if not self.count:
-            self.path.unlink(missing_ok=True)
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    def add(self, block: bytes) -> None:
-        try:
-            rest = memoryview(block)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:  # a full disk must not look like a broken connection
-            raise NotKeptError(self.path, error) from error
-        self._digest.update(block)
-        self.count += len(block)
-
-    def restart(self) -> None:
-        self._file.truncate(0)
-        self.count = 0
-        self._digest = hashlib.sha256()
-
-    def become(self, target: Path) -> None:
-        """Replace ``target``, as ``files.replacing`` does, which cannot resume."""
-        os.fsync(self._file.fileno())
-        self.path.replace(target)
-        files.sync_folder(target.parent)
-
-
-@dataclass
-class _Transfer:
-    """One download from one URL into a part, resumed whenever the connection breaks (RFC 9110, section 14: range
-    requests).
-    """
-
-    artifact: Artifact
-    address: str
-    proxies: Mapping[str, str | None] | None
-    session: requests.Session
-    part: _Part
-    patience: Patience
-    halt: Halt
-    validator: str = ""
-    """The ETag or date of the version that was begun, so that another version is never appended to it."""
-    whole: bool = False
-    """True to request no ranges: the server or the stored part was wrong."""
-    mixed: bool = False
-    """The part holds bytes of several answers."""
-
-    def run(self) -> str:
-        """Download the rest of the part and return its hash.
-
-        Raises:
-            _RefusedError, requests.RequestException, NotKeptError
-        """
-        size = self.artifact.size
-        self.mixed = self.part.count > 0
-        with console.download(self.artifact.file, size, self.part.count) as advance:
-            self._receive_all(advance)
-            if self.part.sha256 != self.artifact.sha256 and self.mixed:
-                # An earlier location or version may have given the bad bytes: test this one alone.
-                advance(-self.part.count)
-                self.part.restart()
-                self._receive_all(advance)
-        return self.part.sha256
-
-    def _receive_all(self, advance: Callable[[int], None]) -> None:
-        failures, best = 0, self.part.count
-        while self.artifact.size is None or self.part.count != self.artifact.size or not self.part.count:
-            try:
-                if self._receive(advance):
-                    return
-            except _CutError as cut:
-                self.halt.check()
-                if self.part.count - best >= files.BLOCK:
-                    failures, best = 0, self.part.count
-                failures += 1
-                if failures >= self.patience.attempts:
-                    raise _RefusedError(f"{cut}, {failures} times") from cut
-                self.halt.pause(self.patience.pause(failures))
-
-    def _receive(self, advance: Callable[[int], None]) -> bool:
-        """Send one request and store its body; return True if the file is complete."""
-        with self._ask() as response:
-            if response.status_code == 416 and self.part.count and not self.whole:
-                if response.headers.get("Content-Range", "") == f"bytes */{self.part.count}":
-                    return True
-                self.whole = True
-                return False
-            if response.status_code == 206 and not self._continues(response):
-                if self.whole or not self.part.count:
-                    raise _RefusedError("sent another range than the requested one")
-                self.whole = True
-                return False
-            _refuse_status(response)
-            if response.status_code == 206:
-                self.mixed = True
-            else:
-                advance(-self.part.count)
-                self.part.restart()
-            etag = response.headers.get("ETag", "")
-            self.validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
-            self._refuse_size(response)
-            with self.halt.waking(response.raw.shutdown):
-                self._receive_body(response, advance)
-        return True
-
-    def _ask(self) -> requests.Response:
-        # Raw bytes: with a content encoding, ranges and sizes would count encoded bytes.
-        headers = {"Accept-Encoding": "identity"}
-        if self.part.count and not self.whole:
-            headers["Range"] = f"bytes={self.part.count}-"
-            if self.validator:
-                headers["If-Range"] = self.validator
-        proxies = dict(self.proxies) if self.proxies else None
-        return self.session.get(
-            self.address, headers=headers, stream=True, timeout=index.TIMEOUT, proxies=proxies,  # type: ignore[arg-type]
-        )  # fmt: skip
-
-    def _continues(self, response: requests.Response) -> bool:
-        match = _RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
-        if not match:
-            return False
-        start, end, total = int(match[1]), int(match[2]), match[3]
-        if total == "*":
-            return start == self.part.count <= end
-        return start == self.part.count <= end == int(total) - 1 and self.artifact.size in (None, int(total))
-
-    def _refuse_size(self, response: requests.Response) -> None:
-        length = response.headers.get("Content-Length", "")
-        if self.artifact.size is not None and re.fullmatch(r"\d{1,18}", length, re.ASCII):
-            offered = self.part.count + int(length)
-            if offered != self.artifact.size:
-                raise _RefusedError(f"offers {offered} bytes instead of {self.artifact.size}")
-
-    def _receive_body(self, response: requests.Response, advance: Callable[[int], None]) -> None:
-        size = self.artifact.size
-        most = MOST if size is None else size
-        moment, before = time.monotonic(), self.part.count
-        while True:
-            try:
-                # read1 returns what has arrived; read and stream would lose up to a block when the connection breaks.
-                block = response.raw.read1(files.BLOCK, decode_content=False)
-            except urllib3.exceptions.ReadTimeoutError as error:
-                raise _CutError("stopped sending") from error
-            except (urllib3.exceptions.HTTPError, OSError) as error:
-                raise _CutError("broke off in the middle of the file") from error
-            self.halt.check()
-            if not block:
-                break
-            if self.part.count + len(block) > most:
-                self.part.restart()
-                raise _RefusedError(f"sends more than the expected {most} bytes")
-            self.part.add(block)
-            advance(len(block))
-            if time.monotonic() - moment > index.TIMEOUT[1]:
-                if self.part.count - before < LEAST:
-                    raise _CutError("sends almost nothing")
-                moment, before = time.monotonic(), self.part.count
-        if size is not None and self.part.count < size:
-            raise _CutError(f"sends only {self.part.count} bytes")
 
 
 def _wait_for(lock: IO[bytes], halt: Halt) -> None:
@@ -557,30 +343,21 @@ def _wait_for(lock: IO[bytes], halt: Halt) -> None:
             return
 
 
-def _refuse_status(response: requests.Response) -> None:
-    """Accept only the statuses 200 and 206."""
-    answer = answered(response)
-    if response.status_code in (404, 410):
-        raise _AbsentError(answer)
-    if response.status_code not in (200, 206):
-        raise _RefusedError(answer)
-
-
 def _copy(path: Path, target: Path, artifact: Artifact) -> None:
     """Copy a file from a folder of someone else, which is not changed."""
     digest = hashlib.sha256()
     try:
         source = path.open("rb")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise _AbsentError("does not have it") from error
+        raise AbsentError("does not have it") from error
     except OSError as error:
-        raise _RefusedError(f"cannot be read: {error.strerror}") from error
+        raise RefusedError(f"cannot be read: {error.strerror}") from error
     with source, files.replacing(target) as sink:
         while block := source.read(files.BLOCK):
             digest.update(block)
             sink.write(block)
         if digest.hexdigest() != artifact.sha256:
-            raise _RefusedError(f"gave {_wrong(artifact, digest.hexdigest())}")
+            raise RefusedError(f"gave {_wrong(artifact, digest.hexdigest())}")
 
 
 def _wrong(artifact: Artifact, actual: str) -> str:
