@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from voltforge.image import container_engine
-from voltforge.image.stages import NAME, RuntimeImage
+from voltforge.image.stages import RuntimeImage
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.system import console, files
@@ -25,8 +25,7 @@ def main():
     runtime.base.run()
     engine = container_engine.choose()
     if runtime.image.record():
-        for tag in runtime.image.result().tags[:1]:
-            run([engine.kind, "rmi", "--force", f"{NAME}:{tag}"], ok=(0, 1, 125))
+        run([engine.kind, "rmi", "--force", runtime.image.result().name], ok=(0, 1, 125))
     runtime.image.path.unlink(missing_ok=True)
     done = run([ROOT / "doit", "image"], cwd=ROOT)
     image = runtime.image.result()

@@ -206,7 +206,7 @@ def test_only_declared_variables_reach_the_build(saxpy: Pipeline, monkeypatch: p
     monkeypatch.setenv("CXXFLAGS", "-DSECRET_OF_THE_SHELL")
     monkeypatch.setenv("CMAKE_ARGS", "-DSECRET_OF_THE_SHELL=1")
     built(saxpy)
-    tree, chosen = package(saxpy).tree(), package(saxpy).toolchain()
+    tree, chosen = (package(saxpy).stages[kind].result() for kind in ("tree", "toolchain"))
     places = dict.fromkeys(build.FOLDERS, Path("/place"))
     assert "SECRET" not in str(build.variables(saxpy.recipes["saxpy"], tree, chosen, places))
     caches = list((saxpy.scratch / "work").rglob("CMakeCache.txt"))
@@ -423,7 +423,7 @@ def test_objects_of_a_tree_at_another_path_are_discarded(
     assert prepared(outside) == ["a.c"]
     told = said(capsys)
     assert f"building in {outside.folders['tree']}, not /build/tree (as in this test): the bytes can differ" in told
-    assert "starting from scratch: CMake's notes are of a build in /build/tree" in told
+    assert "starting from scratch: the last build ran in /build/tree" in told
 
 
 def test_a_toolkit_of_the_machine_is_not_linked_file_by_file(

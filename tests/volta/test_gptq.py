@@ -70,13 +70,13 @@ def with_outliers(rng: np.random.Generator, rows: int, inputs: int, size: float)
 
 def assert_right(result: NDArray[np.float16], a: NDArray[np.float16], layer: Layer) -> None:
     """Check the error of each result, and of all on average, against the rounding errors for any order of sums."""
-    exact = a.astype(np.float64) @ layer.weights
+    exact = a.astype(np.float64) @ layer.exact
     assert np.isfinite(result).all(), f"{np.count_nonzero(~np.isfinite(result))} of {result.size} are infinite or NaN"
     blocks = -(-a.shape[1] // 128)
     # 4-bit sums of four products, 8-bit sums over a block, then one addition for each block along the inputs
     steps = {4: 5, 8: 17}[layer.bits] + blocks
     finest = a.shape[1] * 2.0**-19 * float(layer.scales.max()) + blocks * 2.0**-25
-    size = np.abs(a.astype(np.float64)) @ np.abs(layer.weights)
+    size = np.abs(a.astype(np.float64)) @ np.abs(layer.exact)
     error = np.abs(result - exact)
     assert (error <= 1.01 * steps * ROUNDING * size + finest).all()
     assert np.sqrt(np.mean(error**2) / np.mean(exact**2)) < 2e-3

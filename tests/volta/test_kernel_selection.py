@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.checkouts import ROOT
 from tests.support.vllm_python import VllmPython
+from voltforge.sources import patches
 from voltforge.sources.environment import Environment
 
 pytestmark = pytest.mark.build
@@ -161,10 +162,10 @@ def test_no_other_case_fails_while_layers_are_built(answers: Answers) -> None:
     assert {one["attention"] for one in answers.values() if not one["refused"]} == {"TRITON_ATTN"}
 
 
-def stock(site_packages: Path, patches: Path, folder: Path) -> Path:
+def stock(site_packages: Path, series: Path, folder: Path) -> Path:
     """Return a folder with the environment's vllm, without the patches that change the selection."""
     shutil.copytree(site_packages / "vllm", folder / "vllm")
-    for patch in reversed(patches.series(patches)):
+    for patch in reversed(patches.series(series)):
         if int(patch.path.name[:4]) >= FIRST_CHOICE:
             parts = re.split(r"^(?=diff --git )", patch.path.read_text(), flags=re.MULTILINE)
             packaged = "".join(part for part in parts if part.startswith("diff --git a/vllm/"))
