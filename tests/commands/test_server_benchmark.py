@@ -113,7 +113,7 @@ def test_the_api_key_is_sent_and_never_printed(tmp_path, monkeypatch, paper):
         server_benchmark.check(server.url, tmp_path, loads=[replace(ALONE, requests=1)])
     assert server.keys == {"Bearer sesame-7"}
     assert "sesame" not in paper.getvalue() + (tmp_path / "serve.json").read_text()
-    assert "sesame" not in repr(server_benchmark.Server("http://x", "m", "sesame-7"))
+    assert "sesame" not in repr(server_benchmark.BenchmarkedServer("http://x", "m", "sesame-7"))
 
 
 # --- what is counted ---
@@ -337,7 +337,7 @@ def test_a_saturated_client_is_reported(paper):
 def test_a_load_without_successes_is_reported_and_plotted(tmp_path):
     nothing = server_benchmark.Measurement(TEXT, (Outcome(1.0, error="timeout"),), seconds=1.0, busy=0)
     server_benchmark.report([nothing])
-    server_benchmark.keep(server_benchmark.Server("http://x", "m"), [nothing], tmp_path)
+    server_benchmark.keep(server_benchmark.BenchmarkedServer("http://x", "m"), [nothing], tmp_path)
     assert json.loads((tmp_path / "serve.json").read_text())["measurements"][0]["whole"] is None
 
 

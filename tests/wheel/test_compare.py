@@ -376,7 +376,7 @@ def test_the_report_says_in_words_how_alike_they_are_and_where_not(pair, capsys,
 
 
 def test_diffoscopes_report_goes_beside_the_second_file(pair, tmp_path: Path, capsys, monkeypatch) -> None:
-    """A fake in diffoscope's place, which would bring half a distribution with it; it ends as diffoscope does."""
+    """A script replaces diffoscope and exits with its status for a difference."""
     tools = tmp_path / "tools"
     tools.mkdir()
     program = tools / "diffoscope"

@@ -106,7 +106,7 @@ _OUTSIDE = frozenset(area.folder for area in _AREAS if area.outside_turns)
 
 
 @dataclass(frozen=True)
-class _Found:
+class _FoundFile:
     """A file or folder in a folder of voltforge, needed or not."""
 
     path: Path
@@ -208,7 +208,7 @@ def report(pipeline: Pipeline, runtime: RuntimeImage, delete: bool = False) -> N
 # The files that exist.
 
 
-def _found(pipeline: Pipeline, runtime: RuntimeImage) -> Iterator[_Found]:
+def _found(pipeline: Pipeline, runtime: RuntimeImage) -> Iterator[_FoundFile]:
     """Yield unneeded paths, made by voltforge or not; none contains another, or a needed path."""
     stays = needed(pipeline, runtime)
     above = {parent for path in stays for parent in path.parents}
@@ -217,14 +217,14 @@ def _found(pipeline: Pipeline, runtime: RuntimeImage) -> Iterator[_Found]:
             yield found
 
 
-def _in_scratch(pipeline: Pipeline, stays: frozenset[Path]) -> Iterator[_Found]:
+def _in_scratch(pipeline: Pipeline, stays: frozenset[Path]) -> Iterator[_FoundFile]:
     for path, shape in entries(pipeline.scratch):
         if shape in {f"{name}/" for name in (*_FOLDERS, "downloads", *_STAYS)} or _OF_BUILD.fullmatch(shape):
             continue
         if re.fullmatch(rf"tmp{_RANDOM}/", shape):
-            yield _Found(path, LEFT_OVER, "left by an interrupted benchmark", outside_turns=True)
+            yield _FoundFile(path, LEFT_OVER, "left by an interrupted benchmark", outside_turns=True)
         else:
-            yield _beside(path, shape) or _Found(path, "", "no stage makes this")
+            yield _beside(path, shape) or _FoundFile(path, "", "no stage makes this")
     for folder in _FOLDERS:
         for path, shape in entries(pipeline.scratch / folder):
             if path in stays:
@@ -233,39 +233,39 @@ def _in_scratch(pipeline: Pipeline, stays: frozenset[Path]) -> Iterator[_Found]:
                 yield found
 
 
-def _judged(folder: str, path: Path, shape: str) -> _Found | None:
+def _judged(folder: str, path: Path, shape: str) -> _FoundFile | None:
     """Classify an entry of a folder of build/ by its name; None for results that stay."""
     for area in _AREAS:
         if area.folder == folder and re.fullmatch(area.ours, shape):
-            return _Found(path, area.kind or folder, area.why, area.outside_turns)
+            return _FoundFile(path, area.kind or folder, area.why, area.outside_turns)
     if folder in ("bench", "reproduce", "gpu", "profile"):  # results, which may have taken an hour
         return None
-    return _Found(path, "", "made by `./doit thin`" if folder == "thin" else "no stage makes this")
+    return _FoundFile(path, "", "made by `./doit thin`" if folder == "thin" else "no stage makes this")
 
 
-def _in_downloads(pipeline: Pipeline, above: set[Path]) -> Iterator[_Found]:
+def _in_downloads(pipeline: Pipeline, above: set[Path]) -> Iterator[_FoundFile]:
     for path, shape in entries(pipeline.store.folder):
         if shape == "rejected/":
-            yield _Found(path, "downloads", "its hash was wrong")
+            yield _FoundFile(path, "downloads", "its hash was wrong")
         elif re.fullmatch(HOME, shape) and path in above:
             for part, form in entries(path):
-                yield _beside(part, form) or _Found(part, "downloads", "not the needed file")
+                yield _beside(part, form) or _FoundFile(part, "downloads", "not the needed file")
         elif re.fullmatch(HOME, shape):
             names = [part.name for part, _ in entries(path) if part.name != ".lock"]
-            yield _Found(path, "downloads", f"no recipe names {', '.join(names) or 'it'}")
+            yield _FoundFile(path, "downloads", f"no recipe names {', '.join(names) or 'it'}")
         else:
-            yield _beside(path, shape) or _Found(path, "", "put there by hand; no recipe names it")
+            yield _beside(path, shape) or _FoundFile(path, "", "put there by hand; no recipe names it")
 
 
-def _in_wheelhouse(pipeline: Pipeline, stays: frozenset[Path]) -> Iterator[_Found]:
+def _in_wheelhouse(pipeline: Pipeline, stays: frozenset[Path]) -> Iterator[_FoundFile]:
     house = pipeline.wheelhouse.path
     for path, shape in entries(house):
         if path not in stays and shape.endswith(".whl"):
-            yield _Found(path, "", "no receipt names it")
+            yield _FoundFile(path, "", "no receipt names it")
         elif found := _beside(path, shape, _KEPT_BESIDE):
             yield found
         elif (wheel := _companion_of(path)) and not os.path.lexists(wheel):
-            yield _Found(path, "wheelhouse", "its wheel is missing")
+            yield _FoundFile(path, "wheelhouse", "its wheel is missing")
     for path, shape in entries(house / "receipts"):
         if found := _beside(path, shape, _KEPT_BESIDE):
             yield found
@@ -279,13 +279,13 @@ def _companion_of(path: Path) -> Path | None:
 
 def _beside(
     path: Path, shape: str, pattern: re.Pattern[str] = _BESIDE, *, outside_turns: bool = False
-) -> _Found | None:
+) -> _FoundFile | None:
     """Classify a temporary file of a killed run; None for other files."""
     why = "left by an interrupted run"
-    return _Found(path, LEFT_OVER, why, outside_turns) if pattern.fullmatch(shape) else None
+    return _FoundFile(path, LEFT_OVER, why, outside_turns) if pattern.fullmatch(shape) else None
 
 
-def _left_in(folder: Path) -> list[_Found]:
+def _left_in(folder: Path) -> list[_FoundFile]:
     """Return the temporary files in a folder that stays, if only voltforge writes there, as in work and wheels."""
     if folder.parent.name not in ("work", "wheels"):
         return []

@@ -86,7 +86,7 @@ LOADS = (
 
 
 @dataclass(frozen=True)
-class Server:
+class BenchmarkedServer:
     """An OpenAI-compatible server and a model on it."""
 
     url: str
@@ -249,7 +249,7 @@ def key_of(variables: Mapping[str, str]) -> str:
 # --- asking the server ---
 
 
-def find(url: str, model: str = "", key: str = "") -> Server:
+def find(url: str, model: str = "", key: str = "") -> BenchmarkedServer:
     """The server at ``url`` (``/v1`` and ``http://`` may be left out), with ``model`` or the first one that it has.
 
     Raises:
@@ -271,7 +271,7 @@ def find(url: str, model: str = "", key: str = "") -> Server:
     version = ""
     with contextlib.suppress(ServeError, ValueError, TypeError, KeyError):
         version = f"vllm {json.loads(asyncio.run(_get(f'{address}/version', key))[1])['version']}"
-    return Server(address, model or names[0], key, version)
+    return BenchmarkedServer(address, model or names[0], key, version)
 
 
 def _address(url: str) -> str:
@@ -318,7 +318,7 @@ def _refusal(address: str, status: int, key: str) -> ServeError | None:
 # --- one measurement ---
 
 
-def measure(server: Server, load: Load, *, warm: bool = True) -> Measurement:
+def measure(server: BenchmarkedServer, load: Load, *, warm: bool = True) -> Measurement:
     """Measure one load after a short warm-up round, and show the progress.
 
     Raises:
@@ -341,7 +341,7 @@ def prompts(load: Load) -> Iterator[str]:
     return (" ".join(source.choices(words, k=load.words)) for _ in range(load.requests))
 
 
-def _answered(server: Server, measured: Measurement) -> None:
+def _answered(server: BenchmarkedServer, measured: Measurement) -> None:
     if measured.good:
         return
     failed = measured.outcomes[0]
@@ -358,7 +358,7 @@ def _answered(server: Server, measured: Measurement) -> None:
 class _Run:
     """One running load, with a worker for each request at once."""
 
-    def __init__(self, server: Server, load: Load, texts: Iterator[str]) -> None:
+    def __init__(self, server: BenchmarkedServer, load: Load, texts: Iterator[str]) -> None:
         self.server, self.load, self.texts = server, load, texts
         self.outcomes: list[Outcome] = []
         self.tokens = self.failures = self.failures_in_a_row = 0
@@ -398,7 +398,7 @@ class _Run:
 # --- one request ---
 
 
-async def _request(session: aiohttp.ClientSession, server: Server, load: Load, text: str) -> Outcome:
+async def _request(session: aiohttp.ClientSession, server: BenchmarkedServer, load: Load, text: str) -> Outcome:
     """Ask for one completion (OpenAI's ``POST /v1/completions``); never raises for what the server does."""
     body: dict[str, Any] = {"model": server.model, "prompt": text, "max_tokens": load.new_tokens, "temperature": 0}
     body["ignore_eos"] = True  # an option of vLLM: all answers have the same length
@@ -539,7 +539,7 @@ def _failures(one: Measurement) -> str:
     return f"{kinds}, of {len(one.outcomes)}" + (f"; {one.unasked} not asked any more" if one.unasked else "")
 
 
-def keep(server: Server, done: Sequence[Measurement], out: Path) -> None:
+def keep(server: BenchmarkedServer, done: Sequence[Measurement], out: Path) -> None:
     """Write ``serve.json`` and ``serve.png`` into the folder ``out``."""
     facts = {
         "at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "url": server.url, "model": server.model,
@@ -551,7 +551,7 @@ def keep(server: Server, done: Sequence[Measurement], out: Path) -> None:
     console.note(f"kept {out / 'serve.json'} and serve.png")
 
 
-def plot(server: Server, done: Sequence[Measurement], path: Path) -> None:
+def plot(server: BenchmarkedServer, done: Sequence[Measurement], path: Path) -> None:
     """Draw throughput beside the earlier project's, and the latency percentiles, as a PNG at ``path``."""
     from matplotlib.figure import Figure  # a second to import, and only here
 

@@ -1,4 +1,8 @@
-"""Progress rows at the foot of the terminal: one for each download, build and stage."""
+"""Progress rows at the foot of the terminal: one for each download, build and stage.
+
+A narrow terminal drops whole cells in a fixed order. ``rich.progress`` shortens all columns alike: at 80 columns it
+shows neither the count nor the bar of a build.
+"""
 
 from __future__ import annotations
 

@@ -134,11 +134,11 @@ def compare(one: Path, other: Path) -> Comparison:
     if sha256[0] == sha256[1]:
         return Comparison(one, other, sha256, "identical")
     with tempfile.TemporaryDirectory(prefix="voltforge-") as scratch:
-        found = _Found(Path(scratch))
+        found = _DifferenceList(Path(scratch))
         try:
             _look(one, other, found)
         except _UNREADABLE:
-            found = _Found(Path(scratch))
+            found = _DifferenceList(Path(scratch))
             found.add(_bytes(one.name, one, other))
     detail = other.with_name(f"{other.name}.diffoscope.txt") if shutil.which("diffoscope") else None
     return Comparison(one, other, sha256, found.tier, tuple(found.differences), found.more, detail)
@@ -165,7 +165,7 @@ def report(comparison: Comparison) -> None:
 
 
 @dataclass
-class _Found:
+class _DifferenceList:
     """The differences so far."""
 
     scratch: Path
@@ -195,7 +195,7 @@ class _Found:
             yield Path(name)
 
 
-def _look(one: Path, other: Path, found: _Found) -> None:
+def _look(one: Path, other: Path, found: _DifferenceList) -> None:
     if zipfile.is_zipfile(one) and zipfile.is_zipfile(other):
         with zipfile.ZipFile(one) as first, zipfile.ZipFile(other) as second:
             _members("", _Zip(first), _Zip(second), found)
@@ -279,7 +279,7 @@ class _Layer:
         )
 
 
-def _members(prefix: str, one: _Archive, other: _Archive, found: _Found) -> None:
+def _members(prefix: str, one: _Archive, other: _Archive, found: _DifferenceList) -> None:
     """Compare two archives by the names, kinds, modes, owners and contents of their members."""
     first, second = one.members(), other.members()
     names = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
@@ -606,7 +606,7 @@ def _is_layout(path: Path) -> bool:
         return {"oci-layout", "index.json"} <= set(tar.getnames())
 
 
-def _images(one: _Layout, other: _Layout, found: _Found) -> None:
+def _images(one: _Layout, other: _Layout, found: _DifferenceList) -> None:
     """Compare two layouts: the names, and each image once, whatever names it has."""
     first, second = one.manifests(), other.manifests()
     found.add(
@@ -618,7 +618,7 @@ def _images(one: _Layout, other: _Layout, found: _Found) -> None:
             _image(one, other, (one.document(here), other.document(there)), found)
 
 
-def _image(one: _Layout, other: _Layout, manifests: tuple[Any, Any], found: _Found) -> None:
+def _image(one: _Layout, other: _Layout, manifests: tuple[Any, Any], found: _DifferenceList) -> None:
     layers = [[str(layer["digest"]) for layer in manifest["layers"]] for manifest in manifests]
     configurations = one.document(manifests[0]["config"]["digest"]), other.document(manifests[1]["config"]["digest"])
     left_out = _DERIVED | (_OF_LAYERS if layers[0] != layers[1] else set())
@@ -636,7 +636,7 @@ def _image(one: _Layout, other: _Layout, manifests: tuple[Any, Any], found: _Fou
             _layers(f"layer {number}", _Layer(one, here), _Layer(other, there), found)
 
 
-def _layers(name: str, one: _Layer, other: _Layer, found: _Found) -> None:
+def _layers(name: str, one: _Layer, other: _Layer, found: _DifferenceList) -> None:
     _members(f"{name}, ", one, other, found)
 
 
