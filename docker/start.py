@@ -1,9 +1,9 @@
-"""What the image starts: looks whether this machine can serve, says in a sentence if not, and runs ``vllm serve``.
+"""The entry point of the image: check the driver and the GPUs, then run ``vllm serve``.
 
     docker run --gpus all -p 8000:8000 IMAGE --model Qwen/Qwen2.5-7B-Instruct --dtype half
 
-Words that begin with a dash, or name a model, are those of ``vllm serve``; ``vllm …``, ``python …`` and ``sh`` are run
-as they are. With VOLTFORGE_ANY_GPU=1 no card is refused.
+The arguments are those of ``vllm serve``. If the first one is a command, such as ``vllm``, ``python`` or ``sh``, it is
+executed instead. VOLTFORGE_ANY_GPU=1 allows any card.
 """
 
 import importlib.metadata
@@ -30,11 +30,11 @@ TOO_LARGE = re.compile(
     r"CUDA out of memory|No available memory for the cache blocks|is larger than the available KV cache memory"
     r"|larger than the maximum number of tokens that can be stored in KV cache|Free memory on device .* is less than"
 )
-"""How PyTorch 2.9.0 and vLLM 0.12.0 (v1/core/kv_cache_utils.py, v1/worker/gpu_worker.py) say that there is no room."""
+"""Out-of-memory messages of PyTorch 2.9.0 and of vLLM 0.12.0 (v1/core/kv_cache_utils.py, v1/worker/gpu_worker.py)."""
 
 
 def main(words):
-    """Run what the words ask for; gives the exit status."""
+    """Serve, or execute the given command, and return the exit status."""
     if words == ["--is-healthy"]:
         return is_healthy()
     if words and words[0] in COMMANDS:
@@ -51,20 +51,20 @@ def main(words):
 
 
 def say(problem):
-    """One sentence on standard error."""
+    """Print a sentence on standard error and return the exit status 1."""
     print(f"voltforge: {problem}", file=sys.stderr, flush=True)
     return 1
 
 
 def refusal(environ):
-    """Why this machine cannot serve, in a sentence, or nothing."""
+    """Return one sentence with the reason why this machine cannot serve, or an empty string."""
     nvml = library()
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:
         return (
-            "no NVIDIA driver is to be seen in this container; start it with --gpus all, on a host that has the driver "
-            "and the NVIDIA container toolkit"
+            "this container has no NVIDIA driver; start it with --gpus all, on a host that has the driver "
+            "and the NVIDIA Container Toolkit"
         )
     try:
         driver = text(nvml.nvmlSystemGetDriverVersion())
@@ -72,7 +72,7 @@ def refusal(environ):
             return f"the NVIDIA driver is {driver}; this image needs {OLDEST_DRIVER} or newer, for CUDA 12"
         count = nvml.nvmlDeviceGetCount()
         if not count:
-            return "the NVIDIA driver is here and shows no GPU; start the container with --gpus all"
+            return "the NVIDIA driver shows no GPU; start the container with --gpus all"
         for number in range(count):
             card = nvml.nvmlDeviceGetHandleByIndex(number)
             found = tuple(nvml.nvmlDeviceGetCudaComputeCapability(card))
@@ -83,8 +83,8 @@ def refusal(environ):
                     "{}.{}".format(*CAPABILITY),
                 )
                 return (
-                    f"GPU {number} ({card}) has compute capability {has}, and this image has device code for {wanted} "
-                    "alone; pick other cards with --gpus, or use an image made for it"
+                    f"GPU {number} ({card}) has compute capability {has}, but this image has code only for {wanted}; "
+                    "choose other cards with --gpus, or use an image for this card"
                 )
     finally:
         nvml.nvmlShutdown()
@@ -92,28 +92,28 @@ def refusal(environ):
 
 
 def library():
-    """NVML's binding that vLLM brings; loaded by its path, for all of vLLM takes seconds."""
+    """Return vLLM's copy of the NVML binding. It is loaded by its path, because importing vLLM takes seconds."""
     path = next(ENVIRONMENT.glob("lib/python3*/site-packages/vllm/third_party/pynvml.py"))
     spec = importlib.util.spec_from_file_location("pynvml", path)
-    module = sys.modules["pynvml"] = importlib.util.module_from_spec(spec)  # it looks itself up there
+    module = sys.modules["pynvml"] = importlib.util.module_from_spec(spec)  # the module looks itself up there
     spec.loader.exec_module(module)
     return module
 
 
 def text(value):
-    """NVML's strings, which older bindings give as bytes."""
+    """Return a string of NVML, which older bindings return as bytes."""
     return value.decode() if isinstance(value, bytes) else value
 
 
 def bring_cache():
-    """Copy the kernels that were compiled ahead of time, if the image has any, to where Triton looks for them.
+    """Copy the precompiled kernels of the image to Triton's cache.
 
-    Without them the server compiles what it needs: nothing that goes wrong here may keep it from starting.
+    Without them the server compiles what it needs. Therefore no error here stops the start.
     """
     target = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton"))
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for left in target.glob(".bringing-*"):  # by a start that was ended, unless another server is at it now
+        for left in target.glob(".bringing-*"):  # left by a killed start, unless another server is copying
             if time.time() - left.stat().st_mtime > 600:
                 shutil.rmtree(left, ignore_errors=True)
         for entry in (HERE / "triton-cache").iterdir():
@@ -125,11 +125,11 @@ def bring_cache():
 
 
 def bring(entry, place):
-    """Copy one kernel to its place, which has all of it or nothing; another server may be quicker."""
+    """Copy one kernel completely or not at all; another server may have copied it first."""
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".bringing-") as beside:
         made = Path(beside, entry.name)
         shutil.copytree(entry, made)
-        for group in made.glob("__grp__*.json"):  # Triton finds the files of a kernel by their whole paths
+        for group in made.glob("__grp__*.json"):  # Triton finds the files of a kernel by absolute paths
             names = [Path(path).name for path in json.loads(group.read_text())["child_paths"].values()]
             group.write_text(json.dumps({"child_paths": {name: str(place / name) for name in names}}))
         try:
@@ -140,7 +140,7 @@ def bring(entry, place):
 
 
 def serve(words):
-    """Run the server to its end, hand signals on, and say at the end if the model was too large."""
+    """Run the server, forward signals to it, and explain its failure if the model was too large."""
     child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, errors="replace")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: child.send_signal(number))
@@ -154,13 +154,13 @@ def serve(words):
     if status and reason:
         say(
             f"the model does not fit into the GPU's memory ({reason}); lower --max-model-len or "
-            "--max-num-seqs, take a quantized model (GPTQ), or split it with --tensor-parallel-size 2"
+            "--max-num-seqs, use a quantized model (GPTQ), or split it with --tensor-parallel-size 2"
         )
     return status if status >= 0 else 128 - status
 
 
 def is_healthy():
-    """Whether the server answers; the exit status that a health check wants."""
+    """Return 0 if the server answers and 1 if not: the exit status of a health check."""
     try:
         with urllib.request.urlopen("http://127.0.0.1:8000/health", timeout=8) as answer:
             return 0 if answer.status == 200 else 1
