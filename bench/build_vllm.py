@@ -77,7 +77,7 @@ def measured(pipeline, name, patches, count, folder, asks, cache=None):
 
 
 def families(names):
-    """How many of the names belong to each kernel, whatever its template arguments."""
+    """Return the number of names of each kernel, over all template arguments."""
     plain = run(["c++filt", *sorted(names)]).output.splitlines() if names else []
     headers = re.compile(r"\b(thrust|cub|cuda::std)::")
     kernels = [re.sub(r"^void |[<(].*", "", name) for name in plain]

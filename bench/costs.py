@@ -1,4 +1,4 @@
-"""What the longest objects of vLLM's last build spend their time on, and what other ways to compile them give.
+"""Measure the longest objects of vLLM's last build: their time by phase, and other ways to compile them.
 
 By phase (nvcc --time), by where the lines come from that the compiler reads, and with --split-compile, which has nvcc
 optimise one object in several threads; with ``--together``, the sources of one object one by one. As it was compiled,
@@ -86,7 +86,7 @@ class Shop:
         return found
 
     def lines(self, name):
-        """How many lines of whose headers the device compiler reads."""
+        """Return the number of lines that the device compiler reads, by the owner of the header."""
         command = re.sub(r" -(x cu -)?c ", " -x cu -E ", re.sub(r" -o \S+", "", self.commands[name]))
         command = re.sub(r" -MD .*? -MF \S+", "", command)
         counts, whose = Counter(), "others"

@@ -135,7 +135,7 @@ def installed(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="session")
 def vllm_python(vllm: Pipeline, installed: Environment, tmp_path_factory: pytest.TempPathFactory) -> VllmPython:
-    """That environment's Python, on a machine without a GPU."""
+    """The Python of that environment, on a machine without a GPU."""
     home = {"HOME": str(tmp_path_factory.mktemp("home")), "OMP_NUM_THREADS": "1"}
     return VllmPython(installed.python, {**triton_kernels.variables(vllm), **home})
 

@@ -1,4 +1,4 @@
-"""Which GPUs a binary has code for: fatbins made up byte by byte, and real ones where there is an nvcc."""
+"""Device code in fatbins: synthetic ones, and real ones if there is an nvcc."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""What a shared object needs and offers; the real gcc, the real strip and the real dynamic linker bear witness."""
+"""ELF files, compared with the real gcc, strip and dynamic linker."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""What `./doit gc` lists and removes: in made-up checkouts with the real recipes, and in one that was really built."""
+"""The files that `./doit gc` lists and removes, in synthetic checkouts with the real recipes and in a built one."""
 
 from __future__ import annotations
 
@@ -608,7 +608,7 @@ ROTTEN = "{"
 
 @st.composite
 def records(draw) -> list[tuple[str, ...]]:
-    """What is to be recorded: the arguments of a method of a checkout."""
+    """Return the records to write, as arguments of a method of a checkout."""
     chosen = draw(st.lists(st.one_of(
         st.tuples(st.just("choose"), KEYS),
         st.tuples(st.just("built"), st.sampled_from(["vllm", "torch", "gone"]), KEYS),

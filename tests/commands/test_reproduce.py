@@ -1,4 +1,4 @@
-"""What is built twice is the same under every other condition; what is not is told, kept, and no success."""
+"""A second build under other conditions has the same bytes; a difference is reported, kept, and a failure."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def built(pipeline: Pipeline) -> Pipeline:
 
 
 def seen(pipeline: Pipeline, second: Second) -> dict:
-    """What a program sees that runs as the second build does."""
+    """Return the environment of a program that runs under the conditions of the second build."""
     log = pipeline.scratch / "logs" / "probe.log"
     probe = PROBE.format(sha256=pipeline.recipes["saxpy"].source.sha256)
     second.run([sys.executable, "-c", probe], log, "probe")
@@ -236,7 +236,7 @@ static PyObject *where""",
 """,
     ),
 )
-"""What is another in each build: a definition for C, and a module."""
+"""Changes that differ in each build: a definition for C, and a module."""
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(autouse=True)
 def paper(monkeypatch):
-    """What a person would have seen."""
+    """Return the printed output."""
     said = io.StringIO()
     monkeypatch.setattr(console, "screen", Console(file=said, highlight=False, soft_wrap=True, width=200))
     return said

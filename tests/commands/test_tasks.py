@@ -247,7 +247,7 @@ def test_an_error_of_the_machine_is_one_sentence(checkout):
 
 
 def test_an_error_with_its_own_exit_status_ends_the_program_with_it(checkout):
-    """As ./doit reproduce:thing does where other bytes came out."""
+    """./doit reproduce:thing does this if the bytes differ."""
     graph = checkout.root / "dodo.py"
     graph.write_text(
         f"{graph.read_text()}\n\nfrom voltforge.errors import VoltforgeError\n\n\n"

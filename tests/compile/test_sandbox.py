@@ -235,7 +235,7 @@ def in_time(so: Callable[[], bool]) -> bool:
 
 @needs_bubblewrap
 def test_an_ordinary_user_gets_the_same_sandbox(server, monkeypatch):
-    """As root these tests would miss errors that only root can make."""
+    """These tests run as root, which can do what an ordinary user cannot."""
     monkeypatch.setattr(sandbox.sys, "base_prefix", "/usr")  # root's own interpreter may be out of that user's reach
     host, port = server.url.removeprefix("http://").split(":")
     try_all = f"touch new; touch /usr/evil /build/evil; exec 3<>/dev/tcp/{host}/{port}"
@@ -549,7 +549,7 @@ def test_an_unknown_choice_is_refused_with_the_valid_ones(choice):
 
 @needs_bubblewrap
 def test_an_interpreter_below_a_link_is_visible_under_both_names(tmp_path, monkeypatch):
-    """As with a home folder that is a link, or with uv's interpreters."""
+    """A home folder can be a link, and uv's interpreters are below one."""
     real = tmp_path / "python-3.1.4"
     (real / "bin").mkdir(parents=True)
     (real / "bin" / "python").write_text("here")

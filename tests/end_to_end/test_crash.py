@@ -1,4 +1,4 @@
-"""Nothing half done is ever taken for done: a run that was killed at any moment is made good by the next one.
+"""After a run is killed at any moment, the next run completes it and never uses incomplete files.
 
 A small CUDA package goes all the way from its sdist on a server to a kept wheel, again and again; each run is ended at
 another moment (tests/scripts/killed.py), and what the next one leaves is compared with what an undisturbed one left.
@@ -42,13 +42,13 @@ SAID = {
 }  # fmt: skip
 """The stages by the first word that each says when it does its work."""
 WORK = "build/work"
-"""Where packages are compiled."""
+"""The folder in which packages are compiled."""
 PLACES = {
     "build/downloads/": "fetch", "build/trees/": "tree", "build/environments/saxpy-verify/": "check",
     "build/environments/": "environment", f"{WORK}/": "build", "build/wheels/": "build", "build/logs/": "build",
     "wheelhouse/": "wheels",
 }  # fmt: skip
-"""Where each stage has its files."""
+"""The files of each stage."""
 PATCH = """\
 Subject: the sign
 ---
@@ -69,10 +69,10 @@ PR_SET_CHILD_SUBREAPER = 36
 
 @dataclass(frozen=True)
 class Way:
-    """How a run ends."""
+    """A way to end a run."""
 
     name: str
-    """As it is counted."""
+    """The name under which it is counted."""
     signal: signal.Signals
     keeps: float | None = None
     """For a power cut: how much is left of the files that were written last and not synced."""
@@ -116,7 +116,7 @@ class Place:
     seen: Path = Path()
     """The checkout as this process sees it."""
     sound: bool = False
-    """Whether its last run went to a good end."""
+    """True if the last run succeeded."""
     environ: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -193,9 +193,9 @@ class Place:
         }
 
     def reset(self, kind: str, *, compiled: bool = False) -> None:
-        """As if the stage and those after it had not been run; what they made lies there still, but for the compiled.
+        """Forget that the stage and those after it ran, and delete the compiled objects. Other files of theirs stay.
 
-        An environment that is broken would not be noticed by a build that finds all compiled.
+        A build that finds all objects compiled would not notice a broken environment.
         """
         later = KINDS[KINDS.index(kind) :]
         for one in later:
@@ -220,7 +220,7 @@ class Place:
         return path.read_text()
 
     def picture(self) -> dict[str, str]:
-        """What came out: each file that pip can see by its hash, the others by name, and what the receipt says."""
+        """Return the hash of each file that pip sees, the names of the others, and the receipt."""
         house, found = self.seen / "wheelhouse", {}
         receipt = json.loads(self.receipt())
         found["receipt"] = f"{receipt['key']} {receipt['results']['sha256']}"
@@ -277,7 +277,7 @@ def rebooted(root: Path) -> None:
 
 
 def whole(place: Place, good: dict[str, str]) -> None:
-    """Nothing that has its final name is anything but whole, and no page names what is not there."""
+    """Assert that every file with its final name is complete, and that the index lists only existing files."""
     house = place.seen / "wheelhouse"
     for path in [*house.glob("*.whl"), *(place.seen / "build/wheels").glob("*/*.whl")]:
         if not path.name.startswith("."):
@@ -326,7 +326,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def good(root: Path, server: Server, toolchain: object) -> dict[str, str]:
-    """What an undisturbed run leaves, in another checkout (where no sandbox hides its path: in one of that path)."""
+    """Return the result of an undisturbed run in another checkout, or at the same path if there is no sandbox."""
     place = Place(root.parent / "another" if sandbox.available().hermetic else root, server)
     place.make()
     ended = place.run()
@@ -407,7 +407,7 @@ MIDDLES = {
     "it is imported": ("check", Point("start", "* saxpy._C", seconds=0.02)),
     "what was looked at is removed": ("check", Point("remove", "build/environments/saxpy-verify/*", nth=100)),
 }
-"""Where a run is ended: the first stage that it had to do, and the point."""
+"""The points at which a run is ended: its first stage, and the point in it."""
 CHOSEN = {
     "SIGKILL": (KILLED, {*MIDDLES}),
     "SIGINT": (INTERRUPTED, {
@@ -648,7 +648,7 @@ def test_second_concurrent_run_waits_and_then_reuses_everything(place: Place, go
 
 
 def changed_while_compiling(place: Place, path: Path, old: str, new: str) -> str:
-    """What a run says when a file changes while it compiles; it has kept nothing then."""
+    """Change a file while a run compiles; assert that nothing was kept and return the output."""
     place.reset("build")
     with compiling(place) as run:
         text = path.read_text()

@@ -67,7 +67,7 @@ def shop(pipeline: Pipeline, patched: Tree, toolchain: Toolchain, tmp_path_facto
 
 @pytest.fixture(scope="module")
 def summary(shop: Workshop) -> list[str]:
-    """What configuring said, line by line."""
+    """Return the lines that CMake prints while it configures."""
     return debian.configured(shop)
 
 

@@ -171,7 +171,7 @@ def test_links_that_lead_outside_only_together_are_refused(tmp_path, order):
 
 @pytest.mark.filterwarnings("ignore:Python 3.14 will")
 def test_no_name_writes_outside_whatever_tarfile_itself_would_allow(tmp_path, monkeypatch):
-    """As on Python 3.10.11 and on Debian 12, whose tarfile knows no filters."""
+    """Python 3.10.11 and Debian 12 have a tarfile without filters."""
     monkeypatch.delattr(tarfile, "data_filter", raising=False)
     links = [link("a/b/c/up", "../../.."), link("evil", "a/b/c/up/../../secret")]
     [problem] = problems(tar(tmp_path / "a.tar.gz", *links), tmp_path / "room" / "out")
@@ -528,7 +528,7 @@ def test_more_members_than_the_bound_are_refused(tmp_path, kind):
 
 
 def test_a_zip_archive_never_gives_more_than_its_directory_states(tmp_path):
-    """However much there is to inflate: whoever trusts the other header would write 5 MB."""
+    """A reader that trusts the local header would write 5 MB."""
     archive = bundle(tmp_path / "a.zip", {"a": bytes(5_000_000)})
     data = bytearray(archive.read_bytes())
     at = data.index(b"PK\1\2") + 24

@@ -55,7 +55,7 @@ def other():
 
 @pytest.fixture(autouse=True)
 def said(monkeypatch):
-    """What a person would have seen."""
+    """Return the printed output."""
     paper = io.StringIO()
     monkeypatch.setattr(console, "screen", Console(file=paper, highlight=False, soft_wrap=True))
     return paper
@@ -82,7 +82,7 @@ def outcomes(error: NotFetchedError) -> list[str]:
 
 
 def part_of(folder: Path, wanted: Artifact) -> Path:
-    """Where a run leaves what it has of a file when it is killed."""
+    """Return the partial file that a killed run leaves."""
     path = folder / wanted.sha256[:16] / f"{wanted.sha256}.part"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

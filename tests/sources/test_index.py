@@ -1,4 +1,4 @@
-"""Which index a machine is configured for, and finding files on real indexes on loopback and on disk."""
+"""The configured package index, and files on real indexes on loopback and on disk."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def cubin_hashes(path: Path, *names: str) -> list[tuple[int, str, str]]:
 
 
 def listed_by_cuobjdump(toolchain, path: Path) -> dict[str, int]:
-    """How many images of each arch the toolkit itself finds in a file."""
+    """Return the number of images of each arch that cuobjdump finds in a file."""
     words = [toolchain.home / "bin/cuobjdump", "-lelf", path]
     printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     return dict(Counter(re.findall(r"(sm_\w+)\.cubin", printed)))
@@ -155,6 +155,6 @@ def wheel(
 
 
 def loads(path: Path) -> bool:
-    """Whether the real dynamic linker loads a file and finds all its symbols."""
+    """True if the real dynamic linker loads a file and finds all its symbols."""
     script = "import ctypes, os, sys; ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW)"
     return subprocess.run([sys.executable, "-c", script, path], capture_output=True).returncode == 0

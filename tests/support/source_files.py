@@ -69,7 +69,7 @@ HEADER = "Subject: say more\nWhy: it said too little.\nUpstream: none\n---\n"
 
 
 def diff(old: list[str], new: list[str], name: str = "file.txt") -> str:
-    """What the real diff makes of two versions of a file."""
+    """Return the output of the real diff for two versions of a file."""
     with tempfile.TemporaryDirectory() as room:
         for folder, lines in (("a", old), ("b", new)):
             Path(room, folder).mkdir()

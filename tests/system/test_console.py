@@ -1,4 +1,4 @@
-"""What a person sees: the words as they are, one red line for a problem, and quiet progress where nobody watches."""
+"""Printed lines: literal text, one red line for a problem, and sparse progress without a terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RED = re.compile(r"\x1b\[1;31m(.*?)\x1b\[0m", re.DOTALL)
 
 
 class Paper:
-    """What was printed, to a terminal or to a file."""
+    """The output, to a terminal or to a file."""
 
     def __init__(self, *, terminal: bool, width: int = 80) -> None:
         self.file = io.StringIO()

@@ -1,4 +1,4 @@
-"""What is under way stands at the foot of the terminal: whole, calm, and never in the way of what is said."""
+"""Progress rows: complete, steady, and always below the printed lines."""
 
 from __future__ import annotations
 

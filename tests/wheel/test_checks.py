@@ -1,4 +1,4 @@
-"""What a wheel must be before it is kept: a good one passes, and each thing that can be wrong is told."""
+"""The checks of a wheel: a good wheel passes, and each fault is reported."""
 
 import json
 import sysconfig
@@ -338,7 +338,7 @@ def test_failing_import_is_reported_with_its_reason(tmp_path, extension, environ
 
 
 def test_import_finds_a_user_name_when_the_user_id_has_none(tmp_path, environment, monkeypatch):
-    """As torch does on import; containers are run as ids that no passwd(5) knows."""
+    """torch asks for the user name on import, and containers run with ids that passwd(5) lacks."""
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     content = {"sample/__init__.py": "import getpass, os\nos.getuid = lambda: 123456789\ngetpass.getuser()"}

@@ -46,7 +46,7 @@ QUICK = Patience(attempts=2, first=0)
 
 @dataclass(frozen=True)
 class Built:
-    """What a build gives to the cache."""
+    """A built wheel with its statement, as a build uploads it."""
 
     key: str
     wheel: Path
@@ -113,7 +113,7 @@ def store(folder: Path, **more) -> Store:
 
 @pytest.fixture(autouse=True)
 def said(monkeypatch):
-    """What a person would have seen."""
+    """Return the printed output."""
     paper = io.StringIO()
     monkeypatch.setattr(console, "screen", Console(file=paper, highlight=False, soft_wrap=True))
     return paper
@@ -481,7 +481,7 @@ class Writable:
     faults: list[str | int] = field(default_factory=list)
     """For each coming PUT: a status to answer, ``hang up`` in the middle of it, ``forget`` it, or keep ``half``."""
     folders: int = 405
-    """What it answers to MKCOL."""
+    """The status of the answer to MKCOL."""
 
     def puts(self) -> list[str]:
         return [path for method, path in self.asked if method == "PUT"]

@@ -23,7 +23,7 @@ UMASKS = ("0077", "0022")
 LOCALES = ("tr_TR.UTF-8", "C", "C.UTF-8")
 """In Turkish the capital of i is not I, which has broken builds; not every machine has it installed."""
 ZONES = ("NPT-5:45", "CST+6")
-"""As POSIX writes them (tzset(3)): these hold also where no time zones are installed."""
+"""In POSIX notation (tzset(3)), which works without installed time zones."""
 SEEDS = ("4242", "2424")
 USERS = ("1234", "1235")
 """The second build gets the first value, of UMASKS to USERS, that the first build did not have."""

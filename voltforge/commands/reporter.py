@@ -1,4 +1,4 @@
-"""What `./doit` prints about its tasks: the variant of a package, tasks that are current, and failures."""
+"""The output of `./doit` about its tasks: the variant of a package, tasks that are current, and failures."""
 
 from __future__ import annotations
 

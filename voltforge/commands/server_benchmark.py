@@ -108,7 +108,7 @@ class Outcome:
     """Until the first token; ``None`` where the answer was not streamed, or none came."""
     tokens: int = 0
     counted: str = "usage"
-    """How the tokens were counted: ``usage``, by the server, or ``chunks``, by us."""
+    """The source of the token count: ``usage`` of the server, or ``chunks`` counted here."""
     prompt: int | None = None
     """Tokens of the prompt, where the server says."""
     error: str = ""
@@ -127,7 +127,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, times: Sequence[float]) -> Percentiles | None:
-        """Those of ``times``, in any order; ``None`` if there are none."""
+        """Return the percentiles of ``times``, in any order; ``None`` if there are none."""
         ranked = sorted(times)
         return cls(*(ranked[math.ceil(len(ranked) * of / 100) - 1] for of in (50, 90, 99))) if ranked else None
 

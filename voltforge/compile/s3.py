@@ -26,7 +26,7 @@ PATIENCE = 30.0
 NOTHING = "voltforge-asks"
 """A folder that does not exist: listing it tests the access and nothing else."""
 FRESH = "1m"
-"""How long rclone reuses a listing of the bucket: objects of other hosts appear after that time."""
+"""The time for which rclone reuses a listing of the bucket. Objects of other hosts appear after it."""
 WORDS = "--low-level-retries", "1", "--retries", "1", "--contimeout", "5s", "--timeout", "10s"
 """A failing cache is bypassed at once instead of retried."""
 _ADDRESS = re.compile(r"http://(127\.0\.0\.1:\d+)/")

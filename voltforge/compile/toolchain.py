@@ -96,7 +96,7 @@ class Toolchain:
     """nvcc's version: ``12.4.131``."""
     host: HostCompiler
     identity: Mapping[str, str]
-    """What decides the machine code: the SHA-256 of each compiler by its name, and the origin of the headers."""
+    """The inputs of the machine code: the SHA-256 of each compiler by its name, and the origin of the headers."""
     programs: Mapping[str, CheckoutPath] = field(default_factory=dict)
     """The files of the compilers by the names of :attr:`identity`."""
     materials: tuple[Material, ...] = ()

@@ -43,7 +43,7 @@ class Settings:
     file: str = ""
     """The wheel for ``verify`` and ``thin``."""
     torch: str = CHOICES["torch"]
-    """How PyTorch is made: ``thin`` (from the stock wheel) or ``source`` (compiled)."""
+    """The origin of PyTorch: ``thin`` (from the stock wheel) or ``source`` (compiled)."""
     cudnn: str = CHOICES["cudnn"]
     """``0`` leaves cuDNN out of a PyTorch from source."""
     url: str = ""
@@ -110,7 +110,7 @@ class Checkout:
 
     @property
     def durations(self) -> Durations:
-        """How long the stages took here."""
+        """The durations of the stages on this machine."""
         return Durations(self.record("history"))
 
     def stage(

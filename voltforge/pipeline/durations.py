@@ -1,4 +1,4 @@
-"""How long each stage took here, so that the next run can show the remaining time."""
+"""The duration of each stage on this machine, from which the next run estimates the remaining time."""
 
 from __future__ import annotations
 

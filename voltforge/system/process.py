@@ -45,7 +45,7 @@ class ProgramFailed(VoltforgeError):  # noqa: N818 - named for the event
 
 @dataclass
 class Usage:
-    """What a program and all its children used."""
+    """The processor time and memory of a program and all its children."""
 
     wall: float = 0.0
     """Seconds from start to end."""
