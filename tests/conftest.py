@@ -125,7 +125,7 @@ def installed(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A fresh environment with the wheel, installed by uv from the wheelhouse's own index."""
     recipe = vllm.recipes["vllm"]
     folder = tmp_path_factory.mktemp("installed") / "fresh"
-    fresh = create(recipe.vllm_python(recipe.expect.lock), folder, vllm.store.indexes)
+    fresh = create(recipe.beside(recipe.expect.lock), folder, vllm.store.indexes)
     simple = (vllm.wheelhouse.path / "simple").as_uri()
     words = ["pip", "install", "--python", str(fresh.python), "--default-index", simple, "--no-deps", "vllm==0.12.0"]
     subprocess.run([find_uv_bin(), *words], check=True, capture_output=True)
