@@ -117,6 +117,7 @@ def test_missing_work_folder_is_an_error_with_the_rebuild_command(vllm: Pipeline
     moved = tmp_path / "moved"
     for folder in ("recipes", "patches", "build/stages", "wheelhouse"):
         shutil.copytree(vllm.root / folder, moved / folder)
+    (moved / "build/toolchains").symlink_to(vllm.root / "build/toolchains")  # records name it relative to the checkout
     with pytest.raises(CudaKernelError, match="work folder") as caught:
         cuda_kernels.images(Pipeline.load(moved, Settings()))
     assert "build/stages/build-vllm.json" in caught.value.hint
