@@ -18,7 +18,7 @@ NOT_COVERED = {
     "layers/mamba, layers/fla, lightning_attn, fused_gdn_gating": "hybrid and state-space models, none of which is in "
     "the table of shapes",
     "merge_attn_states": "cascade attention, which TRITON_ATTN refuses (use_cascade_attention is False)",
-    "correct_attn_cp_out": "context parallelism in decode, of FlashAttention, FlashInfer and MLA alone",
+    "correct_attn_cp_out": "context parallelism in decode, which only FlashAttention, FlashInfer and MLA have",
     "triton_decode_attention, pack_seq, flashmla_sparse": "MLA, which needs FlashAttention for prefill",
     "prefix_prefill, chunked_prefill_paged_decode, rocm_aiter_fa": "ROCm's backends",
     "backends/flashinfer": "FlashInfer, which needs 7.5",
@@ -26,15 +26,15 @@ NOT_COVERED = {
     "fused_batched_moe, deep_gemm, count_expert_num_tokens": "expert parallelism with DeepEP or pplx, which are not in "
     "this build, and DeepGEMM, for 9.0",
     "gpt_oss_triton_kernels_moe": "mxfp4, whose package triton_kernels is not in this build",
-    "qutlass_utils": "FP4 by QuTLASS, for 10.0",
+    "qutlass_utils": "FP4 with QuTLASS, for 10.0",
     "fused_moe_lora": "LoRA on expert layers",
-    "eagle_prepare_inputs, eagle_prepare_next_token": "drafts of EAGLE and MTP heads; n-gram drafts are covered",
-    "compute_identity_kernel": "experts that do nothing, of LongCat alone",
+    "eagle_prepare_inputs, eagle_prepare_next_token": "drafts by EAGLE and MTP heads; n-gram drafts are covered",
+    "compute_identity_kernel": "identity experts, which only LongCat has",
     "v1/worker/gpu/": "the second model runner, off unless VLLM_USE_V2_MODEL_RUNNER is set",
     "batch_invariant": "off unless VLLM_BATCH_INVARIANT is set",
     "xgrammar's bitmask": "another package's kernel, for structured output",
-    "Inductor's": "made by torch.compile of each model's own graph; a call of Triton that it traces, as that of AWQ's "
-    "kernels, is compiled anew inside of it, under a key of its own",
+    "Inductor's": "kernels that torch.compile generates from each model's graph; it also compiles the Triton kernels "
+    "that it traces, such as AWQ's, again under its own key",
 }
 """The Triton kernels without a case: parts of file names or kernel names, or another package, and the reason."""
 

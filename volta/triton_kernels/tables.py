@@ -15,18 +15,19 @@ TILES = ("head size", "queries per kv head", "kernel", "", "tile", "warps", "reg
 INTRODUCTION = """\
 # Triton kernels on 7.0
 
-The registers, shared memory and spills of vLLM's Triton kernels, as Triton 3.5.0 compiles them for sm_70 on a machine
-without a GPU. Nothing here was run on a Volta card. This command writes this file, in an environment with the wheel:
+This page lists the registers, shared memory and spills of vLLM's Triton kernels. Triton 3.5.0 compiled them for sm_70
+on a machine without a GPU. Nothing here was run on a Volta card. The first command writes this page; it needs an
+environment with the vLLM wheel. The second makes the same checks with the wheel in `wheelhouse/`:
 
 ```console
 $ python -m volta.triton_kernels.measure --markdown docs/kernels.md
-$ ./doit verify:triton    # the same checks of the wheelhouse's wheel, in a temporary environment
+$ ./doit verify:triton    # in a temporary environment
 ```
 
-Each case calls vLLM's own Python function with a pretended driver, so the compiled kernels are those that a server
-launches. A block of 7.0 can have 96 KiB of shared memory, a thread 255 registers. More than 64 spilled bytes are a
-failure; volta/triton_kernels/measure.py has larger limits for five kernels with upstream's tiles. No kernel has a
-tensor core instruction (HMMA): for 7.0, Triton 3.5.0 compiles every dot to FMAs.
+Each case calls vLLM's own Python function with a simulated driver, so the compiled kernels are those that a server
+launches. On 7.0 a block can use 96 KiB of shared memory and a thread 255 registers. A kernel that spills more than 64
+bytes fails the check; `volta/triton_kernels/measure.py` has larger limits for five kernels with upstream's tiles. No
+kernel contains a tensor core instruction (HMMA): for 7.0, Triton 3.5.0 compiles every `tl.dot` to FMAs.
 """
 
 
@@ -74,7 +75,7 @@ def document(
         INTRODUCTION,
         "## Attention tiles, before and after patch 0015\n\n" + TILES_TEXT,
         markdown(TILES, tiles(compared)),
-        f"## All kernels\n\n{counted(rows)} Smallest and largest of each group:\n",
+        f"## All kernels\n\n{counted(rows)} The table gives the smallest and largest value of each group.\n",
         markdown(HEADINGS, summary(rows)),
         "## What is not covered\n",
         markdown(("Triton kernels of", "reason"), list(not_covered.items())),
@@ -83,11 +84,13 @@ def document(
 
 
 TILES_TEXT = """\
-With the tiles meant for tensor cores, attention with head size 256 spills. Head sizes 128 and 64 spill if 32 or 48
-query heads share one kv head. Below 7.5 the tile and the number of warps depend on BLOCK_M times the padded head size.
-In fp16 all tiles use 48 KiB or less. Larger tiles fit into 96 KiB but spill: tiles of 64 at head size 256 (80 KiB)
-spill 628 bytes with 8 warps and 19.8 kB with 4; 64 rows of 256 (80 KiB) and 128 rows of 128 (72 KiB) spill 412 and 420
-bytes at best. Registers are the limit, not shared memory. In fp32, 32 rows of 256 take 64 KiB.
+"Before" means the tiles for tensor cores. With them, attention with head size 256 spills, and head sizes 128 and 64
+spill if 32 or 48 query heads share one kv head. "After" means the tiles of the patch: below 7.5, the tile and the
+number of warps depend on BLOCK_M times the padded head size. In fp16 all these tiles use 48 KiB or less.
+
+Larger tiles fit into 96 KiB of shared memory but spill. At head size 256, tiles of 64 (80 KiB) spill 628 bytes with 8
+warps and 19.8 kB with 4. 64 rows of 256 (80 KiB) spill at least 412 bytes, and 128 rows of 128 (72 KiB) at least 420.
+Registers are the limit, not shared memory. In fp32, 32 rows of 256 use 64 KiB.
 """
 
 
