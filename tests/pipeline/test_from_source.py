@@ -111,7 +111,7 @@ def run_again(pipeline: Pipeline) -> list[str]:
 
 
 def test_without_cudnn_neither_the_library_nor_the_wheel_requires_it(tmp_path: Path, toolchain: object) -> None:
-    pipeline = torch_checkout(tmp_path / "checkout", Settings(cudnn="0"))
+    pipeline = torch_checkout(tmp_path / "checkout", Settings(torch="source", cudnn="0"))
     kept = run(pipeline)
     assert kept.version.local.endswith(".nocudnn")
     assert "nvidia-cudnn-cu12" not in {requirement.name for requirement in kept.requires}
@@ -165,7 +165,7 @@ import sys
 from pathlib import Path
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
-pipeline = Pipeline.load(Path(sys.argv[1]), Settings(jobs="1"))
+pipeline = Pipeline.load(Path(sys.argv[1]), Settings(torch="source", jobs="1"))
 pipeline.package(pipeline.recipes["torch"]).stages["build"].run()
 """
 
