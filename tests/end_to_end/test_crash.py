@@ -637,7 +637,7 @@ def test_second_concurrent_run_waits_and_then_reuses_everything(place: Place, go
         second = place.run()
         output = first.communicate(timeout=60)[0]
         assert (first.returncode, second.status) == (0, 0), output + second.output
-    [waits] = [line for line in second.output.splitlines() if "waits for" in line]
+    [waits] = [line for line in second.output.splitlines() if "waiting for" in line]
     assert "wheels:saxpy" in waits
     assert re.search(rf"\b{first.pid}\b", waits)
     assert second.ran == set()

@@ -74,7 +74,7 @@ def test_each_fault_is_reported_and_the_other_rows_run(bad: Path, tmp_path: Path
     assert "5 of 10 rows are right" in said
     assert "WRONG  fill: wrong number" in said
     for words in (
-        "FAILED: it hung and was ended after 3 s  spin: hangs",
+        "FAILED: it was killed after 3 s without a result  spin: hangs",
         "FAILED: cuCtxSynchronize: an illegal memory access was encountered  astray: ",
         "FAILED: cuModuleLoadDataEx: a PTX JIT compilation failed (ptxas: Unknown modifier '.such')  garbled: ",
         "FAILED: cuModuleGetFunction: named symbol not found  fill: no such kernel",
