@@ -44,7 +44,7 @@ from pathlib import Path
 from voltforge.sources.recipe import load
 from voltforge.wheel.thin import thin_wheel
 recipe, wheel, folder = map(Path, sys.argv[1:])
-thin_wheel(wheel, folder, load(recipe).arch, special=load(recipe).thin)
+thin_wheel(wheel, folder, load(recipe).arch, settings=load(recipe).thin)
 """
 """Thins a wheel, in its own process."""
 

@@ -48,7 +48,7 @@ def test_only_the_images_of_the_asked_archs_stay_and_the_rest_loads_as_before(tm
     path = two_units(tmp_path / "lib.so")
     out = tmp_path / "thin.so"
     thinned = thin_binary(path, out, archs)
-    assert hashes(out) == hashes(path, *cubin.names(archs))
+    assert hashes(out) == hashes(path, *cubin.image_names(archs))
     assert (thinned.kept, thinned.removed) == (len(first + second), 8 - len(first + second))
     assert (thinned.before, thinned.after) == (path.stat().st_size, out.stat().st_size)
     removed = sum(image.size for image in cubin.images(path)) - sum(image.size for image in cubin.images(out))

@@ -37,7 +37,7 @@ def torch(repository, tmp_path_factory):
     pipeline = Pipeline.load(repository, Settings(torch="thin"))
     stock = pipeline.package(pipeline.recipes["torch"]).fetch.result().path
     folder = tmp_path_factory.mktemp("torch")
-    yield stock, thin_wheel(stock, folder, ["7.0"], special=recipe(repository).thin)
+    yield stock, thin_wheel(stock, folder, ["7.0"], settings=recipe(repository).thin)
     files.remove(folder)
 
 
@@ -96,6 +96,6 @@ def test_thinned_torch_works_with_only_its_remaining_requirements(torch, reposit
 @pytest.mark.slow
 def test_thinned_torch_is_reproducible(torch, repository, tmp_path):
     stock, thin = torch
-    again = thin_wheel(stock, tmp_path, ["7.0"], special=recipe(repository).thin)
+    again = thin_wheel(stock, tmp_path, ["7.0"], settings=recipe(repository).thin)
     assert files.sha256(again) == files.sha256(thin)
     again.unlink()

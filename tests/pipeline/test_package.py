@@ -100,13 +100,13 @@ def test_an_unusable_cached_wheel_is_reported_and_built_here(
         told = "unknown key"
     elif fault == "a wheel that fails its checks":
         statement = next((tmp_path / "cache" / "keys").glob("*/*.jsonl"))
-        said = provenance.read(signing.payload(statement.read_bytes()))
+        said = provenance.read(signing.unverified_payload(statement.read_bytes()))
         bad = samples.wheel(tmp_path / "bad", {"saxpy/__init__.py": ""}, name="saxpy", tag="cp310-abi3-linux_x86_64")
         kept = receipt(Pipeline.load(cache / "theirs", Settings()))
         lies = {**kept["results"], "file": bad.name, "sha256": files.sha256(bad)}
         assert said.build_key == lies["build_key"]
         payload = provenance.statement({**kept, "results": lies})
-        statement.write_bytes(signing.sealed(payload, signing.Signer.load(cache / "key.pem")))
+        statement.write_bytes(signing.make_envelope(payload, signing.Signer.load(cache / "key.pem")))
         target = tmp_path / "cache" / "wheels" / files.sha256(bad) / bad.name
         target.parent.mkdir()
         shutil.copy(bad, target)

@@ -223,7 +223,7 @@ def test_sbom_and_provenance_list_every_input_with_its_hash(saxpy: Pipeline) -> 
     assert [one["diff"]["url"] for one in json.loads(document)["metadata"]["component"]["pedigree"]["patches"]] == [
         f"{patch.name}#sha256={files.sha256(patch)}"
     ]
-    said = provenance.read(signing.payload(house.beside(kept.path, PROVENANCE).read_bytes()))
+    said = provenance.read(signing.unverified_payload(house.beside(kept.path, PROVENANCE).read_bytes()))
     assert said.sbom == {"file": f"{kept.path.name}{SBOM}", "sha256": files.sha256_bytes(document)}
     assert all(one.sha256 for one in said.materials)
     hashes = {(one.kind, one.name): one.sha256 for one in said.materials}

@@ -91,7 +91,7 @@ def built(tmp_path_factory, signer) -> Built:
 
 def build(folder: Path, signer: Signer | None, *, seed: int = 1, key: str = KEY, size: int = 300_000) -> Built:
     wheel = samples.wheel(folder, {"sample.bin": random.Random(seed).randbytes(size)}, version="1.0+sm70")
-    return Built(key, wheel, signing.sealed(statement(wheel, key), signer))
+    return Built(key, wheel, signing.make_envelope(statement(wheel, key), signer))
 
 
 def statement(wheel: Path, key: str = KEY) -> bytes:
@@ -253,7 +253,7 @@ def test_different_wheel_under_the_same_key_is_refused_and_not_overwritten(place
 
 
 def test_statements_of_two_builders_of_a_wheel_are_both_kept(place, built, signer, stranger, tmp_path):
-    one, theirs = plain(place.address), signing.sealed(statement(built.wheel), stranger)
+    one, theirs = plain(place.address), signing.make_envelope(statement(built.wheel), stranger)
     assert one.put(built.key, built.wheel, built.envelope)
     assert one.put(built.key, built.wheel, theirs)
     assert not one.put(built.key, built.wheel, built.envelope)
@@ -264,8 +264,8 @@ def test_statements_of_two_builders_of_a_wheel_are_both_kept(place, built, signe
 
 def test_newer_statement_of_a_builder_replaces_the_older(tmp_path, built, signer, stranger):
     one, older = plain(str(tmp_path)), statement(built.wheel).replace(b'"seconds":1', b'"seconds":2')
-    theirs = signing.sealed(statement(built.wheel), stranger)
-    for envelope in (signing.sealed(older, signer), theirs, built.envelope):
+    theirs = signing.make_envelope(statement(built.wheel), stranger)
+    for envelope in (signing.make_envelope(older, signer), theirs, built.envelope):
         assert one.put(built.key, built.wheel, envelope)
     assert (tmp_path / built.statement_path).read_bytes() == theirs + built.envelope
 
@@ -287,7 +287,7 @@ def test_broken_file_in_the_cache_is_replaced_with_a_warning(place, built, signe
         (lambda built, _: replace(built, key="e" * 64), f"about another build, {KEY}"),
         (lambda built, other: replace(built, wheel=other.wheel), "is about sample-1.0.* with sha256"),
         (
-            lambda built, _: replace(built, envelope=signing.sealed(statement(built.wheel), None)),
+            lambda built, _: replace(built, envelope=signing.make_envelope(statement(built.wheel), None)),
             "the statement is not signed",
         ),
         (lambda built, _: replace(built, envelope=b"{}\n"), "not a DSSE envelope"),
@@ -821,14 +821,14 @@ def renamed(built: Built, name: str) -> bytes:
 def lie(name: str, built: Built, me: Signer, stranger: Signer) -> bytes:
     """A statement that is not of this build by a trusted key."""
     return {
-        "not signed": lambda: signing.sealed(statement(built.wheel), None),
-        "signed by a stranger": lambda: signing.sealed(statement(built.wheel), stranger),
-        "another build's": lambda: signing.sealed(statement(built.wheel, "e" * 64), me),
-        "a folder in the name": lambda: signing.sealed(renamed(built, "x/sample-1-py3-none-any.whl"), me),
-        "a folder above": lambda: signing.sealed(renamed(built, "../../sample-1-py3-none-any.whl"), me),
-        "no wheel": lambda: signing.sealed(renamed(built, "sample-1.0.tar.gz"), me),
-        "another project's wheel": lambda: signing.sealed(renamed(built, "torch-1-py3-none-any.whl"), me),
-        "no statement": lambda: signing.sealed(b"{}", me),
+        "not signed": lambda: signing.make_envelope(statement(built.wheel), None),
+        "signed by a stranger": lambda: signing.make_envelope(statement(built.wheel), stranger),
+        "another build's": lambda: signing.make_envelope(statement(built.wheel, "e" * 64), me),
+        "a folder in the name": lambda: signing.make_envelope(renamed(built, "x/sample-1-py3-none-any.whl"), me),
+        "a folder above": lambda: signing.make_envelope(renamed(built, "../../sample-1-py3-none-any.whl"), me),
+        "no wheel": lambda: signing.make_envelope(renamed(built, "sample-1.0.tar.gz"), me),
+        "another project's wheel": lambda: signing.make_envelope(renamed(built, "torch-1-py3-none-any.whl"), me),
+        "no statement": lambda: signing.make_envelope(b"{}", me),
     }[name]()
 
 

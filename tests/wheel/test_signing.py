@@ -43,7 +43,7 @@ def pem(private, encryption=None) -> bytes:
 
 def refused(envelope: bytes, trust: Trust) -> bool:
     try:
-        signing.verified(envelope, trust)
+        signing.verified_payload(envelope, trust)
     except SignatureError:
         return True
     return False
@@ -72,7 +72,10 @@ def test_a_key_that_openssl_has_made_is_read(tmp_path):
     path = tmp_path / "key.pem"
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", path], check=True)
     path.chmod(0o600)
-    assert signing.verified(signing.sealed(STATEMENT, Signer.load(path)), Trust.of(Signer.load(path))) == STATEMENT
+    assert (
+        signing.verified_payload(signing.make_envelope(STATEMENT, Signer.load(path)), Trust.of(Signer.load(path)))
+        == STATEMENT
+    )
 
 
 def test_two_new_keys_are_two_keys(signer, stranger):
@@ -208,21 +211,21 @@ def test_trusted_keys_that_cannot_be_read_are_told_in_a_sentence(tmp_path):
 @settings(deadline=None)
 @given(st.binary())
 def test_what_is_sealed_is_what_comes_out(signer, payload):
-    envelope = signing.sealed(payload, signer)
-    assert signing.payload(envelope) == signing.verified(envelope, Trust.of(signer)) == payload
-    assert signing.payload(signing.sealed(payload, None)) == payload
+    envelope = signing.make_envelope(payload, signer)
+    assert signing.unverified_payload(envelope) == signing.verified_payload(envelope, Trust.of(signer)) == payload
+    assert signing.unverified_payload(signing.make_envelope(payload, None)) == payload
 
 
 def test_an_envelope_is_one_line_and_always_the_same(signer):
-    envelope = signing.sealed(STATEMENT, signer)
+    envelope = signing.make_envelope(STATEMENT, signer)
     assert envelope.endswith(b"\n")
     assert envelope.count(b"\n") == 1
-    assert signing.sealed(STATEMENT, signer) == envelope
+    assert signing.make_envelope(STATEMENT, signer) == envelope
 
 
 def test_the_signature_is_over_what_the_specification_says(signer):
     """DSSE v1.0: the signature is over ``DSSEv1 LEN(type) type LEN(body) body``, here without the library."""
-    envelope = json.loads(signing.sealed(STATEMENT, signer))
+    envelope = json.loads(signing.make_envelope(STATEMENT, signer))
     signed = b"DSSEv1 28 application/vnd.in-toto+json %d %s" % (len(STATEMENT), STATEMENT)
     [signature] = envelope["signatures"]
     Ed25519PublicKey.from_public_bytes(signer.raw).verify(base64.b64decode(signature["sig"]), signed)
@@ -232,28 +235,28 @@ def test_the_signature_is_over_what_the_specification_says(signer):
 
 def test_without_a_signature_it_is_not_believed(signer):
     with pytest.raises(SignatureError, match="not signed"):
-        signing.verified(signing.sealed(STATEMENT, None), Trust.of(signer))
+        signing.verified_payload(signing.make_envelope(STATEMENT, None), Trust.of(signer))
 
 
 def test_an_unknown_key_is_named(signer, stranger):
     with pytest.raises(SignatureError, match=f"unknown key {stranger.keyid}"):
-        signing.verified(signing.sealed(STATEMENT, stranger), Trust.of(signer))
+        signing.verified_payload(signing.make_envelope(STATEMENT, stranger), Trust.of(signer))
     with pytest.raises(SignatureError, match="unknown key"):
-        signing.verified(signing.sealed(STATEMENT, stranger), Trust())
+        signing.verified_payload(signing.make_envelope(STATEMENT, stranger), Trust())
 
 
 def test_the_signature_of_another_statement_is_wrong(signer):
-    mine, other = (json.loads(signing.sealed(text, signer)) for text in (STATEMENT, b"{}"))
+    mine, other = (json.loads(signing.make_envelope(text, signer)) for text in (STATEMENT, b"{}"))
     forged = {**mine, "signatures": other["signatures"]}
     with pytest.raises(SignatureError, match=f"by the key {signer.keyid} is wrong"):
-        signing.verified(line(forged), Trust.of(signer))
+        signing.verified_payload(line(forged), Trust.of(signer))
 
 
 def test_a_stranger_who_writes_our_key_id_is_not_believed(signer, stranger):
-    forged = json.loads(signing.sealed(STATEMENT, stranger))
+    forged = json.loads(signing.make_envelope(STATEMENT, stranger))
     forged["signatures"][0]["keyid"] = signer.keyid
     with pytest.raises(SignatureError, match="wrong"):
-        signing.verified(line(forged), Trust.of(signer))
+        signing.verified_payload(line(forged), Trust.of(signer))
 
 
 @pytest.mark.parametrize("first", ["unknown", "wrong", "too short"])
@@ -265,7 +268,7 @@ def test_one_right_signature_of_several_is_enough(signer, stranger, first):
     if first != "unknown":
         value["signatures"][0]["sig"] = base64.b64encode(bytes(64 if first == "wrong" else 5)).decode()
     trust = Trust.of(signer) if first == "unknown" else Trust.of(signer, stranger)
-    assert signing.verified(line(value), trust) == STATEMENT
+    assert signing.verified_payload(line(value), trust) == STATEMENT
     assert refused(line({**value, "signatures": value["signatures"][:1]}), trust)
 
 
@@ -274,7 +277,7 @@ def line(envelope: dict) -> bytes:
 
 
 def test_every_flipped_bit_is_noticed(signer, counted):
-    envelope, trust = signing.sealed(STATEMENT, signer), Trust.of(signer)
+    envelope, trust = signing.make_envelope(STATEMENT, signer), Trust.of(signer)
     flipped = [
         envelope[:place] + bytes([envelope[place] ^ 1 << bit]) + envelope[place + 1 :]
         for place in range(len(envelope))
@@ -285,7 +288,7 @@ def test_every_flipped_bit_is_noticed(signer, counted):
 
 
 def test_every_envelope_that_is_cut_off_or_goes_on_is_refused(signer, counted):
-    envelope, trust = signing.sealed(STATEMENT, signer), Trust.of(signer)
+    envelope, trust = signing.make_envelope(STATEMENT, signer), Trust.of(signer)
     others = [envelope[:end] for end in range(len(envelope))]
     others += [envelope + more for more in (b"\n", b" ", b"\0", b"{}", envelope)] + [b" " + envelope]
     assert [bad for bad in others if not refused(bad, trust)] == []
@@ -295,7 +298,7 @@ def test_every_envelope_that_is_cut_off_or_goes_on_is_refused(signer, counted):
 @settings(deadline=None)
 @given(st.integers(0, 10_000), st.binary(max_size=3), st.integers(0, 3))
 def test_no_other_bytes_are_believed(signer, place, inserted, removed):
-    envelope = signing.sealed(STATEMENT, signer)
+    envelope = signing.make_envelope(STATEMENT, signer)
     place %= len(envelope) + 1
     changed = envelope[:place] + inserted + envelope[place + removed :]
     assert changed == envelope or refused(changed, Trust.of(signer))
@@ -328,13 +331,13 @@ MALFORMED = [
 
 
 def test_what_is_no_envelope_is_refused_in_a_sentence(counted):
-    assert signing.payload(line(GOOD)) == b"{}"
+    assert signing.unverified_payload(line(GOOD)) == b"{}"
     others = [*map(line, MALFORMED), b"", b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000]
     others += [json.dumps(GOOD).encode(), json.dumps(GOOD, sort_keys=True, indent=1).encode() + b"\n"]
     others += [line(GOOD).replace(b'{"payload":', b'{"payload":"e30=","payload":', 1)]
     for bad in others:
         with pytest.raises(SignatureError, match="DSSE envelope"):
-            signing.payload(bad)
+            signing.unverified_payload(bad)
     counted(ROW, len(others))
 
 
@@ -348,18 +351,18 @@ def home(tmp_path) -> Path:
 
 
 def test_without_any_file_nothing_is_signed_and_nobody_trusted(home):
-    assert signing.configured({"HOME": str(home)}) == (None, Trust())
+    assert signing.configured_keys({"HOME": str(home)}) == (None, Trust())
 
 
 def test_a_person_trusts_their_own_key(home):
     made = signing.make_key(home / ".config" / "voltforge" / "key.pem")
-    assert signing.configured({"HOME": str(home)}) == (made, Trust.of(made))
+    assert signing.configured_keys({"HOME": str(home)}) == (made, Trust.of(made))
 
 
 def test_a_person_trusts_the_keys_of_their_file_besides(home, stranger):
     made = signing.make_key(home / ".config" / "voltforge" / "key.pem")
     (home / ".config" / "voltforge" / "trusted.pem").write_text(stranger.public)
-    assert signing.configured({"HOME": str(home)}) == (made, Trust.of(made, stranger))
+    assert signing.configured_keys({"HOME": str(home)}) == (made, Trust.of(made, stranger))
 
 
 def test_files_that_are_named_count_and_not_the_defaults(home, signer, stranger):
@@ -367,14 +370,14 @@ def test_files_that_are_named_count_and_not_the_defaults(home, signer, stranger)
     made = signing.make_key(home / "other.pem")
     (home / "friends.pem").write_text(stranger.public)
     named = {"VOLTFORGE_KEY": str(home / "other.pem"), "VOLTFORGE_TRUSTED": str(home / "friends.pem")}
-    assert signing.configured({"HOME": str(home), **named}) == (made, Trust.of(made, stranger))
+    assert signing.configured_keys({"HOME": str(home), **named}) == (made, Trust.of(made, stranger))
 
 
 @pytest.mark.parametrize("variable", ["VOLTFORGE_KEY", "VOLTFORGE_TRUSTED"])
 def test_a_named_file_that_is_missing_is_an_error(home, variable):
     with pytest.raises(SignatureError, match="nowhere cannot be read: No such file"):
-        signing.configured({"HOME": str(home), variable: str(home / "nowhere")})
-    assert signing.configured({"HOME": str(home), variable: ""}) == (None, Trust())
+        signing.configured_keys({"HOME": str(home), variable: str(home / "nowhere")})
+    assert signing.configured_keys({"HOME": str(home), variable: ""}) == (None, Trust())
 
 
 def test_the_defaults_are_where_the_desktop_keeps_settings():

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from voltforge.binary.elf import opened, section_bytes
+from voltforge.binary.elf import open_elf, section_bytes
 from voltforge.errors import VoltforgeError
 
 SECTIONS = {".nv_fatbin": False, "__nv_relfatbin": True}
@@ -104,7 +104,7 @@ class Container:
     images: tuple[Image, ...]
 
 
-def names(archs: Iterable[str]) -> frozenset[str]:
+def image_names(archs: Iterable[str]) -> frozenset[str]:
     """Return the names of the images that an architecture list means: ``9.0a+PTX`` for ``sm_90a`` and ``compute_90a``.
 
     Raises:
@@ -144,7 +144,7 @@ def containers(path: Path) -> list[Container]:
         ElfError: ``path`` is not a well-formed ELF file.
         FatbinError: its device code has an unknown layout.
     """
-    with opened(path) as (file, content):
+    with open_elf(path) as (file, content):
         found: list[Container] = []
         total = 0
         for section in file.iter_sections():
@@ -169,7 +169,7 @@ def kernels(path: Path) -> frozenset[str]:
     Raises:
         ElfError: ``path`` is not a well-formed ELF file.
     """
-    with opened(path) as (file, _):
+    with open_elf(path) as (file, _):
         section = file.get_section_by_name(".rodata")
         if section is None:
             return frozenset()

@@ -111,7 +111,7 @@ class Elf:
         """
         from elftools.elf.dynamic import DynamicSection
 
-        with opened(path) as (file, _):
+        with open_elf(path) as (file, _):
             found = {section.name: section for section in file.iter_sections()}
             tags: dict[str, list[str]] = {"needed": [], "soname": [], "runpath": [], "rpath": []}
             if isinstance(dynamic := found.get(".dynamic"), DynamicSection):
@@ -168,7 +168,7 @@ def is_binary(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[ELFFile, mmap.mmap]]:
+def open_elf(path: Path) -> Iterator[tuple[ELFFile, mmap.mmap]]:
     """Open an ELF file: give its parsed headers and its bytes, mapped into memory.
 
     Raises:
@@ -198,7 +198,7 @@ def opened(path: Path) -> Iterator[tuple[ELFFile, mmap.mmap]]:
 
 
 def section_bytes(section: PartOfElf) -> bytes:
-    """Return the bytes of a section of :func:`opened` as they are in the file.
+    """Return the bytes of a section of :func:`open_elf` as they are in the file.
 
     pyelftools' own ``data`` inflates sections marked as compressed and creates zeros for sections without bytes, so a
     flipped bit could use all memory.

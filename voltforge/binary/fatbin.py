@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 from voltforge.binary import cubin
 from voltforge.binary.cubin import Container, FatbinError, Image
-from voltforge.binary.elf import ElfError, opened, section_bytes
+from voltforge.binary.elf import ElfError, open_elf, section_bytes
 from voltforge.errors import VoltforgeError
 from voltforge.system import files
 
@@ -105,9 +105,9 @@ def thin_binary(path: Path, out: Path, archs: Iterable[str], *, drop_foreign: bo
     Raises:
         ThinError: an arch has no image in a container, or a part of the file is not understood.
     """
-    wanted = cubin.names(archs)
+    wanted = cubin.image_names(archs)
     try:
-        with opened(path) as (file, content):
+        with open_elf(path) as (file, content):
             containers = cubin.containers(path)
             plan = _plan(path, file, content, containers, wanted, drop_foreign) if containers else _Plan()
             with files.replacing(out, stat.S_IMODE(path.stat().st_mode)) as sink:

@@ -231,7 +231,7 @@ def _engine(_: Pipeline) -> Iterator[Check]:
 
 def _key(_: Pipeline) -> Iterator[Check]:
     try:
-        signer, trust = signing.configured(os.environ)
+        signer, trust = signing.configured_keys(os.environ)
     except VoltforgeError as error:
         yield Check("signing key", "missing", error.what, error.hint)
         return

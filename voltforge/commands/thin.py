@@ -22,7 +22,7 @@ def thin_wheel(pipeline: Pipeline) -> None:
         what = f"{path} does not exist" if pipeline.settings.file else "no wheel was given"
         raise VoltforgeError(what, hint="./doit thin file=PATH.whl arch=7.0")
     console.step(f"thin {path.name} to {', '.join(archs)}")
-    special = pipeline.thin(wheelfile.Wheel.read(path).name)
-    thinned = thin.thin_wheel(path, pipeline.scratch / "thin", archs, special=special)
+    settings = pipeline.thin(wheelfile.Wheel.read(path).name)
+    thinned = thin.thin_wheel(path, pipeline.scratch / "thin", archs, settings=settings)
     before, after = path.stat().st_size, thinned.stat().st_size
     console.note(f"{thinned.relative_to(pipeline.root)}: {size(after)}, before {size(before)}")

@@ -96,12 +96,12 @@ class Checkout:
     @property
     def signer(self) -> Signer | None:
         """The user's own key, if there is one."""
-        return signing.configured(os.environ)[0]
+        return signing.configured_keys(os.environ)[0]
 
     @property
     def trust(self) -> Trust:
         """The public keys that the user trusts."""
-        return signing.configured(os.environ)[1]
+        return signing.configured_keys(os.environ)[1]
 
     @property
     def wheelhouse(self) -> Wheelhouse:

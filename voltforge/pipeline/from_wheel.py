@@ -97,7 +97,7 @@ class FromWheel:
         console.step(f"thin {stock.name} to {', '.join(self.recipe.arch)}")
         folder = self.checkout.wheel_folder(self.recipe.name, key)
         wheel = thin.thin_wheel(
-            stock, folder, self.recipe.arch, special=self.recipe.thin,
+            stock, folder, self.recipe.arch, settings=self.recipe.thin,
             complete=lambda tree, epoch: sbom.embed(tree, self.recipe.name, self.materials(), epoch),
         )  # fmt: skip
         console.note(f"{wheel.name}, {files.size(wheel.stat().st_size)} of {files.size(stock.stat().st_size)}")

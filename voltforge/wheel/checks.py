@@ -328,7 +328,7 @@ def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
     arch, linked = subject.expect.arch, subject.linked or {}
     if not arch:
         return
-    wanted = cubin.names(arch)
+    wanted = cubin.image_names(arch)
     problems = [f"{name} should contain device code, but is missing" for name in linked if name not in subject.binaries]
     counts = []
     for name, binary in subject.binaries.items():

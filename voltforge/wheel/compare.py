@@ -28,7 +28,7 @@ from backports import zstd
 
 from voltforge.binary import cubin
 from voltforge.binary.cubin import FatbinError, Image
-from voltforge.binary.elf import MAGIC, ElfError, opened
+from voltforge.binary.elf import MAGIC, ElfError, open_elf
 from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
 
@@ -476,7 +476,7 @@ class _Binary:
 
 def _binaries(name: str, one: Path, other: Path) -> tuple[list[Difference], bool]:
     """Return the differing sections, device images and dynamic symbols, and whether code and symbols are equal."""
-    with opened(one) as first, opened(other) as second:
+    with open_elf(one) as first, open_elf(other) as second:
         binaries = _Binary(*first), _Binary(*second)
         symbols = _dynamic_symbols(name, *binaries)
         device = _device_code(name, one, other)
@@ -567,7 +567,7 @@ def _image_sections(image: Image) -> dict[str, str]:
         with image.path.open("rb") as file:
             file.seek(image.offset)
             path.write_bytes(file.read(image.size))
-        with opened(path) as (elf, _):
+        with open_elf(path) as (elf, _):
             return {section.name: files.sha256_bytes(section.data()) for section in elf.iter_sections()}
 
 

@@ -214,7 +214,7 @@ def _trusted_provenance(lines: bytes, key: str, trust: Trust, shown: str) -> Pro
     problems = []
     for line in lines.splitlines(keepends=True)[:BUILDERS]:
         try:
-            return _provenance_of_build(signing.verified(line, trust), key)
+            return _provenance_of_build(signing.verified_payload(line, trust), key)
         except VoltforgeError as problem:
             problems.append(f"{problem.what}; {problem.hint}" if problem.hint else problem.what)
     raise CacheError(f"{shown}: {problems[0] if problems else 'the file is empty'}")
@@ -239,7 +239,7 @@ def _checked_provenance(key: str, wheel: Path, envelope: bytes) -> Provenance:
         CacheError: the statement is unsigned, or is not about this wheel and build.
     """
     try:
-        statement = _provenance_of_build(signing.payload(envelope), key)
+        statement = _provenance_of_build(signing.unverified_payload(envelope), key)
         if not _signers(envelope):
             raise CacheError("the statement is not signed")
         if (statement.file, statement.sha256) != (wheel.name, files.sha256(wheel)):
@@ -261,7 +261,7 @@ def _matching_statements(lines: bytes, key: str, statement: Provenance, shown: s
     same = []
     for line in lines.splitlines(keepends=True)[:BUILDERS]:
         try:
-            other = _provenance_of_build(signing.payload(line), key)
+            other = _provenance_of_build(signing.unverified_payload(line), key)
         except VoltforgeError as problem:
             console.warn(f"{shown}: {problem.what}; it is replaced")
             continue

@@ -107,7 +107,7 @@ class Trust:
         raws = []
         for number, block in enumerate(_BLOCK.finditer(text), 1):
             try:
-                raws.append(_raw(block[0]))
+                raws.append(_raw_public_key(block[0]))
             except ValueError as error:
                 line = text.count("\n", 0, block.start()) + 1
                 raise SignatureError(
@@ -150,7 +150,7 @@ def make_key(path: Path) -> Signer:
     return Signer._of(private)
 
 
-def sealed(payload: bytes, signer: Signer | None) -> bytes:
+def make_envelope(payload: bytes, signer: Signer | None) -> bytes:
     """Return an envelope around ``payload``, one line of JSON; without a signer it has no signature.
 
     Equal payloads and keys give equal bytes: Ed25519 uses no random number.
@@ -162,49 +162,49 @@ def sealed(payload: bytes, signer: Signer | None) -> bytes:
     envelope = Envelope(payload, PAYLOAD_TYPE, {})
     if signer:
         envelope.sign(CryptoSigner(Ed25519PrivateKey.from_private_bytes(signer.secret)))
-    return _line(envelope)
+    return _serialise(envelope)
 
 
-def payload(envelope: bytes) -> bytes:
+def unverified_payload(envelope: bytes) -> bytes:
     """Return the payload of an envelope without checking signatures.
 
     Raises:
         SignatureError: the envelope is malformed.
     """
-    return bytes(_opened(envelope).payload)
+    return bytes(_parse(envelope).payload)
 
 
-def verified(envelope: bytes, trust: Trust) -> bytes:
+def verified_payload(envelope: bytes, trust: Trust) -> bytes:
     """Return the payload of an envelope that at least one trusted key has signed.
 
     Raises:
         SignatureError: it is malformed or not signed, or no trusted key has signed this payload.
     """
-    opened = _opened(envelope)
-    if not opened.signatures:
+    parsed = _parse(envelope)
+    if not parsed.signatures:
         raise SignatureError("the statement is not signed", hint="its maker needs a key: VOLTFORGE_KEY")
-    known = [keyid for keyid in opened.signatures if keyid in trust.keys]
+    known = [keyid for keyid in parsed.signatures if keyid in trust.keys]
     if not known:
         raise SignatureError(
-            f"the statement is signed by the unknown key {', '.join(opened.signatures)}",
+            f"the statement is signed by the unknown key {', '.join(parsed.signatures)}",
             hint="add the public key to the file of VOLTFORGE_TRUSTED if you trust its owner",
         )
-    if not any(_right(opened, trust.keys[keyid]) for keyid in known):
+    if not any(_is_valid(parsed, trust.keys[keyid]) for keyid in known):
         raise SignatureError(f"the signature of the statement by the key {', '.join(known)} is wrong")
-    return bytes(opened.payload)
+    return bytes(parsed.payload)
 
 
 def default_key(environ: Mapping[str, str]) -> Path:
     """Return the path of the private key if VOLTFORGE_KEY is not set."""
-    return _settings(environ) / "key.pem"
+    return _settings_folder(environ) / "key.pem"
 
 
 def default_trusted(environ: Mapping[str, str]) -> Path:
     """Return the path of the trusted public keys if VOLTFORGE_TRUSTED is not set."""
-    return _settings(environ) / "trusted.pem"
+    return _settings_folder(environ) / "trusted.pem"
 
 
-def configured(environ: Mapping[str, str]) -> tuple[Signer | None, Trust]:
+def configured_keys(environ: Mapping[str, str]) -> tuple[Signer | None, Trust]:
     """Return the user's own key, if any, and the trusted keys: those of the file and the user's own.
 
     A file that VOLTFORGE_KEY or VOLTFORGE_TRUSTED names must exist; the defaults need not.
@@ -219,14 +219,14 @@ def configured(environ: Mapping[str, str]) -> tuple[Signer | None, Trust]:
     return signer, trust | Trust.of(*([signer] if signer else []))
 
 
-def _settings(environ: Mapping[str, str]) -> Path:
+def _settings_folder(environ: Mapping[str, str]) -> Path:
     """Return the folder of the user's settings (XDG Base Directory Specification, which ignores relative paths)."""
     named = Path(environ.get("XDG_CONFIG_HOME", ""))
     home = Path(environ.get("HOME") or os.path.expanduser("~"))  # noqa: PTH111 - Path.home() raises where none is
     return (named if named.is_absolute() else home / ".config") / "voltforge"
 
 
-def _opened(line: bytes) -> Envelope:
+def _parse(line: bytes) -> Envelope:
     """Parse an envelope from a line of JSON in its only valid form: no byte can change unnoticed."""
     from securesystemslib.dsse import Envelope
 
@@ -234,13 +234,13 @@ def _opened(line: bytes) -> Envelope:
         value = json.loads(line)
         if not _well_formed(value):
             raise ValueError("other fields than those of an envelope")
-        opened = Envelope.from_dict(value)
-        same = _line(opened) == line
+        parsed = Envelope.from_dict(value)
+        same = _serialise(parsed) == line
     except (ValueError, RecursionError) as error:
         raise SignatureError("it is not a DSSE envelope of an in-toto statement") from error
     if not same:  # base64 and JSON allow several forms of the same value
         raise SignatureError("it is a DSSE envelope, but not written as voltforge writes one")
-    return opened
+    return parsed
 
 
 def _well_formed(value: Any) -> bool:
@@ -261,22 +261,22 @@ def _well_formed(value: Any) -> bool:
     )
 
 
-def _line(envelope: Envelope) -> bytes:
+def _serialise(envelope: Envelope) -> bytes:
     return json.dumps(envelope.to_dict(), sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
-def _right(envelope: Envelope, raw: bytes) -> bool:
+def _is_valid(envelope: Envelope, raw: bytes) -> bool:
     from securesystemslib.exceptions import VerificationError
 
     try:
         # One key at a time: Envelope.verify stops at the first signature that it cannot parse.
-        envelope.verify([_key(raw)], 1)
+        envelope.verify([_public_key(raw)], 1)
     except VerificationError:
         return False
     return True
 
 
-def _key(raw: bytes) -> Any:
+def _public_key(raw: bytes) -> Any:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]  # as above
 
@@ -284,7 +284,7 @@ def _key(raw: bytes) -> Any:
 
 
 def _keyid(raw: bytes) -> str:
-    return str(_key(raw).keyid)
+    return str(_public_key(raw).keyid)
 
 
 def _pem(raw: bytes) -> str:
@@ -295,7 +295,7 @@ def _pem(raw: bytes) -> str:
     return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
-def _raw(pem: str) -> bytes:
+def _raw_public_key(pem: str) -> bytes:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key

@@ -65,7 +65,7 @@ def thin_wheel(
     archs: Sequence[str],
     *,
     drop_foreign: bool = False,
-    special: Thin = _PLAIN,
+    settings: Thin = _PLAIN,
     complete: Callable[[Path, int], None] = lambda *_: None,
 ) -> Path:
     """Write ``wheel``, thinned to ``archs``, into ``out_dir``; equal wheels give equal bytes.
@@ -77,35 +77,35 @@ def thin_wheel(
         out_dir: the folder of the result, with room for the unpacked wheel meanwhile.
         archs: as in recipes: ``7.0``, ``9.0a``, ``7.0+PTX``.
         drop_foreign: remove binaries and containers with device code for other archs only; otherwise they are an error.
-        special: rules of this project's recipe.
+        settings: rules of this project's recipe.
         complete: called with the unpacked wheel and its epoch, to add files that describe the rest.
 
     Raises:
         ThinError: names all binaries that cannot be thinned.
         WheelError: it is not a well-formed wheel.
     """
-    names = cubin.names(archs)
+    names = cubin.image_names(archs)
     stock = Wheel.read(wheel)
     if stock.name.startswith("nvidia-"):
         raise ThinError(wheel, "is NVIDIA's own, and its licence does not allow it to be changed")
     highest = max(map(cubin.capability, names))
-    stubs = {soname: stub for soname, stub in special.stubs.items() if not stub.since or _tens(stub.since) > highest}
+    stubs = {soname: stub for soname, stub in settings.stubs.items() if not stub.since or _tens(stub.since) > highest}
     version = _version(stock.version, archs)
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".thin-", dir=out_dir) as scratch:
         folder = Path(scratch) / "wheel"
         unpack(wheel, folder)
-        _drop(wheel, folder, special.drop)
+        _drop(wheel, folder, settings.drop)
         _replace_libraries(wheel, folder, stubs)
         _thin_binaries(wheel, folder, archs, drop_foreign)
-        set_runpaths(folder, special.runpath)
+        set_runpaths(folder, settings.runpath)
         for stub in stubs.values():
             for name, line in stub.lines.items():
                 _drop_line(wheel, folder, name, line)
-        if special.arch_list:
-            _tell_archs(wheel, folder, special.arch_list, names)
-        if special.version:
-            _tell_version(wheel, folder, special.version, version)
+        if settings.arch_list:
+            _tell_archs(wheel, folder, settings.arch_list, names)
+        if settings.version:
+            _tell_version(wheel, folder, settings.version, version)
         _rename(folder, stock, version, [stub.requirement for stub in stubs.values() if stub.requirement])
         tag = "-".join(wheel.stem.split("-")[-3:])
         epoch = _newest(wheel)
@@ -175,7 +175,7 @@ def _replace_libraries(wheel: Path, folder: Path, stubs: Mapping[str, Stub]) -> 
 
 def _thin_binaries(wheel: Path, folder: Path, archs: Sequence[str], drop_foreign: bool) -> None:
     """Thin and strip every binary in place; all problems are reported at once."""
-    names = cubin.names(archs)
+    names = cubin.image_names(archs)
     problems: list[str] = []
     for name in _binaries(folder):
         path = folder / name
@@ -219,7 +219,7 @@ def _loaded(path: Path) -> set[tuple[str, int, bool, str]]:
 
     Their order in the section table does not count, because strip may change it.
     """
-    with elf.opened(path) as (file, _), path.open("rb") as content:
+    with elf.open_elf(path) as (file, _), path.open("rb") as content:
         found = set()
         for section in file.iter_sections():
             if section["sh_flags"] & _ALLOCATED and section["sh_type"] != "SHT_NOBITS":
@@ -273,7 +273,7 @@ def _tens(arch: str) -> int:
 
 def _version(version: Version, archs: Iterable[str]) -> Version:
     parts = [version.local] if version.local else []
-    parts += [name.replace("_", "") for arch in archs for name in sorted(cubin.names([arch]), reverse=True)]
+    parts += [name.replace("_", "") for arch in archs for name in sorted(cubin.image_names([arch]), reverse=True)]
     return Version(f"{version.public}+{'.'.join([*dict.fromkeys(parts), 'thin'])}")
 
 

@@ -88,7 +88,7 @@ class Wheelhouse:
             if document := wheelfile.sbom_bytes(target):
                 files.write(self.beside(target, SBOM), document)
             if statement:
-                files.write(self.beside(target, PROVENANCE), signing.sealed(statement, signer))
+                files.write(self.beside(target, PROVENANCE), signing.make_envelope(statement, signer))
             running, own = _pythons(sys_tags()), _pythons(wheel.tags)
             served = own | running if own & running else own
             replaced = {
@@ -117,7 +117,7 @@ class Wheelhouse:
         for wheel in self.wheels():
             envelope = self.beside(wheel.path, PROVENANCE)
             if envelope.is_file():
-                files.write(envelope, signing.sealed(signing.payload(envelope.read_bytes()), signer))
+                files.write(envelope, signing.make_envelope(signing.unverified_payload(envelope.read_bytes()), signer))
                 signed.append(wheel.path.name)
         return signed
 
@@ -150,7 +150,7 @@ class Wheelhouse:
         if envelope is None:
             return [*problems, f"{name}{PROVENANCE} is missing"], "nobody"
         try:
-            statement = signing.verified(envelope, trust) if trust else signing.payload(envelope)
+            statement = signing.verified_payload(envelope, trust) if trust else signing.unverified_payload(envelope)
             attested = provenance.read(statement)
             if (attested.file, attested.sha256) != (name, sha256):
                 problems.append(f"its provenance is about {attested.file} with sha256 {attested.sha256[:16]}…")
