@@ -47,7 +47,7 @@ def test_unlinked_device_code_is_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("code", "at", "why"),
     [
-        (b"not a fatbin at all", 0, "is no container: it begins with 0x20746f6e"),
+        (b"not a fatbin at all", 0, "is not a container: it begins with 0x20746f6e"),
         (container(image(70))[:-1], 0, "is a container that ends beyond its section"),
         (container()[:10], 0, "is cut short within a container's header"),
         (container(image(70)[:20]), 16, "is cut short within an image's header"),
@@ -125,7 +125,7 @@ def test_sections_of_device_code_that_lie_in_each_other_are_refused(tmp_path):
     header = struct.pack("<QQ", piece.offset, piece.size)
     assert path.read_bytes().count(header) == 1
     path.write_bytes(path.read_bytes().replace(header, struct.pack("<QQ", code.offset, code.size)))
-    with pytest.raises(FatbinError, match="lies in another section with device code"):
+    with pytest.raises(FatbinError, match="overlaps another section with device code"):
         cubin.images(path)
 
 

@@ -192,7 +192,7 @@ def test_extensions_that_are_missing_or_not_shared_objects_are_reported(tmp_path
         ([image(70), image(120)], ("7.0", "12.0"), 1, []),
         ([], ("7.0",), 1, ["holds 0 images of sm_70, but 1 CUDA objects were linked into it"]),
         ([], ("7.0",), None, []),
-        ([image(70, kind=9)], ("7.0",), None, ["is an image of kind 9, of which nothing is known here"]),
+        ([image(70, kind=9)], ("7.0",), None, ["is an image of kind 9, which is not supported"]),
     ],
 )
 def test_device_code_must_match_the_recipe(tmp_path, code, arch, linked, problems):
@@ -218,7 +218,7 @@ def test_missing_extension_with_device_code_is_reported(tmp_path):
 
 
 def test_architectures_are_written_as_in_torch_cuda_arch_list(tmp_path):
-    with pytest.raises(VoltforgeError, match="'sm_70' is no architecture"):
+    with pytest.raises(VoltforgeError, match="'sm_70' is not an architecture"):
         examined(tmp_path, {"a.py": ""}, Expectation(arch=("sm_70",)))
 
 

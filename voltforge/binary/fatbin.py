@@ -71,7 +71,7 @@ class ThinError(VoltforgeError):
     """A file that cannot be thinned, because a part of it is not understood or would be lost."""
 
     def __init__(self, path: Path, why: str, offset: int | None = None, *, hint: str = "") -> None:
-        subject = "it" if offset is None else f"what stands at byte {offset:#x}"
+        subject = "it" if offset is None else f"the data at byte {offset:#x}"
         super().__init__(f"{path} cannot be thinned: {subject} {why}", hint=hint)
         self.path = path
         self.offset = offset
@@ -113,9 +113,9 @@ def thin_binary(path: Path, out: Path, archs: Iterable[str], *, drop_foreign: bo
             with files.replacing(out, stat.S_IMODE(path.stat().st_mode)) as sink:
                 plan.write(content, sink)
                 after = sink.tell()
-            found = sum(len(container.images) for container in containers)
+            total = sum(len(container.images) for container in containers)
             kept = sum(len(container.kept) for container in plan.containers)
-            return Thinned(kept, found - kept, len(content), after)
+            return Thinned(kept, total - kept, len(content), after)
     except FatbinError as error:
         raise ThinError(path, error.why, error.offset) from error
     except ElfError as error:
@@ -250,7 +250,7 @@ def _plan(
 
 def _check_head(path: Path, file: ELFFile) -> None:
     if file["e_machine"] != _X86_64 or file["e_type"] != _SHARED:
-        raise ThinError(path, "is no shared object for x86-64")
+        raise ThinError(path, "is not a shared object for x86-64")
     if any(file[name] != size for name, size in _HEADER_SIZES.items()):
         raise ThinError(path, "has headers of an unknown size")
     if relocatable := [section for section in file.iter_sections() if cubin.SECTIONS.get(section.name)]:
@@ -262,28 +262,32 @@ def _check_head(path: Path, file: ELFFile) -> None:
 def _region(path: Path, file: ELFFile, end: int, segments: Sequence[_Segment]) -> _Region:
     """Return the section with the device code, if it is alone in the file and in one load segment."""
     sections = list(file.iter_sections())
-    found = [number for number, section in enumerate(sections) if section.name == _CODE]
-    if len(found) != 1:
-        raise ThinError(path, f"has {len(found)} sections {_CODE}, not one")
-    header = sections[found[0]]
+    numbers = [number for number, section in enumerate(sections) if section.name == _CODE]
+    if len(numbers) != 1:
+        raise ThinError(path, f"has {len(numbers)} sections {_CODE}, not one")
+    header = sections[numbers[0]]
     begin, size, address = header["sh_offset"], header["sh_size"], header["sh_addr"]
     if begin + size > end:
         raise ThinError(path, "is a section that ends beyond the file", begin)
-    around = [
+    loading = [
         number
         for number, segment in enumerate(segments)
         if segment.kind == _LOAD and segment.offset <= begin and begin + size <= segment.offset + segment.size
     ]
-    if len(around) != 1 or segments[around[0]].address - segments[around[0]].offset != address - begin:
-        raise ThinError(path, f"is {_CODE}, which {len(around)} segments load at the address that it claims", begin)
+    if len(loading) != 1 or segments[loading[0]].address - segments[loading[0]].offset != address - begin:
+        raise ThinError(
+            path,
+            f"is {_CODE}, which is not loaded at its address by exactly one segment ({len(loading)} load it)",
+            begin,
+        )
     for number, segment in enumerate(segments):
-        if number != around[0] and (
+        if number != loading[0] and (
             _overlap(segment.offset, segment.size, begin, size)
             or _overlap(segment.address, segment.memory, address, size)
         ):
             raise ThinError(path, f"is in segment {number} too, not only in one that is loaded", begin)
     for number, section in enumerate(sections):
-        inside = section["sh_type"] not in {"SHT_NULL", "SHT_NOBITS"} and number != found[0]
+        inside = section["sh_type"] not in {"SHT_NULL", "SHT_NOBITS"} and number != numbers[0]
         if inside and _overlap(section["sh_offset"], section["sh_size"], begin, size):
             raise ThinError(
                 path, f"is in section {section.name} as well as in {_CODE}", max(section["sh_offset"], begin)
@@ -296,8 +300,8 @@ def _region(path: Path, file: ELFFile, end: int, segments: Sequence[_Segment]) -
             raise ThinError(path, f"is the table of {name}, which lies in the device code or beyond the file", table)
     alignments = [segment.alignment for segment in segments if segment.kind == _LOAD]
     if any(alignment & (alignment - 1) or alignment < _PAGE for alignment in alignments):
-        raise ThinError(path, "has a load segment whose alignment is no size of a page")
-    return _Region(begin, address, size, max(_ALIGNMENT, header["sh_addralign"]), found[0], around[0])
+        raise ThinError(path, "has a load segment whose alignment is not a page size")
+    return _Region(begin, address, size, max(_ALIGNMENT, header["sh_addralign"]), numbers[0], loading[0])
 
 
 def _overlap(begin: int, size: int, other: int, length: int) -> bool:
@@ -309,15 +313,18 @@ def _packed(
 ) -> Iterator[_Packed]:
     """Return the containers one after another, each with its remaining entries."""
     variants = {
-        one: sorted(name for name in wanted if cubin.capability(name) == one) for one in map(cubin.capability, wanted)
+        capability: sorted(name for name in wanted if cubin.capability(name) == capability)
+        for capability in map(cubin.capability, wanted)
     }
     at = region.offset
     for number, container in enumerate(containers):
         kept = tuple(image for image in container.images if image.name in wanted)
-        for _, asked in sorted(variants.items()):
-            if container.images and not drop_foreign and not any(image.name in asked for image in kept):
-                has = ", ".join(dict.fromkeys(image.name for image in container.images))
-                raise ThinError(path, f"is container {number}, which has {has} and no {asked[-1]}", container.offset)
+        for _, names in sorted(variants.items()):
+            if container.images and not drop_foreign and not any(image.name in names for image in kept):
+                present = ", ".join(dict.fromkeys(image.name for image in container.images))
+                raise ThinError(
+                    path, f"is container {number}, which has {present} and no {names[-1]}", container.offset
+                )
         at += (container.offset - at) % region.alignment
         place = _Packed(container, at, kept)
         inside = at + container.header
@@ -352,13 +359,13 @@ def _references(
             raise ThinError(path, "is a relocation that writes into the device code", at)
         if begin < place + _ADDRESS and place < end:
             if kind != _RELATIVE or place not in unfilled or target not in unused:
-                raise ThinError(path, "is a relocation that does not give a wrapper a container of its own", at)
+                raise ThinError(path, "is a relocation that does not fill a wrapper with a container of its own", at)
             now = unused.pop(target).to_bytes(_ADDRESS, "little")
             yield at + _RELA_ADDEND, now
-            if (stands := unfilled.pop(place)) is not None:
-                yield stands, now
+            if (offset := unfilled.pop(place)) is not None:
+                yield offset, now
         elif kind in {_SYMBOLIC, _RELATIVE, _INDIRECT} and region.holds(target):
-            raise ThinError(path, "is a relocation that leads into the device code, and not from a wrapper", at)
+            raise ThinError(path, "is a relocation into the device code that is not in a wrapper", at)
     if unfilled:
         raise ThinError(path, "has wrappers that no relocation fills", _offset(path, segments, min(unfilled)))
     if unused:
@@ -377,16 +384,16 @@ def _wrappers(
         raise ThinError(path, f"has {len(found)} sections {_WRAPPERS}, not one")
     begin, size, offset = found[0]["sh_addr"], found[0]["sh_size"], found[0]["sh_offset"]
     if size % _WRAPPER.size or _offset(path, segments, begin, size) != offset:
-        raise ThinError(path, "is no section of whole wrappers that is loaded", offset)
+        raise ThinError(path, "is not a loaded section of whole wrappers", offset)
     places: dict[int, int | None] = {}
     for at in range(0, size, _WRAPPER.size):
         magic, version, address, more = _WRAPPER.unpack_from(content, offset + at)
         if (magic, version) != (_WRAPPER_MAGIC, 1):
             raise ThinError(
-                path, f"is a wrapper {magic:#x} of version {version}, not {_WRAPPER_MAGIC:#x}, 1", offset + at
+                path, f"is a wrapper {magic:#x} of version {version}, not {_WRAPPER_MAGIC:#x} of version 1", offset + at
             )
         if more:
-            raise ThinError(path, "is a wrapper that points to more than a container", offset + at)
+            raise ThinError(path, "is a wrapper that points to more than one container", offset + at)
         places[begin + at + _ADDRESS] = offset + at + _ADDRESS if address else None
     return places, begin, begin + size
 
@@ -395,17 +402,17 @@ def _dynamic(path: Path, content: mmap.mmap, segments: Sequence[_Segment], regio
     """Return the dynamic section's values by tag; for a tag that can occur twice, the last value."""
     tables = [segment for segment in segments if segment.kind == _DYNAMIC]
     if len(tables) != 1 or tables[0].offset + tables[0].size > len(content):
-        raise ThinError(path, f"has {len(tables)} dynamic sections, not a whole one")
+        raise ThinError(path, f"has {len(tables)} dynamic sections, not one whole one")
     tags: dict[int, int] = {}
     begin, whole = tables[0].offset, tables[0].size // _TAG.size * _TAG.size
     for tag, value in _TAG.iter_unpack(content[begin : begin + whole]):
         if not tag:
             break
         if tag in _OTHER_RELOCATIONS:
-            raise ThinError(path, f"has relocations that are not understood here ({_OTHER_RELOCATIONS[tag]})")
+            raise ThinError(path, f"has relocations that are not supported ({_OTHER_RELOCATIONS[tag]})")
         if tag in _POINTERS and region.holds(value):
             raise ThinError(
-                path, f"points into the device code, by entry {tag:#x} of its dynamic section", tables[0].offset
+                path, f"is a dynamic section whose entry {tag:#x} points into the device code", tables[0].offset
             )
         tags[tag] = value
     return tags
@@ -416,7 +423,7 @@ def _values(path: Path, file: ELFFile, tags: Mapping[int, int]) -> list[int]:
     tables = [section for section in file.iter_sections() if section["sh_type"] == "SHT_DYNSYM"]
     if len(tables) != 1 or tables[0]["sh_addr"] != tags.get(_DT_SYMTAB):
         raise ThinError(
-            path, f"has {len(tables)} tables of dynamic symbols, not the one that its dynamic section names"
+            path, f"has {len(tables)} tables of dynamic symbols, not only the one that its dynamic section names"
         )
     data = section_bytes(tables[0])
     return [symbol[4] for symbol in _SYMBOL.iter_unpack(data[: len(data) // _SYMBOL.size * _SYMBOL.size])]
@@ -430,7 +437,7 @@ def _relocations(path: Path, segments: Sequence[_Segment], region: _Region, tags
         if size := tags.get(length, 0):
             begin = _offset(path, segments, tags.get(table, 0), size)
             if _overlap(begin, size, region.offset, region.size):
-                raise ThinError(path, "is a table of relocations that reaches into the device code", begin)
+                raise ThinError(path, "is a table of relocations that overlaps the device code", begin)
             yield from range(begin, begin + size // _RELA.size * _RELA.size, _RELA.size)
 
 
@@ -439,7 +446,7 @@ def _offset(path: Path, segments: Sequence[_Segment], address: int, size: int = 
     for segment in segments:
         if segment.kind == _LOAD and segment.address <= address and address + size <= segment.address + segment.size:
             return address - segment.address + segment.offset
-    raise ThinError(path, f"is said to hold {size} bytes at address {address:#x}, where nothing is loaded")
+    raise ThinError(path, f"has no loaded segment with the {size} bytes at address {address:#x}")
 
 
 def _symbols(path: Path, file: ELFFile, region: _Region, moved: Mapping[int, int]) -> Iterator[tuple[int, bytes]]:
@@ -454,7 +461,7 @@ def _symbols(path: Path, file: ELFFile, region: _Region, moved: Mapping[int, int
                 continue
             at = section["sh_offset"] + number * _SYMBOL.size
             if section["sh_type"] == "SHT_DYNSYM" or value not in moved:
-                raise ThinError(path, "is a symbol that leads into the device code", at)
+                raise ThinError(path, "is a symbol in the device code", at)
             yield at + _SYMBOL_VALUE, moved[value].to_bytes(_ADDRESS, "little")
 
 
@@ -482,23 +489,23 @@ def _split(path: Path, segments: Sequence[_Segment], plan: _Plan, used: int) -> 
         size=whole.size - behind,
         memory=whole.memory - behind,
     )
-    given_up = _needless(path, segments) if rest.memory else None
+    replaced = _replaceable_header(path, segments) if rest.memory else None
     for number, segment in enumerate(segments):
         if number == region.segment:
             yield segment._replace(size=front, memory=front)
-            if given_up is not None:
+            if replaced is not None:
                 yield rest._replace(offset=plan.place(rest.offset))
-        elif number != given_up:
+        elif number != replaced:
             yield segment._replace(offset=plan.place(segment.offset))
 
 
-def _needless(path: Path, segments: Sequence[_Segment]) -> int:
+def _replaceable_header(path: Path, segments: Sequence[_Segment]) -> int:
     """Return the program header that can be replaced: one of notes, which loaders ignore and which stay as sections.
 
     One that repeats a PT_GNU_PROPERTY is the first choice.
     """
     notes = [number for number, segment in enumerate(segments) if segment.kind == _NOTE]
-    said = {segment.offset for segment in segments if segment.kind == _PROPERTY}
+    property_offsets = {segment.offset for segment in segments if segment.kind == _PROPERTY}
     if not notes:
         raise ThinError(path, "has no room for the program header of one more segment")
-    return max(notes, key=lambda number: (segments[number].offset in said, number))
+    return max(notes, key=lambda number: (segments[number].offset in property_offsets, number))

@@ -67,7 +67,7 @@ class Loader:
         while queue:
             loaded = queue.popleft()
             if loaded is not binary:
-                unresolved -= {symbol for symbol in unresolved if _offers(loaded.elf, symbol)}
+                unresolved -= {symbol for symbol in unresolved if _provides(loaded.elf, symbol)}
                 if not unresolved:
                     break
             for name in loaded.elf.needed:
@@ -86,19 +86,19 @@ class Loader:
 
     def _find(self, name: str, loaded: _Loaded) -> tuple[Path | None, bool]:
         for folder in loaded.search():
-            if self._at(folder / name).is_file():
+            if self._present_path(folder / name).is_file():
                 return folder / name, False
-        if found := system_libraries().get(name):
-            return found, False
+        if library := system_libraries().get(name):
+            return library, False
         for folder in self.last:
             if (folder / name).is_file():
                 return folder / name, False
         for folder in self.lent:
-            if self._at(folder / name).is_file():
+            if self._present_path(folder / name).is_file():
                 return folder / name, True
         return None, False
 
-    def _at(self, path: Path) -> Path:
+    def _present_path(self, path: Path) -> Path:
         """Return the present path of the file that will be at ``path``."""
         if self.staged and path.is_relative_to(self.site):
             staged = self.staged / path.relative_to(self.site)
@@ -108,7 +108,7 @@ class Loader:
 
     def _elf(self, path: Path) -> Elf:
         if path not in self._files:
-            self._files[path] = Elf.read(self._at(path))
+            self._files[path] = Elf.read(self._present_path(path))
         return self._files[path]
 
 
@@ -142,16 +142,16 @@ def system_libraries() -> dict[str, Path]:
     if not ldconfig:
         return {}
     abi = {"x86_64": "x86-64", "aarch64": "AArch64"}.get(platform.machine(), "")
-    found: dict[str, Path] = {}
+    libraries: dict[str, Path] = {}
     for line in run([ldconfig, "-p"]).output.splitlines():
         name, arrow, path = line.strip().partition(" => ")
         soname, _, kind = name.partition(" ")
         if arrow and abi in kind:
-            found.setdefault(soname, Path(path))
-    return found
+            libraries.setdefault(soname, Path(path))
+    return libraries
 
 
-def _offers(elf: Elf, symbol: Symbol) -> bool:
+def _provides(elf: Elf, symbol: Symbol) -> bool:
     # A library without versions provides any version, and a symbol without a version accepts any (dl-lookup.c).
     if symbol in elf.defined:
         return True

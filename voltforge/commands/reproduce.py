@@ -36,7 +36,7 @@ from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import environment
 from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
-from voltforge.wheel.compare import WORDS, Comparison, compare, report
+from voltforge.wheel.compare import TIER_TEXTS, Comparison, compare, report
 
 ELSEWHERE = "a-checkout-with-a-name-so-long-that-every-path-in-it-has-another-length"
 OWN = ("jobs", "ccache", "file", "url", "gc")
@@ -54,7 +54,8 @@ class NotReproducible(VoltforgeError):  # noqa: N818 - it names the result
         rest = len(comparison.differences) - len(told) + comparison.more
         places = "; ".join([*told, *([f"{rest} more"] if rest else [])])
         super().__init__(
-            f"{comparison.other.name} of a second build: {WORDS[comparison.tier]}{f' ({places})' if places else ''}",
+            f"{comparison.other.name} of a second build: {TIER_TEXTS[comparison.tier]}"
+            f"{f' ({places})' if places else ''}",
             hint=f"look at the table above; the second build is kept in {second}",
         )
         self.comparison = comparison

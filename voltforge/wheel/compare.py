@@ -42,19 +42,19 @@ Tier = Literal["identical", "archive only", "same code and symbols", "different"
 ``archive only``: all members have equal content and modes; order, times or compression of the archive differ. ``same
 code and symbols``: only binaries differ, and their machine code, device code and dynamic symbols are equal.
 """
-WORDS: Mapping[Tier, str] = {
+TIER_TEXTS: Mapping[Tier, str] = {
     "identical": "the same, bit for bit",
     "archive only": "the same in every member; the archives around them differ",
     "same code and symbols": "the same in machine code, device code and symbols; other parts of binaries differ",
     "different": "not the same",
 }
-MOST = 20
+MAX_DIFFERENCES = 20
 """The number of differences that are kept of one comparison; the rest is counted."""
-MOST_OF_ONE = 6
+MAX_OF_MEMBER = 6
 """The number of differences that are kept of one member."""
 WIDTH = 120
 """The number of characters of a text line that are printed."""
-PATIENCE = 1800.0
+DIFFOSCOPE_SECONDS = 1800.0
 """Seconds for diffoscope; a wheel of gigabytes would take it hours."""
 
 _DEVICE = cubin.SECTIONS
@@ -64,7 +64,7 @@ _BOOKKEEPING = re.compile(
     r"\.(?:gnu\.|rela?\.|relr\.|got|eh_frame|note\.|dynsym|dynstr|dynamic|hash|symtab|strtab|shstrtab).*"
 )
 """Sections with addresses, sizes and names of other sections' content: they are reported after those."""
-_FOLLOW = {".note.gnu.build-id", ".gnu_debuglink"}
+_HASHES = {".note.gnu.build-id", ".gnu_debuglink"}
 """Sections with a hash of the others (ld(1), --build-id)."""
 _DERIVED = {"digest", "size", "diff_ids", "mediaType"}
 """Keys of the OCI image-spec about packed layers: they follow from the layers."""
@@ -117,7 +117,7 @@ class Comparison:
     sha256: tuple[str, str]
     tier: Tier
     differences: tuple[Difference, ...] = ()
-    """The first :data:`MOST` differences, in the order of the members."""
+    """The first :data:`MAX_DIFFERENCES` differences, in the order of the members."""
     more: int = 0
     """The number of further differences."""
     detail: Path | None = None
@@ -134,31 +134,31 @@ def compare(one: Path, other: Path) -> Comparison:
     if sha256[0] == sha256[1]:
         return Comparison(one, other, sha256, "identical")
     with tempfile.TemporaryDirectory(prefix="voltforge-") as scratch:
-        found = _DifferenceList(Path(scratch))
+        result = _DifferenceList(Path(scratch))
         try:
-            _look(one, other, found)
+            _compare_files(one, other, result)
         except _UNREADABLE:
-            found = _DifferenceList(Path(scratch))
-            found.add(_bytes(one.name, one, other))
+            result = _DifferenceList(Path(scratch))
+            result.add(_byte_differences(one.name, one, other))
     detail = other.with_name(f"{other.name}.diffoscope.txt") if shutil.which("diffoscope") else None
-    return Comparison(one, other, sha256, found.tier, tuple(found.differences), found.more, detail)
+    return Comparison(one, other, sha256, result.tier, tuple(result.differences), result.more, detail)
 
 
 def report(comparison: Comparison) -> None:
     """Print the tier and the differences; write diffoscope's report if it is installed."""
     names = dict.fromkeys((comparison.one.name, comparison.other.name))
-    console.step(f"{' and '.join(names)}: {WORDS[comparison.tier]}")
+    console.step(f"{' and '.join(names)}: {TIER_TEXTS[comparison.tier]}")
     for path, sha256 in zip((comparison.one, comparison.other), comparison.sha256, strict=True):
         console.note(f"{sha256}  {path}")
-    rows = [(one.file, one.section, one.symbol, one.one, one.other) for one in comparison.differences]
+    rows = [(row.file, row.section, row.symbol, row.one, row.other) for row in comparison.differences]
     if rows:
         console.table("", ("file", "where", "what", "first", "second"), rows)
     if comparison.more:
         console.note(f"and {comparison.more} more")
     if comparison.detail:
-        words: list[str | Path] = ["diffoscope", "--text", comparison.detail, comparison.one, comparison.other]
+        command: list[str | Path] = ["diffoscope", "--text", comparison.detail, comparison.one, comparison.other]
         try:
-            run(words, ok=(0, 1), timeout=PATIENCE)
+            run(command, ok=(0, 1), timeout=DIFFOSCOPE_SECONDS)
             console.note(f"diffoscope's report: {comparison.detail}")
         except ProgramFailed as error:
             console.warn(error.what)
@@ -177,7 +177,7 @@ class _DifferenceList:
     def add(self, differences: Iterable[Difference], *, same_code: bool = False) -> None:
         """Add the differences of one member."""
         rows = list(differences)
-        room = min(MOST_OF_ONE, MOST - len(self.differences))
+        room = min(MAX_OF_MEMBER, MAX_DIFFERENCES - len(self.differences))
         self.differences += rows[:room]
         self.more += len(rows[room:])
         self.same_code &= same_code or not rows
@@ -195,16 +195,16 @@ class _DifferenceList:
             yield Path(name)
 
 
-def _look(one: Path, other: Path, found: _DifferenceList) -> None:
+def _compare_files(one: Path, other: Path, result: _DifferenceList) -> None:
     if zipfile.is_zipfile(one) and zipfile.is_zipfile(other):
         with zipfile.ZipFile(one) as first, zipfile.ZipFile(other) as second:
-            _members("", _Zip(first), _Zip(second), found)
+            _compare_members("", _Zip(first), _Zip(second), result)
     elif _is_layout(one) and _is_layout(other):
         with tarfile.open(one) as first, tarfile.open(other) as second:
-            _images(_Layout(first), _Layout(second), found)
+            _compare_layouts(_Layout(first), _Layout(second), result)
     else:
-        differences, same_code = _contents(one.name, one, other)
-        found.add(differences, same_code=same_code)
+        rows, same_code = _content_differences(one.name, one, other)
+        result.add(rows, same_code=same_code)
 
 
 # Archives and their members.
@@ -267,7 +267,7 @@ class _Layer:
                         shutil.copyfileobj(content, target, files.BLOCK)
 
     def _opened(self) -> tarfile.TarFile:
-        return tarfile.open(fileobj=_inflated(self.layout.blob(self.digest)), mode="r|")
+        return tarfile.open(fileobj=_unpacked_layer(self.layout.blob(self.digest)), mode="r|")
 
     def _member(self, tar: tarfile.TarFile, entry: tarfile.TarInfo) -> _Member:
         kind = "a folder" if entry.isdir() else "a file" if entry.isfile() else f"of type {entry.type.decode()}"
@@ -279,30 +279,30 @@ class _Layer:
         )
 
 
-def _members(prefix: str, one: _Archive, other: _Archive, found: _DifferenceList) -> None:
+def _compare_members(prefix: str, one: _Archive, other: _Archive, result: _DifferenceList) -> None:
     """Compare two archives by the names, kinds, modes, owners and contents of their members."""
     first, second = one.members(), other.members()
     names = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
     changed = [name for name in names if _content_differs(first.get(name), second.get(name))]
-    with found.folder() as folder:
+    with result.folder() as folder:
         here = {name: folder / f"{number}.one" for number, name in enumerate(changed)}
         there = {name: folder / f"{number}.other" for number, name in enumerate(changed)}
         one.take(here)
         other.take(there)
         for name in names:
-            if name in here and _repeats(name, here[name], there[name], names):
+            if name in here and _only_repeats(name, here[name], there[name], names):
                 continue
-            found.add(_attributes(f"{prefix}{name}", first.get(name), second.get(name)))
+            result.add(_attribute_differences(f"{prefix}{name}", first.get(name), second.get(name)))
             if name in here:
-                differences, same_code = _contents(f"{prefix}{name}", here[name], there[name])
-                found.add(differences, same_code=same_code)
+                rows, same_code = _content_differences(f"{prefix}{name}", here[name], there[name])
+                result.add(rows, same_code=same_code)
 
 
 def _content_differs(one: _Member | None, other: _Member | None) -> bool:
     return one is not None and other is not None and "" != one.sha256 != other.sha256 != ""
 
 
-def _attributes(name: str, one: _Member | None, other: _Member | None) -> Iterator[Difference]:
+def _attribute_differences(name: str, one: _Member | None, other: _Member | None) -> Iterator[Difference]:
     if one is None or other is None:
         yield Difference(name, "", "", *(f"{member.size} bytes" if member else "absent" for member in (one, other)))
         return
@@ -313,7 +313,7 @@ def _attributes(name: str, one: _Member | None, other: _Member | None) -> Iterat
             yield Difference(name, what, "", *texts)
 
 
-def _repeats(name: str, one: Path, other: Path, differing: Iterable[str]) -> bool:
+def _only_repeats(name: str, one: Path, other: Path, differing: Iterable[str]) -> bool:
     """Return True if a RECORD (PEP 376) or SBOM (PEP 770) differs only in what it repeats of other members."""
     path = PurePosixPath(name)
     read = next((read for pattern, read in _REPEATING.items() if path.match(pattern)), None)
@@ -327,60 +327,60 @@ def _repeats(name: str, one: Path, other: Path, differing: Iterable[str]) -> boo
         return False
 
 
-def _record(path: Path, known: set[str]) -> list[list[str]]:
+def _record_rows(path: Path, known: set[str]) -> list[list[str]]:
     rows = csv.reader(io.StringIO(path.read_text("utf-8", errors="replace"), newline=""))
     return [row for row in rows if row and os.path.normpath(row[0]) not in known]
 
 
-def _sbom(path: Path, known: set[str]) -> Any:
+def _sbom_content(path: Path, known: set[str]) -> Any:
     """Return a CycloneDX document without its serial number, which depends on the rest, and without some files."""
     document = json.loads(path.read_bytes())
-    components = [one for one in document.get("components", ()) if one.get("name") not in known]
+    components = [component for component in document.get("components", ()) if component.get("name") not in known]
     return {**document, "serialNumber": "", "components": components}
 
 
-_REPEATING = {"*.dist-info/RECORD": _record, "*.dist-info/sboms/*.cdx.json": _sbom}
+_REPEATING = {"*.dist-info/RECORD": _record_rows, "*.dist-info/sboms/*.cdx.json": _sbom_content}
 """Members of a wheel with the hashes of others, and the functions that read them without some of those."""
 
 
 # Contents.
 
 
-def _contents(name: str, one: Path, other: Path) -> tuple[list[Difference], bool]:
+def _content_differences(name: str, one: Path, other: Path) -> tuple[list[Difference], bool]:
     """Return the differences between two files, and whether they are binaries with equal code and symbols."""
-    heads = _head(one), _head(other)
+    heads = _first_bytes(one), _first_bytes(other)
     if all(head.startswith(MAGIC) for head in heads):
         try:
-            return _binaries(name, one, other)
+            return _binary_differences(name, one, other)
         except (ElfError, FatbinError):
-            return _bytes(name, one, other), False
+            return _byte_differences(name, one, other), False
     if not any(b"\0" in head for head in heads):
-        return _lines(name, one, other), False
-    return _bytes(name, one, other), False
+        return _line_differences(name, one, other), False
+    return _byte_differences(name, one, other), False
 
 
-def _lines(name: str, one: Path, other: Path) -> list[Difference]:
+def _line_differences(name: str, one: Path, other: Path) -> list[Difference]:
     """Return the first differing line, and the number of differing lines."""
     with one.open("rb") as first, other.open("rb") as second:
         for number, lines in enumerate(itertools.zip_longest(first, second), 1):
             if lines[0] != lines[1]:
-                return [Difference(name, f"line {number}", "", *map(_line, lines))]
+                return [Difference(name, f"line {number}", "", *map(_shortened_line, lines))]
     return []
 
 
-def _line(line: bytes | None) -> str:
+def _shortened_line(line: bytes | None) -> str:
     if line is None:
         return "ends before"
     text = line.decode(errors="replace").removesuffix("\n")
     return text[:WIDTH] + ("…" if len(text) > WIDTH else "")
 
 
-def _bytes(name: str, one: Path, other: Path) -> list[Difference]:
-    with _mapped(one) as first, _mapped(other) as second:
-        at = _differs(_Part(first, 0, len(first)), _Part(second, 0, len(second)))
+def _byte_differences(name: str, one: Path, other: Path) -> list[Difference]:
+    with _mapped_file(one) as first, _mapped_file(other) as second:
+        at = _first_difference(_Part(first, 0, len(first)), _Part(second, 0, len(second)))
         if at is None:
             return []
-        values = (_value(_Part(content, 0, len(content)), at) for content in (first, second))
+        values = (_shown_value(_Part(content, 0, len(content)), at) for content in (first, second))
         return [Difference(name, f"byte {at:#x}", "", *values)]
 
 
@@ -397,7 +397,7 @@ class _Part:
         return self.content[self.begin + start : self.begin + stop]
 
 
-def _differs(one: _Part, other: _Part) -> int | None:
+def _first_difference(one: _Part, other: _Part) -> int | None:
     """Return the first differing offset of two stretches, from their beginnings; ``None`` if they are equal."""
     size = min(one.size, other.size)
     for at in range(0, size, files.BLOCK):
@@ -408,7 +408,7 @@ def _differs(one: _Part, other: _Part) -> int | None:
     return None if one.size == other.size else size
 
 
-def _value(part: _Part, at: int) -> str:
+def _shown_value(part: _Part, at: int) -> str:
     """Return the content at an offset: its bytes, and the string around them if there is one."""
     if at >= part.size:
         return f"ends after {part.size} bytes"
@@ -433,12 +433,12 @@ class _Binary:
     def sections(self) -> dict[tuple[str, int], tuple[int, Section]]:
         """Return number and section by name, and by the count of equal names before it; in the order of the file."""
         seen: Counter[str] = Counter()
-        found = {}
+        sections = {}
         for number, section in sorted(enumerate(self.elf.iter_sections()), key=lambda item: item[1]["sh_offset"]):
             if section["sh_type"] != "SHT_NULL":
-                found[section.name, seen[section.name]] = number, section
+                sections[section.name, seen[section.name]] = number, section
                 seen[section.name] += 1
-        return found
+        return sections
 
     def part(self, section: Section) -> _Part:
         """Return the bytes of a section; empty if it has none in the file."""
@@ -466,48 +466,48 @@ class _Binary:
         from elftools.elf.sections import SymbolTableSection
 
         table = self.elf.get_section_by_name(".dynsym")
-        found: Counter[tuple[str, str]] = Counter()
+        symbols: Counter[tuple[str, str]] = Counter()
         for symbol in table.iter_symbols() if isinstance(table, SymbolTableSection) else ():
             kind = str(symbol["st_info"]["type"]).removeprefix("STT_").lower()
             home = "undefined" if symbol["st_shndx"] == "SHN_UNDEF" else f"{symbol['st_size']} bytes"
-            found[symbol.name, f"{kind}, {home}"] += 1
-        return found
+            symbols[symbol.name, f"{kind}, {home}"] += 1
+        return symbols
 
 
-def _binaries(name: str, one: Path, other: Path) -> tuple[list[Difference], bool]:
+def _binary_differences(name: str, one: Path, other: Path) -> tuple[list[Difference], bool]:
     """Return the differing sections, device images and dynamic symbols, and whether code and symbols are equal."""
     with open_elf(one) as first, open_elf(other) as second:
         binaries = _Binary(*first), _Binary(*second)
-        symbols = _dynamic_symbols(name, *binaries)
-        device = _device_code(name, one, other)
-        told = {".dynsym"} if symbols else set()
-        told |= set(_DEVICE) if device else set()
-        sections = [row for row in _sections(name, *binaries) if row.section not in told]
+        symbols = _symbol_differences(name, *binaries)
+        device = _device_code_differences(name, one, other)
+        reported = {".dynsym"} if symbols else set()
+        reported |= set(_DEVICE) if device else set()
+        sections = [row for row in _section_differences(name, *binaries) if row.section not in reported]
     same = not symbols and not device and not any(_CODE.fullmatch(row.section) for row in sections)
-    following = [row for row in sections if row.section in _FOLLOW]
-    keeping = [row for row in sections if _BOOKKEEPING.fullmatch(row.section) and row not in following]
-    first_of_all = [row for row in sections if row not in keeping and row not in following]
-    return [*first_of_all, *device, *symbols, *keeping] or following or _bytes(name, one, other), same
+    hashes = [row for row in sections if row.section in _HASHES]
+    bookkeeping = [row for row in sections if _BOOKKEEPING.fullmatch(row.section) and row not in hashes]
+    content = [row for row in sections if row not in bookkeeping and row not in hashes]
+    return [*content, *device, *symbols, *bookkeeping] or hashes or _byte_differences(name, one, other), same
 
 
-def _sections(name: str, one: _Binary, other: _Binary) -> Iterator[Difference]:
+def _section_differences(name: str, one: _Binary, other: _Binary) -> Iterator[Difference]:
     first, second = one.sections(), other.sections()
     for key in [*first, *(key for key in second if key not in first)]:
         if key not in first or key not in second:
             sizes = (f"{side[key][1]['sh_size']} bytes" if key in side else "absent" for side in (first, second))
             yield Difference(name, key[0], "", *sizes)
             continue
-        (number, here), (its, there) = first[key], second[key]
+        (number, here), (other_number, there) = first[key], second[key]
         parts = one.part(here), other.part(there)
-        at = _differs(*parts)
+        at = _first_difference(*parts)
         if at is not None:
-            symbol = one.symbol(number, here, at) or other.symbol(its, there, at)
-            yield Difference(name, key[0], symbol, *(_value(part, at) for part in parts))
+            symbol = one.symbol(number, here, at) or other.symbol(other_number, there, at)
+            yield Difference(name, key[0], symbol, *(_shown_value(part, at) for part in parts))
         elif here["sh_size"] != there["sh_size"]:
             yield Difference(name, key[0], "", f"{here['sh_size']} bytes", f"{there['sh_size']} bytes")
 
 
-def _dynamic_symbols(name: str, one: _Binary, other: _Binary) -> list[Difference]:
+def _symbol_differences(name: str, one: _Binary, other: _Binary) -> list[Difference]:
     first, second = one.dynamic(), other.dynamic()
     here, there = dict((first - second).keys()), dict((second - first).keys())
     return [
@@ -516,9 +516,9 @@ def _dynamic_symbols(name: str, one: _Binary, other: _Binary) -> list[Difference
     ]
 
 
-def _device_code(name: str, one: Path, other: Path) -> list[Difference]:
+def _device_code_differences(name: str, one: Path, other: Path) -> list[Difference]:
     """Return the differing device images, each with its container and the differing kernels."""
-    first, second = _images_of(one), _images_of(other)
+    first, second = _device_images(one), _device_images(other)
     rows = []
     for key in sorted({*first, *second}):
         here, there = first.get(key), second.get(key)
@@ -528,22 +528,22 @@ def _device_code(name: str, one: Path, other: Path) -> list[Difference]:
         ]
         if values[0] != values[1]:
             section = next(section for section, relocatable in _DEVICE.items() if relocatable == key[0])
-            rows.append(Difference(name, section, _kernels(here, there), *values))
+            rows.append(Difference(name, section, _changed_kernels(here, there), *values))
     return rows
 
 
-def _images_of(path: Path) -> dict[tuple[bool, int, int], Image]:
+def _device_images(path: Path) -> dict[tuple[bool, int, int], Image]:
     """Return the device images by section, container and place in it."""
     places: Counter[tuple[bool, int]] = Counter()
-    found = {}
+    images = {}
     for image in cubin.images(path):
         container = image.relocatable, image.container
-        found[(*container, places[container])] = image
+        images[(*container, places[container])] = image
         places[container] += 1
-    return found
+    return images
 
 
-def _kernels(one: Image | None, other: Image | None) -> str:
+def _changed_kernels(one: Image | None, other: Image | None) -> str:
     """Return the kernels that differ between two images or else the differing sections; none for packed images."""
     if not one or not other:
         return ""
@@ -606,49 +606,45 @@ def _is_layout(path: Path) -> bool:
         return {"oci-layout", "index.json"} <= set(tar.getnames())
 
 
-def _images(one: _Layout, other: _Layout, found: _DifferenceList) -> None:
+def _compare_layouts(one: _Layout, other: _Layout, result: _DifferenceList) -> None:
     """Compare two layouts: the names, and each image once, whatever names it has."""
     first, second = one.manifests(), other.manifests()
-    found.add(
+    result.add(
         Difference("index.json", name, "", *(side.get(name, "absent")[:19] for side in (first, second)))
         for name in sorted(first.keys() ^ second.keys())
     )
     for here, there in dict.fromkeys((first[name], second[name]) for name in first if name in second):
         if here != there:
-            _image(one, other, (one.document(here), other.document(there)), found)
+            _compare_images(one, other, (one.document(here), other.document(there)), result)
 
 
-def _image(one: _Layout, other: _Layout, manifests: tuple[Any, Any], found: _DifferenceList) -> None:
+def _compare_images(one: _Layout, other: _Layout, manifests: tuple[Any, Any], result: _DifferenceList) -> None:
     layers = [[str(layer["digest"]) for layer in manifest["layers"]] for manifest in manifests]
     configurations = one.document(manifests[0]["config"]["digest"]), other.document(manifests[1]["config"]["digest"])
     left_out = _DERIVED | (_OF_LAYERS if layers[0] != layers[1] else set())
     for name, documents in (("manifest", manifests), ("configuration", configurations)):
-        values = [dict(_leaves(document, left_out)) for document in documents]
-        found.add(
+        values = [dict(_json_values(document, left_out)) for document in documents]
+        result.add(
             Difference(name, key, "", *(side.get(key, "absent")[:WIDTH] for side in values))
             for key in sorted({*values[0], *values[1]})
             if values[0].get(key) != values[1].get(key)
         )
     for number, (here, there) in enumerate(itertools.zip_longest(*layers)):
         if here is None or there is None:
-            found.add([Difference(f"layer {number}", "", "", here or "absent", there or "absent")])
+            result.add([Difference(f"layer {number}", "", "", here or "absent", there or "absent")])
         elif here != there:
-            _layers(f"layer {number}", _Layer(one, here), _Layer(other, there), found)
+            _compare_members(f"layer {number}, ", _Layer(one, here), _Layer(other, there), result)
 
 
-def _layers(name: str, one: _Layer, other: _Layer, found: _DifferenceList) -> None:
-    _members(f"{name}, ", one, other, found)
-
-
-def _leaves(value: Any, left_out: set[str], path: str = "") -> Iterator[tuple[str, str]]:
+def _json_values(value: Any, left_out: set[str], path: str = "") -> Iterator[tuple[str, str]]:
     """Yield each single value of a JSON document with the keys that lead to it."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key not in left_out:
-                yield from _leaves(item, left_out, f"{path}.{key}".lstrip("."))
+                yield from _json_values(item, left_out, f"{path}.{key}".lstrip("."))
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            yield from _leaves(item, left_out, f"{path}[{number}]")
+            yield from _json_values(item, left_out, f"{path}[{number}]")
     else:
         yield path, str(value)
 
@@ -656,7 +652,7 @@ def _leaves(value: Any, left_out: set[str], path: str = "") -> Iterator[tuple[st
 # Packed streams.
 
 
-def _inflated(source: IO[bytes]) -> IO[bytes]:
+def _unpacked_layer(source: IO[bytes]) -> IO[bytes]:
     """Return the unpacked bytes of a layer: gzip, zstd (RFC 8878) or plain tar, by its first bytes."""
     magic = source.read(4)
     source.seek(0)
@@ -677,13 +673,13 @@ def _sha256(content: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _head(path: Path) -> bytes:
+def _first_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(_TEXT_HEAD)
 
 
 @contextlib.contextmanager
-def _mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
+def _mapped_file(path: Path) -> Iterator[mmap.mmap | bytes]:
     """Give the bytes of a file, which may be empty, mapped into memory."""
     with path.open("rb") as file:
         if not path.stat().st_size:

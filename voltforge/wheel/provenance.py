@@ -80,14 +80,14 @@ def statement(receipt: Mapping[str, Any]) -> bytes:
     try:
         receipt = json.loads(json.dumps(receipt, allow_nan=False))
         subject = _descriptor(results["file"], sha256=[results["sha256"]])
-        made = Statement([subject], PREDICATE_TYPE, _dict(_predicate(receipt)))
-        made.validate()
-        payload = json.dumps(_dict(made.pb), sort_keys=True, separators=(",", ":")).encode()
+        message = Statement([subject], PREDICATE_TYPE, _dict(_predicate(receipt)))
+        message.validate()
+        payload = json.dumps(_dict(message.pb), sort_keys=True, separators=(",", ":")).encode()
         # Its numbers are doubles (struct.proto): an integer beyond 2^53 would change.
         if read(payload).build != receipt["results"].get("build"):
             raise ProvenanceError("its build has a number that is too large")
     except (VoltforgeError, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise ProvenanceError(f"{results['file']} gets no statement: {_sentence(error)}") from error
+        raise ProvenanceError(f"the provenance of {results['file']} cannot be written: {_one_line(error)}") from error
     return payload
 
 
@@ -127,11 +127,12 @@ def _predicate(receipt: Mapping[str, Any]) -> Any:
     definition.build_type = BUILD_TYPE
     chosen = {name: inputs[name] for name in CHOSEN if name in inputs}
     definition.external_parameters.update({"name": results["name"], "version": results["version"], **chosen})
-    told = {name: results[name] for name in ("build_key", *OPTIONAL) if name in results}
-    definition.internal_parameters.update({"key": receipt["key"], "inputs_sha256": files.digest(inputs), **told})
-    for one in map(from_json, results["materials"]):
-        version = {"version": one.version} if one.version else {}
-        definition.resolved_dependencies.append(_descriptor(one.name, one.uri, one.sha256, kind=one.kind, **version))
+    built = {name: results[name] for name in ("build_key", *OPTIONAL) if name in results}
+    definition.internal_parameters.update({"key": receipt["key"], "inputs_sha256": files.digest(inputs), **built})
+    for material in map(from_json, results["materials"]):
+        version = {"version": material.version} if material.version else {}
+        descriptor = _descriptor(material.name, material.uri, material.sha256, kind=material.kind, **version)
+        definition.resolved_dependencies.append(descriptor)
     details.builder.id = f"{BUILDER}{PIPELINE_VERSION}"
     details.metadata.invocation_id = f"{receipt['stage']}:{receipt['key']}"
     details.byproducts.append(_descriptor(results["sbom"]["file"], sha256=[results["sbom"]["sha256"]]))
@@ -172,29 +173,29 @@ def _parsed(payload: bytes) -> tuple[Any, Any]:
     from in_toto_attestation.v1.statement import Statement
 
     try:
-        made = Statement.copy_from_pb(Parse(payload, statement_pb2.Statement()))
-        made.validate()
-        if made.pb.predicate_type != PREDICATE_TYPE:
-            raise ProvenanceError(f"the statement has another predicate: {made.pb.predicate_type[:80]!r}")
-        predicate = ParseDict(_dict(made.pb.predicate), provenance_pb2.Provenance())
+        message = Statement.copy_from_pb(Parse(payload, statement_pb2.Statement()))
+        message.validate()
+        if message.pb.predicate_type != PREDICATE_TYPE:
+            raise ProvenanceError(f"the statement has another predicate: {message.pb.predicate_type[:80]!r}")
+        predicate = ParseDict(_dict(message.pb.predicate), provenance_pb2.Provenance())
     except ProvenanceError:
         raise
     except Exception as error:
         # json_format raises its own errors, and Python's for absurd input.
-        raise ProvenanceError(f"it is not an in-toto statement with SLSA provenance: {_sentence(error)}") from error
-    if len(made.pb.subject) != 1:
-        raise ProvenanceError(f"the statement is on {len(made.pb.subject)} files, not on one wheel")
-    return made.pb.subject[0], predicate
+        raise ProvenanceError(f"it is not an in-toto statement with SLSA provenance: {_one_line(error)}") from error
+    if len(message.pb.subject) != 1:
+        raise ProvenanceError(f"the statement is on {len(message.pb.subject)} files, not on one wheel")
+    return message.pb.subject[0], predicate
 
 
 def _wheel(subject: Any, outer: Mapping[str, Any]) -> dict[str, str]:
     """Return file, name and version, which must agree."""
     file, name, version = _file(subject), outer.get("name"), outer.get("version")
     try:
-        told, known = (canonicalize_name(str(name)), Version(str(version))), parse_wheel_filename(file)[:2]
+        stated, expected = (canonicalize_name(str(name)), Version(str(version))), parse_wheel_filename(file)[:2]
     except ValueError as error:
-        raise ProvenanceError(f"the statement is not on a wheel: {_sentence(error)}") from error
-    if told != known or told[0] != name:
+        raise ProvenanceError(f"the statement is not on a wheel: {_one_line(error)}") from error
+    if stated != expected or stated[0] != name:
         raise ProvenanceError(f"the statement on {file} says that it is {name!r} {version!r}"[:300])
     return {"file": file, "name": str(name), "version": str(version)}
 
@@ -202,14 +203,14 @@ def _wheel(subject: Any, outer: Mapping[str, Any]) -> dict[str, str]:
 def _file(descriptor: Any) -> str:
     """Return a name that is safe in any folder."""
     if not _NAME.fullmatch(descriptor.name):
-        raise ProvenanceError(f"the statement names a file that is none: {descriptor.name[:80]!r}")
+        raise ProvenanceError(f"the statement has an invalid file name: {descriptor.name[:80]!r}")
     return str(descriptor.name)
 
 
 def _sha256(descriptor: Any) -> str:
     digests = dict(descriptor.digest)
     if digests.keys() != {"sha256"} or not _SHA256.fullmatch(digests["sha256"]):
-        raise ProvenanceError(f"the statement has no SHA-256 of {descriptor.name[:80]!r}, or other digests besides")
+        raise ProvenanceError(f"the statement has no SHA-256 of {descriptor.name[:80]!r}, or other digests as well")
     return str(digests["sha256"])
 
 
@@ -224,17 +225,17 @@ def _dict(message: Any) -> dict[str, Any]:
     """Return a message as JSON values."""
     from google.protobuf.json_format import MessageToDict
 
-    return dict(_whole(MessageToDict(message)))
+    return dict(_with_integers(MessageToDict(message)))
 
 
-def _whole(value: Any) -> Any:
+def _with_integers(value: Any) -> Any:
     """Return JSON with whole numbers as integers, as RFC 8785 writes them, and sorted names."""
     if isinstance(value, dict):
-        return {name: _whole(value[name]) for name in sorted(value)}
+        return {name: _with_integers(value[name]) for name in sorted(value)}
     if isinstance(value, list):
-        return list(map(_whole, value))
+        return list(map(_with_integers, value))
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53 else value
 
 
-def _sentence(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__

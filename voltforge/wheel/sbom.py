@@ -73,19 +73,19 @@ def describe(folder: Path, *, name: str, version: str, materials: Sequence[Mater
     document = json.loads(text)
     document["serialNumber"] = ""
     document["serialNumber"] = uuid.uuid5(_NAMESPACE, files.digest(document)).urn
-    made = json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
-    if wrong := problems(made):
-        raise SbomError(f"the SBOM of {name} {version} is not valid CycloneDX 1.6:{listed(wrong)}")
-    return made
+    encoded = json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
+    if violations := problems(encoded):
+        raise SbomError(f"the SBOM of {name} {version} is not valid CycloneDX 1.6:{listed(violations)}")
+    return encoded
 
 
 def problems(document: bytes) -> list[str]:
     """Return the violations of CycloneDX 1.6's schema in a document, a sentence each; none if it is valid."""
     try:
-        found = _validator().validate_str(document.decode(), all_errors=True)
+        errors = _validator().validate_str(document.decode(), all_errors=True)
     except (ValueError, RecursionError):
         return ["it is not JSON"]
-    return [f"{error.data.json_path}: {error.data.message[:200]}" for error in found or ()]
+    return [f"{error.data.json_path}: {error.data.message[:200]}" for error in errors or ()]
 
 
 @functools.cache
@@ -111,7 +111,11 @@ def _bom(folder: Path, name: str, version: str, materials: Sequence[Material], e
         name="voltforge", version=str(PIPELINE_VERSION), type=ComponentType.APPLICATION, bom_ref="tool:voltforge"
     )
     required = _requirements(folder)
-    tools = [_component(one, ComponentScope.EXCLUDED) for one in materials if one.kind not in ("source", "patch")]
+    tools = [
+        _component(material, ComponentScope.EXCLUDED)
+        for material in materials
+        if material.kind not in ("source", "patch")
+    ]
     bom = Bom(
         metadata=BomMetaData(
             component=described,
@@ -126,7 +130,7 @@ def _bom(folder: Path, name: str, version: str, materials: Sequence[Material], e
 
 
 def _binaries(folder: Path) -> list[Component]:
-    """Yield the native binaries of the wheel, by path and hash."""
+    """Return the native binaries of the wheel, by path and hash."""
     from cyclonedx.model.component import Component, ComponentScope, ComponentType
 
     return [
@@ -176,8 +180,8 @@ def _pedigree(materials: Iterable[Material]) -> Pedigree:
     from cyclonedx.model.component import Pedigree
 
     return Pedigree(
-        ancestors=[_component(one, None) for one in materials if one.kind == "source"],
-        patches=[_patch(one) for one in materials if one.kind == "patch"],
+        ancestors=[_component(material, None) for material in materials if material.kind == "source"],
+        patches=[_patch(material) for material in materials if material.kind == "patch"],
     )
 
 
@@ -186,7 +190,7 @@ def _patch(material: Material) -> Patch:
     from cyclonedx.model import XsUri
     from cyclonedx.model.component import Diff, Patch, PatchClassification
 
-    hashes = "&".join(f"sha256={one}" for one in material.sha256)
+    hashes = "&".join(f"sha256={digest}" for digest in material.sha256)
     url = f"{quote(material.name)}#{hashes}" if hashes else quote(material.name)
     return Patch(type=PatchClassification.UNOFFICIAL, diff=Diff(url=XsUri(url)))
 

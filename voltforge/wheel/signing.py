@@ -61,7 +61,7 @@ class Signer:
         except OSError as error:
             raise SignatureError(f"the key {path} cannot be read: {error.strerror}") from error
         if mode & 0o077:
-            raise SignatureError(f"the key {path} is open to others than its owner", hint=f"chmod 600 {path}")
+            raise SignatureError(f"the key {path} is accessible to other users", hint=f"chmod 600 {path}")
         try:
             return cls._of(load_pem_private_key(pem, None))
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: the key has a password
@@ -140,7 +140,7 @@ def make_key(path: Path) -> Signer:
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
     if os.path.lexists(path):
-        raise SignatureError(f"there is a file at {path} already, and a key is never replaced", hint="move it away")
+        raise SignatureError(f"{path} exists already, and a key is never replaced", hint="move it away")
     private = Ed25519PrivateKey.generate()
     try:
         with files.replacing(path, 0o600) as file:
@@ -182,7 +182,9 @@ def verified_payload(envelope: bytes, trust: Trust) -> bytes:
     """
     parsed = _parse(envelope)
     if not parsed.signatures:
-        raise SignatureError("the statement is not signed", hint="its maker needs a key: VOLTFORGE_KEY")
+        raise SignatureError(
+            "the statement is not signed", hint="set VOLTFORGE_KEY where the wheel is built, so that it is signed"
+        )
     known = [keyid for keyid in parsed.signatures if keyid in trust.keys]
     if not known:
         raise SignatureError(
@@ -190,7 +192,7 @@ def verified_payload(envelope: bytes, trust: Trust) -> bytes:
             hint="add the public key to the file of VOLTFORGE_TRUSTED if you trust its owner",
         )
     if not any(_is_valid(parsed, trust.keys[keyid]) for keyid in known):
-        raise SignatureError(f"the signature of the statement by the key {', '.join(known)} is wrong")
+        raise SignatureError(f"the signature of the statement by the key {', '.join(known)} is not valid")
     return bytes(parsed.payload)
 
 
@@ -221,9 +223,9 @@ def configured_keys(environ: Mapping[str, str]) -> tuple[Signer | None, Trust]:
 
 def _settings_folder(environ: Mapping[str, str]) -> Path:
     """Return the folder of the user's settings (XDG Base Directory Specification, which ignores relative paths)."""
-    named = Path(environ.get("XDG_CONFIG_HOME", ""))
+    configured = Path(environ.get("XDG_CONFIG_HOME", ""))
     home = Path(environ.get("HOME") or os.path.expanduser("~"))  # noqa: PTH111 - Path.home() raises where none is
-    return (named if named.is_absolute() else home / ".config") / "voltforge"
+    return (configured if configured.is_absolute() else home / ".config") / "voltforge"
 
 
 def _parse(line: bytes) -> Envelope:
@@ -233,13 +235,13 @@ def _parse(line: bytes) -> Envelope:
     try:
         value = json.loads(line)
         if not _well_formed(value):
-            raise ValueError("other fields than those of an envelope")
+            raise ValueError("it does not have the fields of an envelope")
         parsed = Envelope.from_dict(value)
         same = _serialise(parsed) == line
     except (ValueError, RecursionError) as error:
         raise SignatureError("it is not a DSSE envelope of an in-toto statement") from error
     if not same:  # base64 and JSON allow several forms of the same value
-        raise SignatureError("it is a DSSE envelope, but not written as voltforge writes one")
+        raise SignatureError("it is a DSSE envelope, but not in the form that voltforge writes")
     return parsed
 
 
@@ -252,11 +254,11 @@ def _well_formed(value: Any) -> bool:
         and value["payloadType"] == PAYLOAD_TYPE
         and isinstance(signatures, list)
         and all(
-            isinstance(one, dict)
-            and one.keys() == {"keyid", "sig"}
-            and all(isinstance(part, str) for part in one.values())
-            and _KEYID.fullmatch(one["keyid"])
-            for one in signatures
+            isinstance(signature, dict)
+            and signature.keys() == {"keyid", "sig"}
+            and all(isinstance(part, str) for part in signature.values())
+            and _KEYID.fullmatch(signature["keyid"])
+            for signature in signatures
         )
     )
 

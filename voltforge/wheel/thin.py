@@ -55,7 +55,7 @@ _DATA = ("_ZTI", "_ZTS", "_ZTT", "_ZTV", "_ZGV")
 _ALLOCATED = 2
 """SHF_ALLOC: the section is in memory when the program runs (elf(5))."""
 _ARCH_LIST = re.compile(rb"(?:(?:sm|compute)_\d+[af]? )+(?:sm|compute)_\d+[af]?(?=\0)")
-_PLAIN = Thin()
+_NO_SETTINGS = Thin()
 _VERSION_LINE = re.compile(r"^(__version__ = )(['\"]).*\2$", re.MULTILINE)
 
 
@@ -65,7 +65,7 @@ def thin_wheel(
     archs: Sequence[str],
     *,
     drop_foreign: bool = False,
-    settings: Thin = _PLAIN,
+    settings: Thin = _NO_SETTINGS,
     complete: Callable[[Path, int], None] = lambda *_: None,
 ) -> Path:
     """Write ``wheel``, thinned to ``archs``, into ``out_dir``; equal wheels give equal bytes.
@@ -87,15 +87,17 @@ def thin_wheel(
     names = cubin.image_names(archs)
     stock = Wheel.read(wheel)
     if stock.name.startswith("nvidia-"):
-        raise ThinError(wheel, "is NVIDIA's own, and its licence does not allow it to be changed")
+        raise ThinError(wheel, "is NVIDIA's own, and its licence does not allow changes")
     highest = max(map(cubin.capability, names))
-    stubs = {soname: stub for soname, stub in settings.stubs.items() if not stub.since or _tens(stub.since) > highest}
-    version = _version(stock.version, archs)
+    stubs = {
+        soname: stub for soname, stub in settings.stubs.items() if not stub.since or _capability(stub.since) > highest
+    }
+    version = _thinned_version(stock.version, archs)
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".thin-", dir=out_dir) as scratch:
         folder = Path(scratch) / "wheel"
         unpack(wheel, folder)
-        _drop(wheel, folder, settings.drop)
+        _drop_members(wheel, folder, settings.drop)
         _replace_libraries(wheel, folder, stubs)
         _thin_binaries(wheel, folder, archs, drop_foreign)
         set_runpaths(folder, settings.runpath)
@@ -103,12 +105,12 @@ def thin_wheel(
             for name, line in stub.lines.items():
                 _drop_line(wheel, folder, name, line)
         if settings.arch_list:
-            _tell_archs(wheel, folder, settings.arch_list, names)
+            _write_arch_list(wheel, folder, settings.arch_list, names)
         if settings.version:
-            _tell_version(wheel, folder, settings.version, version)
-        _rename(folder, stock, version, [stub.requirement for stub in stubs.values() if stub.requirement])
+            _write_version(wheel, folder, settings.version, version)
+        _rewrite_metadata(folder, stock, version, [stub.requirement for stub in stubs.values() if stub.requirement])
         tag = "-".join(wheel.stem.split("-")[-3:])
-        epoch = _newest(wheel)
+        epoch = _newest_time(wheel)
         complete(folder, epoch)
         return normalise(folder, out_dir, tag=tag, epoch=epoch)
 
@@ -127,7 +129,7 @@ def make_stub(path: Path, soname: str, symbols: Iterable[str], stub: Stub) -> No
     source = _STUB
     for symbol in sorted(symbols):
         if not _IDENTIFIER.fullmatch(symbol) or symbol.startswith(_DATA):
-            raise ThinError(Path(soname), f"has {symbol}, which is no function, so that no stub can take its place")
+            raise ThinError(Path(soname), f"exports {symbol}, which is not a function and cannot be replaced by a stub")
         if symbol in stub.answers:
             source += f"ANSWERS({symbol}, {stub.answers[symbol]})\n"
         else:
@@ -142,12 +144,12 @@ def make_stub(path: Path, soname: str, symbols: Iterable[str], stub: Stub) -> No
         )
 
 
-def _drop(wheel: Path, folder: Path, patterns: Iterable[str]) -> None:
+def _drop_members(wheel: Path, folder: Path, patterns: Iterable[str]) -> None:
     names = members(folder)
     for pattern in patterns:
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
-            raise ThinError(wheel, f"holds nothing that matches {pattern}, which should be dropped")
+            raise ThinError(wheel, f"has no file that matches {pattern}, which the recipe drops")
         for name in matching:
             (folder / name).unlink()
 
@@ -156,28 +158,28 @@ def _replace_libraries(wheel: Path, folder: Path, stubs: Mapping[str, Stub]) -> 
     """Write the stubs, with the functions that the binaries import from the replaced libraries."""
     if not stubs:
         return
-    binaries = {name: Elf.read(folder / name) for name in _binaries(folder)}
+    binaries = {name: Elf.read(folder / name) for name in _binary_names(folder)}
     for soname, stub in stubs.items():
-        place = f"{stub.folder}/{soname}"
-        replaced = binaries.pop(place, None)
-        asked = {symbol for binary in binaries.values() for symbol in binary.undefined}
+        member = f"{stub.folder}/{soname}"
+        replaced = binaries.pop(member, None)
+        imported = {symbol for binary in binaries.values() for symbol in binary.undefined}
         if replaced:
-            others = {name for binary in binaries.values() for name in binary.names}
-            symbols = {symbol for symbol in asked if symbol.name in replaced.names - others}
+            exported = {name for binary in binaries.values() for name in binary.names}
+            symbols = {symbol for symbol in imported if symbol.name in replaced.names - exported}
         else:
-            symbols = {symbol for symbol in asked if symbol.name.startswith(stub.prefix)}
+            symbols = {symbol for symbol in imported if symbol.name.startswith(stub.prefix)}
         if not symbols or not any(soname in binary.needed for binary in binaries.values()):
-            raise ThinError(wheel, f"imports nothing from {soname}, which should be replaced")
+            raise ThinError(wheel, f"imports nothing from {soname}, which the recipe replaces")
         if versioned := sorted(str(symbol) for symbol in symbols if symbol.version):
-            raise ThinError(wheel, f"imports {versioned[0]} from {soname}, and no stub has versions")
-        make_stub(folder / place, soname, {symbol.name for symbol in symbols}, stub)
+            raise ThinError(wheel, f"imports {versioned[0]} from {soname}, and a stub cannot have symbol versions")
+        make_stub(folder / member, soname, {symbol.name for symbol in symbols}, stub)
 
 
 def _thin_binaries(wheel: Path, folder: Path, archs: Sequence[str], drop_foreign: bool) -> None:
     """Thin and strip every binary in place; all problems are reported at once."""
     names = cubin.image_names(archs)
     problems: list[str] = []
-    for name in _binaries(folder):
+    for name in _binary_names(folder):
         path = folder / name
         if any(fnmatchcase(path.name, pattern) for pattern in NVIDIA):
             continue
@@ -185,8 +187,8 @@ def _thin_binaries(wheel: Path, folder: Path, archs: Sequence[str], drop_foreign
             images = cubin.images(path)
             if images and not any(image.name in names for image in images):
                 if not drop_foreign:
-                    has = ", ".join(dict.fromkeys(image.name for image in images))
-                    problems.append(f"{name} has device code for {has} alone")
+                    present = ", ".join(dict.fromkeys(image.name for image in images))
+                    problems.append(f"{name} has device code only for {present}")
                     continue
                 path.unlink()
                 console.note(f"left out {name}, which has no device code for {', '.join(archs)}")
@@ -198,8 +200,8 @@ def _thin_binaries(wheel: Path, folder: Path, archs: Sequence[str], drop_foreign
         except VoltforgeError as error:
             problems.append(error.what.replace(str(path), name))
     if problems:
-        hint = "" if drop_foreign else "drop_foreign leaves out what has code for other archs alone"
-        raise ThinError(wheel, f"holds binaries that cannot be:{listed(problems)}", hint=hint)
+        hint = "" if drop_foreign else "drop_foreign removes binaries that have device code only for other archs"
+        raise ThinError(wheel, f"has binaries that cannot be thinned:{listed(problems)}", hint=hint)
 
 
 def _strip(path: Path) -> None:
@@ -208,19 +210,19 @@ def _strip(path: Path) -> None:
     Raises:
         ThinError: it does not.
     """
-    before = _loaded(path)
+    before = _loaded_sections(path)
     elf.strip(path)
-    if _loaded(path) != before:
+    if _loaded_sections(path) != before:
         raise ThinError(path, "is damaged by strip; binutils of another release may do better")
 
 
-def _loaded(path: Path) -> set[tuple[str, int, bool, str]]:
-    """Return the loaded sections of a binary by name, with address, whether that is where it loads, and SHA-256.
+def _loaded_sections(path: Path) -> set[tuple[str, int, bool, str]]:
+    """Return the loaded sections of a binary: name, address, True if it loads at that address, and SHA-256.
 
     Their order in the section table does not count, because strip may change it.
     """
     with elf.open_elf(path) as (file, _), path.open("rb") as content:
-        found = set()
+        sections = set()
         for section in file.iter_sections():
             if section["sh_flags"] & _ALLOCATED and section["sh_type"] != "SHT_NOBITS":
                 begin, size, address = section["sh_offset"], section["sh_size"], section["sh_addr"]
@@ -228,89 +230,89 @@ def _loaded(path: Path) -> set[tuple[str, int, bool, str]]:
                 content.seek(begin)
                 for at in range(0, size, files.BLOCK):
                     digest.update(content.read(min(files.BLOCK, size - at)))
-                at_home = begin in file.address_offsets(address, size)
-                found.add((section.name, address, at_home, digest.hexdigest()))
-        return found
+                in_place = begin in file.address_offsets(address, size)
+                sections.add((section.name, address, in_place, digest.hexdigest()))
+        return sections
 
 
-def _binaries(folder: Path) -> list[str]:
+def _binary_names(folder: Path) -> list[str]:
     return [name for name in sorted(members(folder)) if elf.is_binary(folder / name)]
 
 
-def _part(wheel: Path, folder: Path, name: str) -> Path:
+def _member_path(wheel: Path, folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
-        raise ThinError(wheel, f"holds no {name}, which should be changed")
+        raise ThinError(wheel, f"has no {name}, which the recipe changes")
     return folder / name
 
 
 def _drop_line(wheel: Path, folder: Path, name: str, line: str) -> None:
-    path = _part(wheel, folder, name)
+    path = _member_path(wheel, folder, name)
     text = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    at = [number for number, found in enumerate(text) if found.strip() == line]
+    at = [number for number, content in enumerate(text) if content.strip() == line]
     if len(at) != 1:
-        raise ThinError(wheel, f"has the line {line} {len(at)} times in {name}, not once")
+        raise ThinError(wheel, f"has the line {line} {len(at)} times in {name}; the recipe expects it once")
     del text[at[0]]
     files.write(path, "".join(text))
 
 
-def _tell_archs(wheel: Path, folder: Path, name: str, names: frozenset[str]) -> None:
+def _write_arch_list(wheel: Path, folder: Path, name: str, names: frozenset[str]) -> None:
     """Shorten the list of archs that is compiled into a library, padded with spaces: torch splits it at those."""
-    with _part(wheel, folder, name).open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+    with _member_path(wheel, folder, name).open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
         lists = [(match.start(), match[0]) for match in _ARCH_LIST.finditer(content)]
         if len(lists) != 1:
-            raise ThinError(wheel, f"holds {len(lists)} lists of archs in {name}, not one")
+            raise ThinError(wheel, f"has {len(lists)} lists of archs in {name}, not one")
         begin, listed_archs = lists[0]
-        kept = [arch for arch in listed_archs.split() if arch.decode() in names]
-        if not kept:
-            raise ThinError(wheel, f"lists none of the asked archs in {name}: {listed_archs.decode()}")
-        content[begin : begin + len(listed_archs)] = b" ".join(kept).ljust(len(listed_archs))
+        remaining = [arch for arch in listed_archs.split() if arch.decode() in names]
+        if not remaining:
+            raise ThinError(wheel, f"lists none of the wanted archs in {name}: {listed_archs.decode()}")
+        content[begin : begin + len(listed_archs)] = b" ".join(remaining).ljust(len(listed_archs))
 
 
-def _tens(arch: str) -> int:
+def _capability(arch: str) -> int:
     """Return ``7.0`` as 70."""
     return int(arch.replace(".", ""))
 
 
-def _version(version: Version, archs: Iterable[str]) -> Version:
+def _thinned_version(version: Version, archs: Iterable[str]) -> Version:
     parts = [version.local] if version.local else []
     parts += [name.replace("_", "") for arch in archs for name in sorted(cubin.image_names([arch]), reverse=True)]
     return Version(f"{version.public}+{'.'.join([*dict.fromkeys(parts), 'thin'])}")
 
 
-def _tell_version(wheel: Path, folder: Path, name: str, version: Version) -> None:
-    path = _part(wheel, folder, name)
+def _write_version(wheel: Path, folder: Path, name: str, version: Version) -> None:
+    path = _member_path(wheel, folder, name)
     text, count = _VERSION_LINE.subn(rf"\g<1>\g<2>{version}\g<2>", path.read_text(encoding="utf-8"))
     if count != 1:
-        raise ThinError(wheel, f"says __version__ {count} times in {name}, not once")
+        raise ThinError(wheel, f"sets __version__ {count} times in {name}, not once")
     files.write(path, text)
 
 
-def _rename(folder: Path, stock: Wheel, version: Version, dropped: Sequence[str]) -> None:
+def _rewrite_metadata(folder: Path, stock: Wheel, version: Version, dropped: Sequence[str]) -> None:
     """Give the unpacked wheel its new version, in METADATA and folder names, and drop requirements."""
     for old in [path for path in folder.iterdir() if path.suffix in {".dist-info", ".data"}]:
         old.rename(old.with_name(f"{old.stem.split('-')[0]}-{version}{old.suffix}"))
     metadata = next(folder.glob("*.dist-info")) / "METADATA"
     head, blank, body = metadata.read_bytes().decode().replace("\r\n", "\n").partition("\n\n")
-    lines, left = [], set(dropped)
+    lines, missing = [], set(dropped)
     for line in head.split("\n"):
         key, _, value = line.partition(": ")
-        if key.lower() == "requires-dist" and (name := _project(value)) in dropped:
-            left.discard(name)
+        if key.lower() == "requires-dist" and (name := _requirement_name(value)) in dropped:
+            missing.discard(name)
             continue
         lines.append(f"{key}: {version}" if key.lower() == "version" else line)
-    if left:
-        raise ThinError(stock.path, f"does not require {', '.join(sorted(left))}, which should no longer be required")
+    if missing:
+        raise ThinError(stock.path, f"does not require {', '.join(sorted(missing))}, which the recipe removes")
     files.write(metadata, "\n".join(lines) + blank + body)
 
 
-def _project(requirement: str) -> str:
+def _requirement_name(requirement: str) -> str:
     try:
         return canonicalize_name(Requirement(requirement).name)
     except InvalidRequirement:
         return ""
 
 
-def _newest(wheel: Path) -> int:
+def _newest_time(wheel: Path) -> int:
     """Return the time of its newest entry, in seconds since 1970."""
     with zipfile.ZipFile(wheel) as archive:
         return max(calendar.timegm((*entry.date_time, 0, 0, 0)) for entry in archive.infolist())
