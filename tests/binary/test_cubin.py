@@ -1,4 +1,4 @@
-"""Device code in fatbins: synthetic ones, and real ones if there is an nvcc."""
+"""Tests of reading device code: synthetic fatbins, and real ones if nvcc is available."""
 
 import contextlib
 import hashlib
@@ -19,27 +19,27 @@ from voltforge.binary.cubin import FatbinError
 from voltforge.binary.elf import Elf
 
 
-def test_each_image_says_what_it_is_for_and_where_it_is(tmp_path):
+def test_images_have_name_container_size_and_offset(tmp_path):
     units = (
         container(image(70, payload=b"\x7fELF 70"), image(80, kind=1, flags=0x2011, payload=b"ptx", packed=3))
-        + bytes(8)  # what a linker puts between two units
+        + bytes(8)  # the padding that a linker puts between two units
         + container(image(90, flags=0x100011), image(100, flags=0x1208011, payload=b"zstd", packed=4))
     )
     path = with_device_code(tmp_path / "lib.so", units)
-    found = cubin.images(path)
-    assert [image.name for image in found] == ["sm_70", "compute_80", "sm_90a", "sm_100f"]
-    assert [image.container for image in found] == [0, 0, 1, 1]
-    assert [image.compressed for image in found] == [False, True, False, True]
-    assert [image.uncompressed for image in found][:2] == [7, 9]
-    assert path.read_bytes()[found[0].offset : found[0].offset + found[0].size] == b"\x7fELF 70"
-    assert found[0].sha256() == hashlib.sha256(b"\x7fELF 70").hexdigest()
+    images = cubin.images(path)
+    assert [image.name for image in images] == ["sm_70", "compute_80", "sm_90a", "sm_100f"]
+    assert [image.container for image in images] == [0, 0, 1, 1]
+    assert [image.compressed for image in images] == [False, True, False, True]
+    assert [image.uncompressed for image in images][:2] == [7, 9]
+    assert path.read_bytes()[images[0].offset : images[0].offset + images[0].size] == b"\x7fELF 70"
+    assert images[0].sha256() == hashlib.sha256(b"\x7fELF 70").hexdigest()
 
 
 def test_a_binary_without_device_code_has_no_images(tmp_path):
     assert cubin.images(compiled(tmp_path / "lib.so", "")) == []
 
 
-def test_unlinked_device_code_is_told_apart(tmp_path):
+def test_unlinked_device_code_is_marked_relocatable(tmp_path):
     path = with_device_code(tmp_path / "lib.so", container(image(70)), section="__nv_relfatbin")
     assert [image.relocatable for image in cubin.images(path)] == [True]
 
@@ -59,7 +59,7 @@ def test_unlinked_device_code_is_told_apart(tmp_path):
         (b"\x50\xed\x55\xba\x01\x00\x00\x00" + bytes(24), 0, "is a container of version 1"),
     ],
 )
-def test_what_is_not_understood_is_refused_with_its_place(tmp_path, code, at, why):
+def test_malformed_device_code_is_refused_with_its_offset(tmp_path, code, at, why):
     path = with_device_code(tmp_path / "lib.so", code)
     with pytest.raises(FatbinError, match=why) as caught:
         cubin.images(path)
@@ -95,7 +95,7 @@ def test_a_section_that_ends_beyond_the_file_is_refused(tmp_path):
     ),
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4),
 )  # fmt: skip
-def test_any_bytes_are_read_or_refused_and_never_crash_or_hang(tmp_path, counted, pieces, damage):
+def test_arbitrary_device_code_is_read_or_refused_within_limits(tmp_path, counted, pieces, damage):
     code = bytearray(b"".join(pieces))
     for place, byte in damage:
         if place < len(code):
@@ -109,16 +109,21 @@ def test_any_bytes_are_read_or_refused_and_never_crash_or_hang(tmp_path, counted
     whole[section.offset : section.offset + section.size] = code.ljust(section.size, b"\0")[: section.size]
     path.write_bytes(whole)
     with bounded(), contextlib.suppress(FatbinError):
-        for found in cubin.images(path):
-            assert section.offset < found.offset <= found.offset + found.size <= section.offset + section.size
+        for device_image in cubin.images(path):
+            assert (
+                section.offset
+                < device_image.offset
+                <= device_image.offset + device_image.size
+                <= section.offset + section.size
+            )
     counted(ELF_COUNTED)
 
 
-def test_sections_of_device_code_that_lie_in_each_other_are_refused(tmp_path):
+def test_overlapping_device_code_sections_are_refused(tmp_path):
     path = with_device_code(tmp_path / "lib.so", container(image(70)) * 400)
-    other = tmp_path / "piece"
-    other.write_bytes(bytes(8))
-    words = ["objcopy", "--add-section", f"__nv_relfatbin={other}", path]
+    content = tmp_path / "piece"
+    content.write_bytes(bytes(8))
+    words = ["objcopy", "--add-section", f"__nv_relfatbin={content}", path]
     subprocess.run([*map(str, words)], check=True)
     code = next(section for section in Elf.read(path).sections if section.name == ".nv_fatbin")
     piece = next(section for section in Elf.read(path).sections if section.name == "__nv_relfatbin")
@@ -129,17 +134,17 @@ def test_sections_of_device_code_that_lie_in_each_other_are_refused(tmp_path):
         cubin.images(path)
 
 
-def test_megabytes_of_zeros_between_two_units_are_passed_by_without_a_copy(tmp_path):
+def test_large_padding_between_units_is_skipped_without_a_copy(tmp_path):
     path = with_device_code(tmp_path / "lib.so", container(image(70)) + bytes(20_000_000) + container(image(80)))
     tracemalloc.start()
     try:
-        assert [found.name for found in cubin.images(path)] == ["sm_70", "sm_80"]
+        assert [device_image.name for device_image in cubin.images(path)] == ["sm_70", "sm_80"]
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
 
 
-def test_kernels_are_found_by_their_names_and_operators_are_not(tmp_path):
+def test_kernels_are_found_by_mangled_name_but_operators_are_not(tmp_path):
     source = """
         const char *registered[] = {"_ZN6marlin6MarlinILi256EEvPKf", "_Z3addPi", "marlin_gemm(Tensor a) -> Tensor"};
         const char *odd = "_Z3two words";
@@ -148,7 +153,7 @@ def test_kernels_are_found_by_their_names_and_operators_are_not(tmp_path):
     assert cubin.kernels(path) == {"_ZN6marlin6MarlinILi256EEvPKf", "_Z3addPi"}
 
 
-def test_a_kernels_name_is_found_right_behind_a_table_and_the_end_of_another_word_is_none(tmp_path):
+def test_kernel_name_directly_after_a_table_is_found(tmp_path):
     source = """
         const struct { char table[8], name[9], word[24]; } all = {"NO ZEROS", "_Z3addPi", "in the middle_Z3of"};
         const void *kept = &all;
@@ -157,7 +162,7 @@ def test_a_kernels_name_is_found_right_behind_a_table_and_the_end_of_another_wor
 
 
 @pytest.mark.slow
-def test_real_device_code_is_read_as_cuobjdump_reads_it(tmp_path, toolchain):
+def test_nvcc_device_code_is_listed_as_by_cuobjdump(tmp_path, toolchain):
     nvcc = toolchain.home / "bin" / "nvcc"
     codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     oldest, newest = codes[0], codes[-1]
@@ -175,8 +180,8 @@ def test_real_device_code_is_read_as_cuobjdump_reads_it(tmp_path, toolchain):
         subprocess.run([*map(str, command)], check=True, cwd=tmp_path)
     path = tmp_path / "lib.so"
     subprocess.run(["gcc", "-shared", "-o", path, *units, "-Wl,--unresolved-symbols=ignore-all"], check=True)
-    found = Counter(image.name for image in cubin.images(path))
-    assert found == Counter({oldest: 2, newest: 2, ptx: 2})
+    counts = Counter(image.name for image in cubin.images(path))
+    assert counts == Counter({oldest: 2, newest: 2, ptx: 2})
     assert cubin.kernels(path) == {"_Z3onePi", "_Z3twoPi"}
     words = [toolchain.home / "bin" / "cuobjdump", "-lelf", path]
     listed = subprocess.run(words, capture_output=True, text=True, check=True).stdout

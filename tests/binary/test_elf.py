@@ -1,4 +1,4 @@
-"""ELF files, compared with the real gcc, strip and dynamic linker."""
+"""Tests of reading and changing ELF files, with the real gcc, strip and dynamic linker."""
 
 import contextlib
 import io
@@ -24,57 +24,57 @@ def library(tmp_path):
     return compiled(tmp_path / "libbase.so.1", "int base(void) { return 1; }", "-Wl,-soname,libbase.so.1")
 
 
-def test_a_library_says_its_name_and_what_it_needs(tmp_path, library):
+def test_soname_needed_libraries_and_runpath_are_read(tmp_path, library):
     user = compiled(
         tmp_path / "libuser.so", "int base(void); int use(void) { return base(); }", str(library),
         "-Wl,-soname,libuser.so.2", "-Wl,-rpath,$ORIGIN:/opt/lib", "-Wl,--enable-new-dtags",
     )  # fmt: skip
-    found = Elf.read(user)
-    assert found.soname == "libuser.so.2"
-    assert found.needed[0] == "libbase.so.1"
-    assert found.runpath == ("$ORIGIN", "/opt/lib")
-    assert found.rpath == ()
-    assert Symbol("base", None) in found.undefined
-    assert "use" in found.names
+    binary = Elf.read(user)
+    assert binary.soname == "libuser.so.2"
+    assert binary.needed[0] == "libbase.so.1"
+    assert binary.runpath == ("$ORIGIN", "/opt/lib")
+    assert binary.rpath == ()
+    assert Symbol("base", None) in binary.undefined
+    assert "use" in binary.names
 
 
-def test_the_older_rpath_is_told_from_runpath(tmp_path):
+def test_rpath_is_distinguished_from_runpath(tmp_path):
     old = compiled(tmp_path / "libold.so", "", "-Wl,-rpath,/opt/lib", "-Wl,--disable-new-dtags")
     assert (Elf.read(old).rpath, Elf.read(old).runpath) == (("/opt/lib",), ())
 
 
-def test_symbols_carry_the_versions_asked_for_and_offered(tmp_path):
+def test_symbols_have_required_and_provided_versions(tmp_path):
     script = tmp_path / "versions"
     script.write_text("OURS_1.0 { global: greet; local: *; };")
     source = "#include <stdio.h>\nvoid hidden(void) {} void greet(char *text, FILE *to) { fputs(text, to); }"
-    found = Elf.read(compiled(tmp_path / "libgreet.so", source, f"-Wl,--version-script,{script}"))
-    assert Symbol("greet", "OURS_1.0") in found.defined
-    assert "hidden" not in found.names
-    asked = {symbol.name: symbol.version for symbol in found.undefined}
-    assert asked["fputs"].startswith("GLIBC_2.")
-    assert ("libc.so.6", asked["fputs"]) in found.needs
+    binary = Elf.read(compiled(tmp_path / "libgreet.so", source, f"-Wl,--version-script,{script}"))
+    assert Symbol("greet", "OURS_1.0") in binary.defined
+    assert "hidden" not in binary.names
+    required = {symbol.name: symbol.version for symbol in binary.undefined}
+    assert required["fputs"].startswith("GLIBC_2.")
+    assert ("libc.so.6", required["fputs"]) in binary.needs
 
 
-def test_a_weak_need_is_no_need(tmp_path):
+def test_weak_undefined_symbol_is_not_required(tmp_path):
     source = (
         "__attribute__((weak)) int maybe(void); int must(void); int f(void) { return must() + (maybe ? maybe() : 0); }"
     )
-    found = Elf.read(compiled(tmp_path / "libweak.so", source))
-    assert [symbol.name for symbol in found.undefined] == ["must"]
+    binary = Elf.read(compiled(tmp_path / "libweak.so", source))
+    assert [symbol.name for symbol in binary.undefined] == ["must"]
 
 
-def test_sections_say_where_their_bytes_are(library):
+def test_sections_have_offset_and_size(library):
     section = next(section for section in Elf.read(library).sections if section.name == ".dynstr")
     assert b"libbase.so.1\0" in library.read_bytes()[section.offset : section.offset + section.size]
 
 
-def test_a_file_of_gigabytes_is_not_read_whole(library):
+def test_large_file_is_not_read_whole(library):
     with library.open("ab") as file:
-        file.truncate(8 << 30)  # a hole: it takes no room, but reading it would take all memory
+        file.truncate(8 << 30)  # a sparse file: reading it whole would take 8 GiB of memory
     assert Elf.read(library).soname == "libbase.so.1"
 
 
-def test_stripping_removes_what_only_debuggers_read_the_same_way_each_time(tmp_path):
+def test_strip_removes_debug_information_reproducibly(tmp_path):
     results = []
     for name in ("a", "b"):
         path = compiled(tmp_path / name / "lib.so", "static int secret; int f(void) { return secret; }", "-g")
@@ -117,21 +117,21 @@ def test_a_colon_cannot_be_part_of_a_runpath_entry(library):
         (b"\x7fELF\x01\x01\x01" + bytes(45), "is not a 64-bit little-endian ELF file"),
     ],
 )
-def test_what_is_no_elf_file_is_refused_in_a_sentence(tmp_path, content, why):
+def test_file_that_is_not_elf_is_refused(tmp_path, content, why):
     path = tmp_path / "lib.so"
     path.write_bytes(content)
     with pytest.raises(ElfError, match=why):
         Elf.read(path)
 
 
-def test_a_missing_file_is_refused_in_a_sentence(tmp_path):
+def test_missing_file_is_refused(tmp_path):
     with pytest.raises(ElfError, match="cannot be read: No such file"):
         Elf.read(tmp_path / "lib.so")
 
 
 @pytest.fixture(scope="module")
 def versioned(tmp_path_factory):
-    """A library with all that is read: versions asked for and offered, SONAME, RUNPATH, kernels' names."""
+    """Return a library with versions, SONAME, RUNPATH and the names of kernels."""
     folder = tmp_path_factory.mktemp("versioned")
     (folder / "script").write_text("OURS_1.0 { global: greet; local: *; }; OURS_2.0 { global: other; } OURS_1.0;")
     source = """
@@ -146,7 +146,7 @@ def versioned(tmp_path_factory):
 
 @cases(600)
 @given(data=st.data())
-def test_a_damaged_file_is_read_or_refused_in_time_and_without_great_memory(data, versioned, tmp_path, counted):
+def test_damaged_file_is_read_or_refused_within_limits(data, versioned, tmp_path, counted):
     damaged_file = tmp_path / "damaged.so"
     damaged_file.write_bytes(data.draw(damaged(versioned, elf_fields(versioned))))
     for read in (Elf.read, cubin.kernels, cubin.images):
@@ -156,7 +156,7 @@ def test_a_damaged_file_is_read_or_refused_in_time_and_without_great_memory(data
 
 
 def patched(path: Path, whole: bytes, **sections: dict[int, int]) -> Path:
-    """Write the file with other values in the headers of sections, by where they stand in one (Elf64_Shdr)."""
+    """Write an ELF file with changed values in section headers, by their offset in an Elf64_Shdr."""
     content = bytearray(whole)
     parsed = ELFFile(io.BytesIO(whole))
     for name, changes in sections.items():
@@ -172,8 +172,8 @@ KIND, FLAGS, OFFSET, SIZE = 4, 8, 24, 32
 
 
 @pytest.mark.parametrize("name", ["dynsym", "dynstr", "rodata"])
-def test_a_section_that_claims_to_be_compressed_is_not_inflated(tmp_path, versioned, name):
-    """A flag that no loader looks at there: a few bytes would ask for gigabytes (elf(5), Elf64_Chdr)."""
+def test_section_marked_as_compressed_is_not_inflated(tmp_path, versioned, name):
+    """A section with the flag SHF_COMPRESSED inflates from a few bytes to gigabytes (elf(5), Elf64_Chdr)."""
     packed = struct.pack("<IIQQ", 1, 0, 250_000_000, 1) + zlib.compress(bytes(250_000_000))
     changes = {FLAGS: 0x802, OFFSET: len(versioned), SIZE: len(packed)}
     path = patched(tmp_path / "lib.so", versioned + packed, **{name: changes})
@@ -183,15 +183,15 @@ def test_a_section_that_claims_to_be_compressed_is_not_inflated(tmp_path, versio
 
 
 @pytest.mark.parametrize("name", ["dynsym", "dynstr", "rodata"])
-def test_a_section_without_bytes_is_not_made_up_of_zeros(tmp_path, versioned, name):
+def test_section_without_bytes_does_not_allocate_zeros(tmp_path, versioned, name):
     path = patched(tmp_path / "lib.so", versioned, **{name: {KIND: 8, SIZE: 4 << 30}})  # SHT_NOBITS
     for read in (Elf.read, cubin.kernels):
         with bounded(), contextlib.suppress(ElfError):
             read(path)
 
 
-def test_symbols_whose_names_lie_in_each_other_are_not_all_copied(tmp_path, versioned):
-    """40,000 symbols, each with a name of half a megabyte: 20 GB."""
+def test_overlapping_symbol_names_are_refused(tmp_path, versioned):
+    """40,000 symbols with names of half a megabyte would take 20 GB."""
     symbols = b"".join(struct.pack("<IBBHQQ", number + 1, 0x12, 0, 1, 0, 0) for number in range(40_000))
     names = {OFFSET: len(versioned) + len(symbols), SIZE: 500_002}
     whole = versioned + symbols + b"\0" + b"x" * 500_000 + b"\0"
@@ -200,11 +200,11 @@ def test_symbols_whose_names_lie_in_each_other_are_not_all_copied(tmp_path, vers
         Elf.read(path)
 
 
-def test_a_claim_of_billions_of_versions_is_refused_and_not_counted(tmp_path):
+def test_endless_version_table_is_refused(tmp_path):
     path = compiled(tmp_path / "lib.so", "#include <stdio.h>\nvoid f(void) { puts(0); }")
     section = next(section for section in Elf.read(path).sections if section.name == ".gnu.version_r")
     content = bytearray(path.read_bytes())
-    content[section.offset + 12 : section.offset + 16] = bytes(4)  # vn_next: the entry follows itself
+    content[section.offset + 12 : section.offset + 16] = bytes(4)  # vn_next: the entry is its own successor
     header = content.index(struct.pack("<QQ", section.offset, section.size)) + 16
     content[header + 4 : header + 8] = b"\xff\xff\xff\xff"  # sh_info: the number of entries
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Device images removed from shared objects: what stays is the same bytes, and everything still loads."""
+"""Tests of removing device images from shared objects: the rest keeps its bytes, and the file still loads."""
 
 import contextlib
 import re
@@ -21,7 +21,7 @@ from voltforge.binary.fatbin import ThinError, thin_binary
 
 
 def loaded(path: Path, count: int) -> list[bytes]:
-    """The fatbins that the wrappers of a library point to once it is loaded, read in a process of their own."""
+    """Return the fatbins that the wrappers of a loaded library point to, read in a process of its own."""
     program = """if True:
         import ctypes, sys
         library = ctypes.CDLL(sys.argv[1])
@@ -44,7 +44,7 @@ def loaded(path: Path, count: int) -> list[bytes]:
         (["7.0", "8.0"], [(70, 1), (80, 2)], [(80, 4), (70, 5)]),
     ],
 )
-def test_only_the_images_of_the_asked_archs_stay_and_the_rest_loads_as_before(tmp_path, archs, first, second):
+def test_only_images_of_the_wanted_archs_stay_and_still_load(tmp_path, archs, first, second):
     path = two_units(tmp_path / "lib.so")
     out = tmp_path / "thin.so"
     thinned = thin_binary(path, out, archs)
@@ -60,7 +60,7 @@ def test_only_the_images_of_the_asked_archs_stay_and_the_rest_loads_as_before(tm
     assert loaded(out, 2) == expected
 
 
-def test_variants_and_ptx_stay_where_they_are_asked_for(tmp_path):
+def test_variants_and_ptx_stay_if_requested(tmp_path):
     path = two_units(tmp_path / "lib.so")
     for archs, names in [
         (["9.0"], {"sm_90"}),
@@ -71,7 +71,7 @@ def test_variants_and_ptx_stay_where_they_are_asked_for(tmp_path):
         assert {image.name for image in cubin.images(tmp_path / "thin.so")} == names
 
 
-def test_nothing_but_the_device_code_changes_its_address_or_content(tmp_path):
+def test_only_device_code_and_its_references_change(tmp_path):
     path = two_units(tmp_path / "lib.so")
     thin_binary(path, tmp_path / "thin.so", ["7.0"])
 
@@ -84,13 +84,13 @@ def test_nothing_but_the_device_code_changes_its_address_or_content(tmp_path):
 
     before, after = sections(path), sections(tmp_path / "thin.so")
     changed = {name for name in before if before[name] != after[name]}
-    # The wrappers hold the addends of their relocations too, as GNU ld leaves them; labels of containers follow them.
+    # GNU ld also writes the addends of relocations into the wrappers; debug symbols of containers follow them.
     assert changed == {".nv_fatbin", ".rela.dyn", ".nvFatBinSegment", ".symtab"}
     assert all(before[name][0] == after[name][0] for name in before)
     assert Elf.read(tmp_path / "thin.so").undefined == Elf.read(path).undefined
 
 
-def test_labels_of_containers_follow_them(tmp_path):
+def test_debug_symbols_follow_their_containers(tmp_path):
     path = two_units(tmp_path / "lib.so")
     thin_binary(path, tmp_path / "thin.so", ["7.0"])
     second = cubin.containers(tmp_path / "thin.so")[1]
@@ -100,7 +100,7 @@ def test_labels_of_containers_follow_them(tmp_path):
         assert list(parsed.address_offsets(labels["fatbin1"])) == [second.offset]
 
 
-def test_the_segments_stay_ascending_congruent_and_within_the_file(tmp_path):
+def test_segments_stay_ascending_congruent_and_within_the_file(tmp_path):
     path = two_units(tmp_path / "lib.so")
     thin_binary(path, tmp_path / "thin.so", ["8.0"])
     with path.open("rb") as old, (tmp_path / "thin.so").open("rb") as new:
@@ -126,7 +126,7 @@ def test_a_thinned_file_can_be_stripped_and_thinned_again(tmp_path):
     assert len(loaded(path, 2)) == 2
 
 
-def test_where_less_than_a_page_is_saved_the_file_keeps_its_size(tmp_path):
+def test_file_keeps_its_size_if_less_than_a_page_is_saved(tmp_path):
     path = registered(
         tmp_path / "lib.so", container(image(70, payload=payload(1, 64)), image(80, payload=payload(2, 64)))
     )
@@ -135,7 +135,7 @@ def test_where_less_than_a_page_is_saved_the_file_keeps_its_size(tmp_path):
     assert loaded(tmp_path / "thin.so", 1) == [container(image(70, payload=payload(1, 64)))]
 
 
-def test_where_nothing_is_to_be_removed_the_file_stays_as_it_is(tmp_path):
+def test_file_is_unchanged_if_no_image_is_removed(tmp_path):
     path = registered(tmp_path / "lib.so", container(image(70)), container(), container(image(70)))
     thin_binary(path, tmp_path / "thin.so", ["7.0"])
     assert (tmp_path / "thin.so").read_bytes() == path.read_bytes()
@@ -144,7 +144,7 @@ def test_where_nothing_is_to_be_removed_the_file_stays_as_it_is(tmp_path):
     assert (tmp_path / "copy.so").read_bytes() == host.read_bytes()
 
 
-def test_a_container_without_the_arch_is_refused_by_number_and_place_or_emptied_if_told(tmp_path):
+def test_container_without_the_arch_is_refused_or_emptied_with_drop_foreign(tmp_path):
     path = registered(
         tmp_path / "lib.so",
         container(image(70, payload=payload(1))),
@@ -185,7 +185,7 @@ NO_NOTES = ("-nostartfiles", "-fcf-protection=none", "-Wl,--build-id=none")
         ("is not a shared object", {"flags": ("-pie", "-no-pie"), "source": "int main(void) { return 0; }"}),
     ],
 )  # fmt: skip
-def test_what_is_not_understood_is_refused(tmp_path, why, more):
+def test_unsupported_layouts_are_refused_and_leave_the_file_unchanged(tmp_path, why, more):
     path = registered(tmp_path / "lib.so", *CODE, **more)
     before = path.read_bytes()
     with pytest.raises(ThinError, match=re.escape(why)):
@@ -203,7 +203,7 @@ def test_relocatable_device_code_is_refused(tmp_path):
 
 
 def tried(folder: Path, whole: bytes, damage: bytes) -> None:
-    """Thin a damaged library: it is refused, or what stays of its device code is the same; nothing else is written."""
+    """Thin a damaged library, and check that it is refused, or that the wanted images are unchanged."""
     path, out = folder / "damaged.so", folder / "thin.so"
     path.write_bytes(damage)
     out.unlink(missing_ok=True)
@@ -213,7 +213,7 @@ def tried(folder: Path, whole: bytes, damage: bytes) -> None:
     if out.exists():
         assert hashes(out) == hashes(path, "sm_70", "sm_90")
     assert path.read_bytes() == damage
-    assert {found.name for found in folder.iterdir()} <= {"damaged.so", "thin.so"}
+    assert {file.name for file in folder.iterdir()} <= {"damaged.so", "thin.so"}
 
 
 @pytest.fixture(scope="module")
@@ -223,14 +223,14 @@ def whole(tmp_path_factory):
 
 @cases(500)
 @given(data=st.data())
-def test_damage_is_refused_or_harmless_and_nothing_half_written_stays(tmp_path, counted, whole, data):
+def test_damaged_library_is_refused_or_thinned_correctly(tmp_path, counted, whole, data):
     tried(tmp_path, whole, data.draw(damaged(whole, elf_fields(whole))))
     counted(ELF_COUNTED)
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, toolchain):
-    """A small library that nvcc made, with code for 7.0 and 8.0."""
+    """Return a small library of nvcc with code for 7.0 and 8.0."""
     folder = tmp_path_factory.mktemp("real")
     (folder / "add.cu").write_text("__global__ void add(int *a) { a[0]++; }\nvoid go(int *a) { add<<<1, 1>>>(a); }\n")
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (70, 80)]
@@ -244,7 +244,7 @@ def real(tmp_path_factory, toolchain):
 @pytest.mark.slow
 @cases(400)
 @given(data=st.data())
-def test_damage_to_a_library_of_nvccs_is_refused_or_harmless(tmp_path, counted, real, data):
+def test_damaged_nvcc_library_is_refused_or_thinned_correctly(tmp_path, counted, real, data):
     damage = data.draw(damaged(real, elf_fields(real)))
     tried(tmp_path, real, damage)
     for read in (Elf.read, cubin.kernels, cubin.images):
@@ -254,7 +254,7 @@ def test_damage_to_a_library_of_nvccs_is_refused_or_harmless(tmp_path, counted, 
 
 
 @pytest.mark.slow
-def test_a_real_library_of_nvccs_is_thinned_to_either_arch_and_loads(tmp_path, toolchain):
+def test_nvcc_library_is_thinned_to_either_arch_and_loads(tmp_path, toolchain):
     units = []
     for name in ("one", "two"):
         steps = "".join(
@@ -281,14 +281,14 @@ def test_a_real_library_of_nvccs_is_thinned_to_either_arch_and_loads(tmp_path, t
         out = tmp_path / f"{name}.so"
         thinned = thin_binary(path, out, [arch])
         assert hashes(out) == hashes(path, name)
-        assert [one for one, _, _ in hashes(out)] == [0, 1]
+        assert [number for number, _, _ in hashes(out)] == [0, 1]
         assert thinned.after < thinned.before
         assert listed_by_cuobjdump(toolchain, out) == {name: 2}
-        # Without a GPU that is the driver's absence; the runtime has registered both units by then.
+        # Without a GPU the launch fails because there is no driver; both units are registered by then.
         assert (
             subprocess.run([sys.executable, "-c", launch, out], capture_output=True, text=True, check=True).stdout
             == stock
         )
-        said = subprocess.run(["readelf", "-lW", out], capture_output=True, text=True, check=True)
-        assert not said.stderr
-        assert len(re.findall(r"^ +LOAD ", said.stdout, re.MULTILINE)) == 5
+        headers = subprocess.run(["readelf", "-lW", out], capture_output=True, text=True, check=True)
+        assert not headers.stderr
+        assert len(re.findall(r"^ +LOAD ", headers.stdout, re.MULTILINE)) == 5

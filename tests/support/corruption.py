@@ -1,4 +1,4 @@
-"""Damage for tests: bytes that are mutated, archives made to harm, and a watch over what their readers promise."""
+"""Damaged input for tests: mutated bytes, malicious archives, and limits on the code that reads them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from voltforge.errors import VoltforgeError
 
 EPOCH = 1_700_000_000
 PATIENCE = 30
-"""Seconds that the reader of one file may take: a thousand times what it should."""
+"""The most seconds for reading one file; reading normally takes a thousandth of it."""
 MEMORY = 100_000_000
-"""Bytes by which the reader of a small file may make this process grow."""
+"""The most bytes by which reading a small file may increase the memory of this process."""
 
 
 def cases(count: int) -> settings:
-    """Hypothesis' settings for so many cases, however long one of them takes."""
+    """Return Hypothesis' settings for a number of cases without a deadline."""
     return settings(
         max_examples=count,
         deadline=None,
@@ -37,15 +37,15 @@ def cases(count: int) -> settings:
     )
 
 
-# --- the watch ---
+# --- limits ---
 
 
 class _TooLongError(BaseException):
-    """Not an Exception, which readers catch."""
+    """An error that readers do not catch, because it is not an Exception."""
 
 
 class Room:
-    """A folder with things that nobody may touch, and a place in it for what is unpacked."""
+    """A folder with files that must not change, and a folder in it for unpacked files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,10 +61,11 @@ class Room:
 
     @contextlib.contextmanager
     def watched(self, error: type[VoltforgeError] = VoltforgeError, most: int | None = None) -> Iterator[list[Any]]:
-        """Run the block and hold it to its promises; gives a list for the error that it raises, if any.
+        """Run the block and check its effects; give a list for the error that it raises, if any.
 
-        Of exceptions it raises ``error`` alone, which is a sentence; it ends in time and takes no great memory; nothing
-        around ``out`` changes; with ``most``, what was unpacked is plain, stays inside and has no more bytes than that.
+        It may raise only ``error``, with a printable message. It must stay within the limits of time and memory, and
+        must not change anything outside ``out``. With ``most``, the unpacked files must be regular, stay inside ``out``
+        and have at most that many bytes.
         """
         before = _around(self.path, self.out)
         caught: list[Any] = []
@@ -102,9 +103,9 @@ def _too_long(*_: object) -> None:
 
 
 def _forget_peak() -> int:
-    """Let the largest memory of this process count from now on (proc(5)), and give what it has now.
+    """Reset the peak memory of this process (proc(5)), and return its present memory in bytes.
 
-    Where that is not allowed, the largest it ever had counts: less is seen, but nothing wrong.
+    Without the permission to reset it, the peak includes earlier peaks, and the check finds less.
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -117,7 +118,7 @@ def _memory(name: str) -> int:
 
 
 def _around(folder: Path, out: Path) -> dict[str, tuple[Any, ...]]:
-    """All that a folder holds outside of ``out``: kinds, modes, times and bytes."""
+    """Return kinds, modes, times and bytes of everything in a folder outside ``out``."""
     found = {}
     for parent, folders, names in os.walk(folder):
         if Path(parent) == out.parent:
@@ -126,7 +127,7 @@ def _around(folder: Path, out: Path) -> dict[str, tuple[Any, ...]]:
             if path != out:
                 status = path.lstat()
                 links = 0 if stat.S_ISDIR(status.st_mode) else status.st_nlink
-                # The time of the folder that holds `out` is that of its making.
+                # The folder that holds `out` gets a new time when `out` is made.
                 when = 0 if path == out.parent else status.st_mtime_ns
                 data = path.read_bytes() if stat.S_ISREG(status.st_mode) else b""
                 found[str(path)] = (status.st_mode, links, when, data)
@@ -134,7 +135,7 @@ def _around(folder: Path, out: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def _size(folder: Path) -> int:
-    """The bytes of all files in a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(path.lstat().st_size for path in _all(folder) if stat.S_ISREG(path.lstat().st_mode))
 
 
@@ -164,7 +165,7 @@ def _check_sentence(problem: VoltforgeError) -> None:
 
 
 class Field(NamedTuple):
-    """A number in a file: where it stands, and in how many bytes (little-endian)."""
+    """A little-endian number in a file: its offset and size in bytes."""
 
     offset: int
     size: int
@@ -174,7 +175,7 @@ _EDITS = ("flip", "flip", "flip", "byte", "cut", "drop", "copy", "repeat", "inse
 
 
 def damaged(whole: bytes, fields: Sequence[Field] = ()) -> st.SearchStrategy[bytes]:
-    """The bytes of a file, damaged in one to four places: flips, cuts, splices, runs, repetitions, odd numbers."""
+    """Generate a file's bytes damaged in one to four places: flips, cuts, splices, runs, repetitions, limit values."""
     kinds = _EDITS + ("field",) * (12 if fields else 0)
     number = st.integers(0, (1 << 32) - 1)
     edit = st.tuples(st.sampled_from(kinds), number, number, st.integers(0, 255))
@@ -183,7 +184,7 @@ def damaged(whole: bytes, fields: Sequence[Field] = ()) -> st.SearchStrategy[byt
 
 def _edited(whole: bytes, fields: Sequence[Field], edits: Sequence[tuple[str, int, int, int]]) -> bytes:
     data = bytearray(whole)
-    # What moves the rest comes last: until then fields are where they were.
+    # Edits that move bytes come last, so that the offsets of fields are right until then.
     for kind, one, two, byte in sorted(edits, key=lambda edit: edit[0] not in {"field", "flip", "byte"}):
         at = one % (len(data) + 1)
         length = 1 + two % 64
@@ -211,7 +212,7 @@ def _edited(whole: bytes, fields: Sequence[Field], edits: Sequence[tuple[str, in
 
 
 def odd_number(choice: int, small: int, bits: int, length: int) -> int:
-    """A number of so many bits at which programs err: a limit, one beside it, a small one, a place in the file."""
+    """Return a number of ``bits`` bits at a limit: an extreme, a neighbour, a small number, or a file offset."""
     top = 1 << bits
     limits = (
         0,
@@ -240,7 +241,7 @@ NAMES = st.one_of(
          "./a", "a//b", "a/", "-rf", "~", "C:\\x", "z" * 5000, "link/evil", "link/../../secret"]
     ),
 )  # fmt: skip
-"""Names that members of archives may have, and those they should not."""
+"""Names of archive members, valid and malicious."""
 TARGETS = st.one_of(
     NAMES, st.sampled_from(["../secret", "../../folder", "link/../../secret", "/", ".", "..", "a", "d"])
 )
@@ -264,7 +265,7 @@ _DAMAGES = ("none", "none", "none", "none", "garbage", "endless", "records", "di
 
 
 class TarMember(NamedTuple):
-    """A member of a tar archive, whether or not any program would write it."""
+    """A member of a tar archive, including those that no program writes."""
 
     name: str
     kind: bytes
@@ -284,11 +285,11 @@ ORDINARY = st.builds(
     st.sampled_from([b"0", b"0", b"5", b"2", b"1"]), TARGETS, st.sampled_from([0, 5, 600]), st.just(EPOCH), st.just({}),
     st.just("none"),
 )  # fmt: skip
-"""Members that are well-formed each by itself; what they do to each other is another matter."""
+"""Members that are each well-formed; combinations of them can conflict."""
 
 
 def tar_bytes(members: Sequence[TarMember], *, ended: bool = True) -> bytes:
-    """A tar archive of these members, every checksum right."""
+    """Return a tar archive of these members with correct checksums."""
     return b"".join(map(_member_bytes, members)) + (bytes(1024) if ended else b"")
 
 
@@ -321,7 +322,7 @@ def _record(key: str, value: str) -> bytes:
 
 
 def tar_header(name: bytes, kind: bytes, link: bytes, size: int, when: int) -> bytes:
-    """A header as POSIX has it (tar(5)); numbers that octal digits cannot say in base 256, as GNU tar does."""
+    """Return a POSIX header (tar(5)); numbers too large for octal digits are in base 256, as in GNU tar."""
     numbers = _number(0o644, 8) + _number(0, 8) * 2 + _number(size, 12) + _number(when, 12)
     header = name.ljust(100, b"\0") + numbers + b" " * 8 + kind + link.ljust(100, b"\0") + b"ustar\00000"
     return with_checksum(bytearray(header.ljust(512, b"\0")))
@@ -335,7 +336,7 @@ def _number(value: int, size: int) -> bytes:
 
 
 def with_checksum(header: bytearray) -> bytes:
-    """A header whose checksum is right, whatever else is in it."""
+    """Return a header with its correct checksum."""
     header[148:156] = b" " * 8
     header[148:156] = f"{sum(header):06o}\0 ".encode()
     return bytes(header)
@@ -346,7 +347,7 @@ def _padded(data: bytes) -> bytes:
 
 
 def tar_damaged(whole: bytes) -> st.SearchStrategy[bytes]:
-    """A tar archive whose headers have odd values in them, with the right checksums, or which is damaged anyhow."""
+    """Generate a tar archive with odd values in its headers and correct checksums, or one damaged anywhere."""
     with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
         headers = sorted({offset for one in archive for offset in (one.offset, one.offset_data - 512)})
     places = (
@@ -382,7 +383,7 @@ def tar_damaged(whole: bytes) -> st.SearchStrategy[bytes]:
 
 
 def zip_fields(whole: bytes) -> list[Field]:
-    """The numbers in the headers of a zip archive (APPNOTE 4.3): before its files, in its directory, at its end."""
+    """Return the number fields in the headers of a zip archive (APPNOTE 4.3): local, central, and at the end."""
     fields = []
     for mark, layout in (
         (b"PK\3\4", (2, 2, 2, 2, 2, 4, 4, 4, 2, 2)),
@@ -404,9 +405,9 @@ ELF_COUNTED = "corrupt inputs refused or survived: ELF and fatbin files"
 
 
 def elf_fields(whole: bytes) -> list[Field]:
-    """The numbers of a 64-bit ELF file that say where things are: in its headers and in the tables that they lead to.
+    """Return the number fields of a 64-bit ELF file that hold offsets, sizes and counts, in headers and tables.
 
-    Of device code, those of wrappers, containers and images too.
+    For device code, also the fields of wrappers, containers and images.
     """
     fields = _layout(16, (2, 2, 4, 8, 8, 8, 4, 2, 2, 2, 2, 2, 2))
     programs, sections = struct.unpack_from("<QQ", whole, 32)
@@ -417,7 +418,7 @@ def elf_fields(whole: bytes) -> list[Field]:
         at = sections + number * 64
         fields += _layout(at, (4, 4, 8, 8, 8, 8, 4, 4, 8, 8))
         kind, begin, length = struct.unpack_from("<4xI16xQQ", whole, at)
-        # Of large tables the beginning is enough: each entry is read as the others are.
+        # The first entries of a table are sufficient: all entries are read in the same way.
         for entry in range(begin, begin + min(length, 400), 8):
             if kind in {4, 6, 11, 0x6FFFFFFD, 0x6FFFFFFE, 0x6FFFFFFF}:  # RELA, DYNAMIC, DYNSYM, versions
                 fields += [Field(entry, 8), Field(entry, 4), Field(entry + 4, 4), Field(entry, 2)]
@@ -434,16 +435,16 @@ def _layout(at: int, sizes: Sequence[int]) -> list[Field]:
     return [Field(at + sum(sizes[:number]), size) for number, size in enumerate(sizes)]
 
 
-# --- answers ---
+# --- HTTP answers ---
 
 ANSWERS_COUNTED = "corrupt inputs refused or survived: index answers"
 
 
 @contextlib.contextmanager
 def saying(answer: Callable[[str], Iterable[bytes]]) -> Iterator[str]:
-    """A server on loopback that sends just these bytes for a path, whatever HTTP has to say about them; its URL.
+    """Run a server on loopback that sends these bytes for a path, valid HTTP or not; give its URL.
 
-    An answer without end is sent until the client hangs up.
+    An endless answer is sent until the client disconnects.
     """
 
     class Handler(socketserver.StreamRequestHandler):
@@ -459,7 +460,7 @@ def saying(answer: Callable[[str], Iterable[bytes]]) -> Iterator[str]:
         daemon_threads = True
 
         def handle_error(self, *_: object) -> None:
-            pass  # clients hang up here, on purpose
+            pass  # clients disconnect on purpose
 
     with Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))

@@ -1,4 +1,4 @@
-"""Small real things for tests: shared objects that gcc makes, device code laid out as nvcc does it, wheels."""
+"""Samples for tests: shared objects made by gcc, device code in nvcc's layout, wheels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REGISTERED = """
 
 
 def compiled(path: Path, source: str, *flags: str) -> Path:
-    """A shared object of the C source, or a program with ``-pie`` among the flags."""
+    """Compile a shared object from C source, or a program with ``-pie`` among the flags."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = [] if "-pie" in flags else ["-shared", "-fPIC"]
     command = ["gcc", "-x", "c", "-", "-x", "none", *kind, "-o", str(path), *flags]
@@ -37,20 +37,20 @@ def compiled(path: Path, source: str, *flags: str) -> Path:
 
 
 def image(arch: int, *, kind: int = 2, payload: bytes = b"\x7fELF....", flags: int = 0x11, packed: int = 0) -> bytes:
-    """An entry of a fatbin as nvcc 12.8 writes it; ``packed`` is the compressed size."""
+    """Return an entry of a fatbin as nvcc 12.8 writes it; ``packed`` is the compressed size."""
     size = len(payload) * 3 if packed else 0
     head = struct.pack("<HHIQIIHHIIIQQQ", kind, 0x101, 64, len(payload), packed, 0, 7, 1, arch, 0, 0, flags, 0, size)
     return head + payload
 
 
 def container(*images: bytes) -> bytes:
-    """A fatbin: what nvcc makes of one translation unit."""
+    """Return a fatbin: the device images of one translation unit."""
     body = b"".join(images)
     return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
 
 
 def with_device_code(path: Path, code: bytes, *, section: str = ".nv_fatbin", source: str = "") -> Path:
-    """A shared object with these bytes where device code belongs. Made up, for where no nvcc can be had."""
+    """Compile a shared object with these bytes as device code. It is synthetic, for machines without nvcc."""
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = path.with_suffix(".fatbin")
     raw.write_bytes(code)
@@ -61,14 +61,14 @@ def with_device_code(path: Path, code: bytes, *, section: str = ".nv_fatbin", so
 
 
 def payload(seed: int, size: int = 9000) -> bytes:
-    """Bytes that are the same for the same seed and compress badly, like a cubin that nvcc has compressed."""
+    """Return the same bytes for the same seed; they compress badly, like a compressed cubin."""
     return hashlib.shake_128(bytes([seed])).digest(size // 8 * 8)
 
 
 def registered(
     path: Path, *containers: bytes, flags: tuple[str, ...] = (), source: str = "", wrappers: str | None = None
 ) -> Path:
-    """A shared object with these fatbins, registered as nvcc does it. Made up, for where no nvcc can be had.
+    """Compile a shared object with these fatbins, registered as by nvcc. It is synthetic, for machines without nvcc.
 
     ``wrappers`` is the assembly of ``.nvFatBinSegment``; without it each fatbin has a wrapper, in order.
     """
@@ -86,7 +86,7 @@ def registered(
 
 
 def two_units(path: Path, **more) -> Path:
-    """Two fatbins with code for 7.0, 8.0 and 9.0, the second with PTX besides."""
+    """Compile a library with two fatbins with code for 7.0, 8.0 and 9.0; the second also has PTX."""
     return registered(
         path,
         container(image(70, payload=payload(1)), image(80, payload=payload(2)), image(90, payload=payload(3))),
@@ -99,9 +99,9 @@ def two_units(path: Path, **more) -> Path:
 
 
 def cubin_hashes(path: Path, *names: str) -> list[tuple[int, str, str]]:
-    """The device images of a file, those of the named archs if any are: container, name and SHA-256."""
-    found = [(image.container, image.name, image.sha256()) for image in cubin.images(path)]
-    return [one for one in found if one[1] in names] if names else found
+    """Return container, name and SHA-256 of the device images of a file, or of those with the given names."""
+    rows = [(image.container, image.name, image.sha256()) for image in cubin.images(path)]
+    return [row for row in rows if row[1] in names] if names else rows
 
 
 def listed_by_cuobjdump(toolchain, path: Path) -> dict[str, int]:
@@ -112,7 +112,7 @@ def listed_by_cuobjdump(toolchain, path: Path) -> dict[str, int]:
 
 
 def tree(folder: Path, content: dict[str, str | bytes | Path]) -> Path:
-    """A folder with these files, given by text, by bytes, or by a file to copy."""
+    """Write these files into a folder, given as text, as bytes, or as a file to copy."""
     for name, data in content.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def unpacked(
     tag: str = "py3-none-any",
     metadata: str = "",
 ) -> Path:
-    """An unpacked wheel without RECORD, as a build backend has it before it packs."""
+    """Write an unpacked wheel without RECORD, as a build backend has it before packing."""
     dist_info = f"{name}-{version}.dist-info"
     files = {
         f"{dist_info}/METADATA": METADATA.format(name=name, version=version, more=metadata),
@@ -149,12 +149,12 @@ def wheel(
     tag: str = "py3-none-any",
     metadata: str = "",
 ) -> Path:
-    """A well-formed wheel in ``folder``."""
+    """Write a well-formed wheel into ``folder``."""
     source = unpacked(folder / "unpacked", content, name=name, version=version, tag=tag, metadata=metadata)
     return normalise(source, folder, tag=tag, epoch=EPOCH)
 
 
 def loads(path: Path) -> bool:
-    """True if the real dynamic linker loads a file and finds all its symbols."""
+    """Return True if the real dynamic linker loads a file and finds all its symbols."""
     script = "import ctypes, os, sys; ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW)"
     return subprocess.run([sys.executable, "-c", script, path], capture_output=True).returncode == 0

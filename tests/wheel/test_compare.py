@@ -1,4 +1,4 @@
-"""Two built files are as alike as they are, and where they differ is told by member, section, symbol and line."""
+"""Tests of comparing two built files: the tier, and the place of each difference."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Makes one wheel after the other, with an extension of a C source and a module."""
+    """Return a function that makes wheels with a C extension and a module."""
     count = iter(range(100))
 
     def made(source: str = SOURCE, *flags: str, **files: str | bytes | Path) -> Path:
@@ -47,7 +47,7 @@ def only(comparison: Comparison) -> Difference:
     return difference
 
 
-# --- how alike ---
+# --- tiers ---
 
 
 def test_equal_bytes_are_identical(make: Make) -> None:
@@ -56,7 +56,7 @@ def test_equal_bytes_are_identical(make: Make) -> None:
     assert compared.sha256[0] == compared.sha256[1] != ""
 
 
-def test_order_times_and_compression_are_the_archives_alone(make: Make, tmp_path: Path) -> None:
+def test_order_times_and_compression_are_archive_only_differences(make: Make, tmp_path: Path) -> None:
     one, other = make(), tmp_path / "sample-1.0-py3-none-any.whl"
     with zipfile.ZipFile(one) as source, zipfile.ZipFile(other, "w", zipfile.ZIP_STORED) as target:
         for entry in reversed(source.infolist()):
@@ -66,7 +66,7 @@ def test_order_times_and_compression_are_the_archives_alone(make: Make, tmp_path
     assert (compare(one, other).tier, compare(one, other).differences) == ("archive only", ())
 
 
-def test_another_string_in_a_binary_leaves_code_and_symbols_the_same(make: Make) -> None:
+def test_changed_string_in_a_binary_is_same_code_and_symbols(make: Make) -> None:
     compared = compare(make(), make(SOURCE.replace("12:01", "12:07")))
     assert compared.tier == "same code and symbols"
     difference = only(compared)
@@ -75,10 +75,10 @@ def test_another_string_in_a_binary_leaves_code_and_symbols_the_same(make: Make)
     assert difference.other == '37 00 at 0xd, in "built at 12:07"'
 
 
-def test_another_instruction_is_a_difference_in_a_function(make: Make) -> None:
+def test_changed_instruction_is_reported_with_its_function(make: Make) -> None:
     compared = compare(make(), make(SOURCE.replace("2 * x", "x - 3")))
     assert compared.tier == "different"
-    assert ("p/_C.so", ".text", "twice") in [(one.file, one.section, one.symbol) for one in compared.differences]
+    assert ("p/_C.so", ".text", "twice") in [(row.file, row.section, row.symbol) for row in compared.differences]
 
 
 @pytest.mark.parametrize(
@@ -89,23 +89,23 @@ def test_another_instruction_is_a_difference_in_a_function(make: Make) -> None:
         ("const char built[] =", "int built(void) { return 1; } char text[] =", "built", ("object, 15 bytes", "func")),
     ],
 )  # fmt: skip
-def test_a_symbol_of_another_name_kind_or_size_makes_binaries_different(make: Make, old, new, symbol, kinds) -> None:
+def test_symbol_with_another_name_kind_or_size_is_different(make: Make, old, new, symbol, kinds) -> None:
     compared = compare(make(), make(SOURCE.replace(old, new), "-w"))
     assert compared.tier == "different"
-    [row] = [one for one in compared.differences if (one.section, one.symbol) == (".dynsym", symbol)]
+    [row] = [row for row in compared.differences if (row.section, row.symbol) == (".dynsym", symbol)]
     assert row.one.startswith(kinds[0])
     assert row.other.startswith(kinds[1])
 
 
-def test_what_surrounds_the_code_of_a_binary_is_no_code(make: Make) -> None:
+def test_changed_runpath_is_same_code_and_symbols(make: Make) -> None:
     compared = compare(make(SOURCE, "-Wl,-rpath,/one"), make(SOURCE, "-Wl,-rpath,/two"))
     assert (compared.tier, only(compared).section) == ("same code and symbols", ".dynstr")
 
 
-# --- what follows from something else is not told ---
+# --- repeated differences are reported once ---
 
 
-def test_a_build_id_is_told_only_where_nothing_else_differs(make: Make) -> None:
+def test_build_id_is_reported_only_if_nothing_else_differs(make: Make) -> None:
     ids = "-Wl,--build-id=0x0101010101", "-Wl,--build-id=0x0202020202"
     alone = compare(make(SOURCE, ids[0]), make(SOURCE, ids[1]))
     assert (alone.tier, only(alone).section) == ("same code and symbols", ".note.gnu.build-id")
@@ -113,7 +113,7 @@ def test_a_build_id_is_told_only_where_nothing_else_differs(make: Make) -> None:
     assert only(beside).section == ".rodata"
 
 
-def test_a_record_is_told_only_where_it_does_not_follow(make: Make, tmp_path: Path) -> None:
+def test_record_is_reported_only_if_it_differs_by_itself(make: Make, tmp_path: Path) -> None:
     assert only(compare(make(), make(p__a__py="one = 1\ntwo = 3\n"))).file == "p/a.py"
     one, other = make(), tmp_path / "sample-1.0-py3-none-any.whl"
     with zipfile.ZipFile(one) as source, zipfile.ZipFile(other, "w") as target:
@@ -125,7 +125,7 @@ def test_a_record_is_told_only_where_it_does_not_follow(make: Make, tmp_path: Pa
     assert (compared.tier, only(compared).file) == ("different", "sample-1.0.dist-info/RECORD")
 
 
-def test_an_sbom_is_told_only_where_it_does_not_follow(make: Make) -> None:
+def test_sbom_is_reported_only_if_it_differs_by_itself(make: Make) -> None:
     def described(sha256: str, version: str = "1.0", serial: str = "a") -> str:
         components = [{"name": "p/_C.so", "hashes": [{"content": sha256}]}, {"name": "cmake", "version": version}]
         return json.dumps({"serialNumber": serial, "components": components})
@@ -135,14 +135,14 @@ def test_an_sbom_is_told_only_where_it_does_not_follow(make: Make) -> None:
     assert compare(*pair).tier == "same code and symbols"
     assert only(compare(*pair)).section == ".rodata"
     for other in (described("2"), described("1", "2.0"), "[1]", "{"):
-        told = only(compare(pair[0], make(**dict.fromkeys(sbom, other))))
-        assert told.file == "sample-1.0.dist-info/sboms/sample.cdx.json"
+        difference = only(compare(pair[0], make(**dict.fromkeys(sbom, other))))
+        assert difference.file == "sample-1.0.dist-info/sboms/sample.cdx.json"
 
 
 # --- texts, modes, members ---
 
 
-def test_a_text_is_told_by_line_and_long_lines_are_cut(make: Make) -> None:
+def test_text_difference_is_reported_by_line_and_long_lines_are_cut(make: Make) -> None:
     one = "x = 1\n" + "y" * 500 + "1\n"
     compared = compare(make(p__b__py=one), make(p__b__py=one.replace("y" * 500 + "1", "z" * 500 + "2")))
     difference = only(compared)
@@ -152,7 +152,7 @@ def test_a_text_is_told_by_line_and_long_lines_are_cut(make: Make) -> None:
     assert (shorter.section, shorter.one, shorter.other) == ("line 2", "b", "ends before")
 
 
-def test_a_member_that_is_missing_and_one_with_another_mode_are_told(tmp_path: Path) -> None:
+def test_missing_member_and_changed_mode_are_reported(tmp_path: Path) -> None:
     wheels = []
     for number, mode in enumerate((0o644, 0o755)):
         folder = unpacked(tmp_path / f"{number}" / "unpacked", {"p/run": "echo\n", f"p/{number}.py": "x"})
@@ -160,26 +160,26 @@ def test_a_member_that_is_missing_and_one_with_another_mode_are_told(tmp_path: P
         wheels.append(normalise(folder, tmp_path / f"{number}", tag="py3-none-any", epoch=EPOCH))
     compared = compare(*wheels)
     assert compared.tier == "different"
-    assert [(one.file, one.section, one.one, one.other) for one in compared.differences] == [
+    assert [(row.file, row.section, row.one, row.other) for row in compared.differences] == [
         ("p/0.py", "", "1 bytes", "absent"),
         ("p/1.py", "", "absent", "1 bytes"),
         ("p/run", "mode", "0o644", "0o755"),
     ]
 
 
-def test_what_is_neither_text_nor_binary_is_told_by_byte(make: Make) -> None:
+def test_other_data_is_reported_by_byte_offset(make: Make) -> None:
     difference = only(compare(make(p__d__bin=b"\0\1\2\3"), make(p__d__bin=b"\0\1\2")))
     assert (difference.section, difference.one, difference.other) == ("byte 0x3", "03 at 0x3", "ends after 3 bytes")
 
 
-def test_twenty_differences_are_kept_and_the_rest_is_counted(make: Make) -> None:
+def test_first_differences_are_kept_and_the_rest_counted(make: Make) -> None:
     ones = {f"p__m{number:02}__py": "1" for number in range(30)}
     compared = compare(make(**ones), make(**dict.fromkeys(ones, "2")))
     assert (len(compared.differences), compared.more) == (MAX_DIFFERENCES, 30 - MAX_DIFFERENCES)
     assert compared.differences[0].file == "p/m00.py"
 
 
-def test_what_only_seems_to_be_an_archive_or_a_binary_is_compared_by_byte(tmp_path: Path, make: Make) -> None:
+def test_malformed_archive_or_binary_is_compared_by_byte(tmp_path: Path, make: Make) -> None:
     whole = make()
     broken = tmp_path / "broken.whl"
     data = bytearray(whole.read_bytes())
@@ -200,8 +200,10 @@ KERNELS = "__global__ void first(float *x) { *x += 1; }\n__global__ void second(
 
 
 @pytest.mark.slow
-def test_real_device_code_is_told_by_image_container_and_kernel(tmp_path: Path, toolchain: Toolchain) -> None:
-    made = []
+def test_nvcc_device_code_difference_is_reported_by_image_container_and_kernel(
+    tmp_path: Path, toolchain: Toolchain
+) -> None:
+    libraries = []
     for number in (2, 3):
         source = tmp_path / f"{number}" / "kernels.cu"
         source.parent.mkdir()
@@ -210,29 +212,29 @@ def test_real_device_code_is_told_by_image_container_and_kernel(tmp_path: Path, 
         words += ["-shared", "-cudart=none", "-Xcompiler=-fPIC", "--objdir-as-tempdir", "-o", "kernels.so", source.name]
         subprocess.run(words, cwd=source.parent, check=True, capture_output=True)
         elf.strip(source.with_name("kernels.so"))
-        made.append(source.with_name("kernels.so"))
-    compared = compare(*made)
+        libraries.append(source.with_name("kernels.so"))
+    compared = compare(*libraries)
     assert compared.tier == "different"
-    [row] = [one for one in compared.differences if one.section == ".nv_fatbin"]
+    [row] = [row for row in compared.differences if row.section == ".nv_fatbin"]
     assert row.symbol == "_Z6secondPf"
     assert row.one.startswith("sm_70 of container 0, sha256 ")
     assert row.other != row.one
 
 
-def test_a_packed_image_is_told_without_its_kernels(tmp_path: Path) -> None:
-    made = []
+def test_compressed_image_difference_is_reported_without_kernels(tmp_path: Path) -> None:
+    libraries = []
     for name, code in (("one", b"packed 1"), ("other", b"packed 2")):
         packed = image(80, payload=code, packed=8, flags=0x2011)
         path = tmp_path / name / "lib.so"
-        made.append(with_device_code(path, container(image(70)) + container(image(70), packed)))
-    compared = compare(*made)
+        libraries.append(with_device_code(path, container(image(70)) + container(image(70), packed)))
+    compared = compare(*libraries)
     difference = only(compared)
     assert compared.tier == "different"
     assert (difference.section, difference.symbol) == (".nv_fatbin", "")
     assert difference.one.startswith("sm_80 of container 1, sha256 ")
 
 
-def test_an_image_more_or_for_another_arch_is_told(tmp_path: Path) -> None:
+def test_added_image_and_image_for_another_arch_are_reported(tmp_path: Path) -> None:
     one = with_device_code(tmp_path / "one.so", container(image(70), image(80)))
     other = with_device_code(tmp_path / "other.so", container(image(75)))
     rows = [(row.one.split(",")[0], row.other.split(",")[0]) for row in compare(one, other).differences]
@@ -247,13 +249,13 @@ def gzipped(data: bytes) -> bytes:
 
 
 def entries(**content: str | bytes) -> list[tarfile.TarInfo | tuple[tarfile.TarInfo, bytes]]:
-    made = []
+    members = []
     for name, data in content.items():
         entry = tarfile.TarInfo(name.replace("__", "/"))
         raw = data.encode() if isinstance(data, str) else data
         entry.size = len(raw)
-        made.append((entry, raw))
-    return made
+        members.append((entry, raw))
+    return members
 
 
 def layer(content: list, pack: Callable[[bytes], bytes] = gzipped, time: int = 0) -> bytes:
@@ -266,7 +268,7 @@ def layer(content: list, pack: Callable[[bytes], bytes] = gzipped, time: int = 0
 
 
 def layout(path: Path, *layers: bytes, label: str = "one", names: tuple[str, ...] = ("1.0", "latest")) -> Path:
-    """An archive of an OCI image layout with these layers."""
+    """Write an archive of an OCI image layout with these layers."""
     blobs = {}
 
     def put(data: bytes) -> dict[str, str | int]:
@@ -274,10 +276,13 @@ def layout(path: Path, *layers: bytes, label: str = "one", names: tuple[str, ...
         blobs[digest] = data
         return {"digest": f"sha256:{digest}", "size": len(data)}
 
-    known = [put(data) for data in layers]
-    configuration = {"config": {"Labels": {"a": label}}, "rootfs": {"diff_ids": [one["digest"] for one in known]},
-                     "history": [{"created_by": f"COPY {one['digest']}"} for one in known]}  # fmt: skip
-    manifest = put(json.dumps({"config": put(json.dumps(configuration).encode()), "layers": known}).encode())
+    descriptors = [put(data) for data in layers]
+    configuration = {
+        "config": {"Labels": {"a": label}},
+        "rootfs": {"diff_ids": [descriptor["digest"] for descriptor in descriptors]},
+        "history": [{"created_by": f"COPY {descriptor['digest']}"} for descriptor in descriptors],
+    }
+    manifest = put(json.dumps({"config": put(json.dumps(configuration).encode()), "layers": descriptors}).encode())
     index = [{**manifest, "annotations": {"org.opencontainers.image.ref.name": name}} for name in names]
     content = {f"blobs/sha256/{digest}": data for digest, data in blobs.items()}
     content |= {
@@ -293,7 +298,7 @@ def layout(path: Path, *layers: bytes, label: str = "one", names: tuple[str, ...
 
 
 @pytest.mark.parametrize("pack", [gzipped, zstd.compress, bytes])
-def test_layers_of_the_same_members_are_archives_alone_however_they_are_packed(tmp_path: Path, pack) -> None:
+def test_layers_with_equal_members_are_archive_only_differences(tmp_path: Path, pack) -> None:
     content = entries(opt__a="a", opt__b="b" * 300_000)
     one = layout(tmp_path / "one.tar", layer(content), layer(entries(c="c")))
     other = layout(tmp_path / "other.tar", layer(content[::-1], pack, time=9), layer(entries(c="c")))
@@ -302,7 +307,7 @@ def test_layers_of_the_same_members_are_archives_alone_however_they_are_packed(t
 
 
 @pytest.mark.parametrize("pack", [gzipped, zstd.compress])
-def test_what_differs_in_a_layer_is_told_by_layer_and_member_and_digests_are_not(tmp_path: Path, pack) -> None:
+def test_layer_difference_is_reported_by_layer_and_member(tmp_path: Path, pack) -> None:
     base = layer(entries(base="base"), pack)
     one = layout(tmp_path / "one.tar", base, layer(entries(opt__a="1\n2\n", opt__b="b"), pack))
     other = layout(tmp_path / "other.tar", base, layer(entries(opt__a="1\n3\n", opt__b="b"), pack))
@@ -311,32 +316,32 @@ def test_what_differs_in_a_layer_is_told_by_layer_and_member_and_digests_are_not
     assert only(compared) == Difference("layer 1, opt/a", "line 2", "", "2", "3")
 
 
-def test_binaries_in_layers_are_told_by_section(tmp_path: Path) -> None:
-    made = []
+def test_binary_difference_in_a_layer_is_reported_by_section(tmp_path: Path) -> None:
+    layouts = []
     for name, text in (("one", "12:01"), ("other", "12:07")):
         library = compiled(tmp_path / f"{name}.so", SOURCE.replace("12:01", text), "-s")
-        made.append(layout(tmp_path / f"{name}.tar", layer(entries(lib__x=library.read_bytes()))))
-    compared = compare(*made)
+        layouts.append(layout(tmp_path / f"{name}.tar", layer(entries(lib__x=library.read_bytes()))))
+    compared = compare(*layouts)
     assert compared.tier == "same code and symbols"
     assert only(compared).place == "layer 0, lib/x .rodata built"
 
 
-def test_owners_modes_and_links_in_layers_are_told(tmp_path: Path) -> None:
-    made = []
+def test_owner_mode_and_link_differences_in_layers_are_reported(tmp_path: Path) -> None:
+    layouts = []
     for number, (mode, target) in enumerate(((0o755, "python3.11"), (0o700, "python3.12"))):
         content = [*entries(a="a"), *entries(b="b"), *entries(link="")]
         content[0][0].mode = mode
         content[1][0].uid = number
         content[2][0].type, content[2][0].linkname = tarfile.SYMTYPE, target
-        made.append(layout(tmp_path / f"{number}.tar", layer(content)))
-    assert [(one.file, one.section, one.one, one.other) for one in compare(*made).differences] == [
+        layouts.append(layout(tmp_path / f"{number}.tar", layer(content)))
+    assert [(row.file, row.section, row.one, row.other) for row in compare(*layouts).differences] == [
         ("layer 0, a", "mode", "0o755", "0o700"),
         ("layer 0, b", "owner", "0:0", "1:0"),
         ("layer 0, link", "kind", "a link to python3.11", "a link to python3.12"),
     ]
 
 
-def test_the_configuration_is_told_by_key_and_a_layer_more_by_its_digest(tmp_path: Path) -> None:
+def test_configuration_difference_is_reported_by_key_and_added_layer_by_digest(tmp_path: Path) -> None:
     first, more = layer(entries(a="a")), layer(entries(b="b"))
     one = layout(tmp_path / "one.tar", first)
     assert only(compare(one, layout(tmp_path / "label.tar", first, label="two"))) == Difference(
@@ -348,7 +353,7 @@ def test_the_configuration_is_told_by_key_and_a_layer_more_by_its_digest(tmp_pat
     assert (named.file, named.section, named.other) == ("index.json", "latest", "absent")
 
 
-def test_a_truncated_layer_is_compared_by_its_bytes(tmp_path: Path) -> None:
+def test_truncated_layer_is_compared_by_byte(tmp_path: Path) -> None:
     whole = layout(tmp_path / "whole.tar", layer(entries(a="whole"), zstd.compress))
     cut = layout(tmp_path / "cut.tar", layer(entries(a="cut"), zstd.compress)[:-9])
     assert compare(whole, cut).differences[0].section.startswith("byte 0x")
@@ -362,20 +367,20 @@ def pair(make: Make) -> Iterator[tuple[Path, Path]]:
     return make(), make(p__a__py="one = 1\ntwo = 3\n")
 
 
-def test_the_report_says_in_words_how_alike_they_are_and_where_not(pair, capsys, monkeypatch) -> None:
+def test_report_prints_tier_hashes_and_differences(pair, capsys, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     compared = compare(*pair)
     report(compared)
-    said = capsys.readouterr().out
-    assert "* sample-1.0-py3-none-any.whl: not the same" in said
+    printed = capsys.readouterr().out
+    assert "* sample-1.0-py3-none-any.whl: not the same" in printed
     for words in (*compared.sha256, "p/a.py", "line 2", "two = 2", "two = 3"):
-        assert words in said
+        assert words in printed
     assert compared.detail is None
     report(compare(pair[0], pair[0]))
     assert "the same, bit for bit" in capsys.readouterr().out
 
 
-def test_diffoscopes_report_goes_beside_the_second_file(pair, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_diffoscope_report_is_written_beside_the_second_file(pair, tmp_path: Path, capsys, monkeypatch) -> None:
     """A script replaces diffoscope and exits with its status for a difference."""
     tools = tmp_path / "tools"
     tools.mkdir()

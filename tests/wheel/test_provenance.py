@@ -1,4 +1,4 @@
-"""Statements on wheels: made from receipts alone, read by in-toto's own messages, refused when anything is amiss."""
+"""Tests of statements: made from receipts, parsed by in-toto's own messages, refused if invalid."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ JSON = st.recursive(
 
 
 def receipt(**results: Any) -> dict[str, Any]:
-    """The receipt with other results; ``None`` takes one out."""
+    """Return the receipt with changed results; ``None`` removes a result."""
     changed = {**RECEIPT["results"], **results}
     return {**RECEIPT, "results": {name: value for name, value in changed.items() if value is not None}}
 
@@ -80,10 +80,10 @@ def statement() -> dict[str, Any]:
     return json.loads(provenance.statement(RECEIPT))
 
 
-# --- what it says ---
+# --- content ---
 
 
-def test_it_says_which_wheel_was_made_and_how():
+def test_statement_is_read_back_as_provenance():
     results = RECEIPT["results"]
     assert told() == Provenance(
         file=results["file"], sha256=B, name="vllm", version="0.12.0+sm70", key=A, build_key=C, hermetic=True,
@@ -91,7 +91,7 @@ def test_it_says_which_wheel_was_made_and_how():
     )  # fmt: skip
 
 
-def test_in_toto_and_slsa_know_every_field_of_it(statement):
+def test_statement_parses_as_in_toto_and_slsa_messages(statement):
     parsed = Parse(json.dumps(statement), statement_pb2.Statement())
     Statement.copy_from_pb(parsed).validate()
     predicate = ParseDict(statement["predicate"], provenance_pb2.Provenance())
@@ -99,14 +99,14 @@ def test_in_toto_and_slsa_know_every_field_of_it(statement):
     assert predicate.build_definition.build_type == "urn:voltforge:wheel:1"
     assert predicate.run_details.builder.id == f"urn:voltforge:pipeline:{PIPELINE_VERSION}"
     assert predicate.run_details.metadata.invocation_id == f"wheels:vllm:{A}"
-    assert [dict(one.digest) for one in predicate.run_details.byproducts] == [{"sha256": D}]
+    assert [dict(byproduct.digest) for byproduct in predicate.run_details.byproducts] == [{"sha256": D}]
 
 
-def test_its_subject_is_the_wheel(statement):
+def test_subject_is_the_wheel(statement):
     assert statement["subject"] == [{"name": RECEIPT["results"]["file"], "digest": {"sha256": B}}]
 
 
-def test_what_a_person_decides_is_external_and_the_rest_internal(statement):
+def test_recipe_inputs_are_external_parameters_and_the_rest_internal(statement):
     definition = statement["predicate"]["buildDefinition"]
     assert definition["externalParameters"] == {
         "name": "vllm", "version": "0.12.0+sm70", "arch": ["7.0"], "variables": RECEIPT["inputs"]["variables"],
@@ -117,7 +117,7 @@ def test_what_a_person_decides_is_external_and_the_rest_internal(statement):
     }  # fmt: skip
 
 
-def test_a_material_has_its_digest_or_those_that_its_lock_permits(statement):
+def test_material_has_its_digest_or_its_permitted_digests(statement):
     assert statement["predicate"]["buildDefinition"]["resolvedDependencies"] == [
         {
             "name": "vllm", "uri": "pkg:pypi/vllm@0.12.0", "digest": {"sha256": C},
@@ -131,20 +131,20 @@ def test_a_material_has_its_digest_or_those_that_its_lock_permits(statement):
     ]  # fmt: skip
 
 
-def test_it_has_no_time_in_it(statement):
+def test_statement_has_no_timestamp(statement):
     assert [*statement["predicate"]["runDetails"]["metadata"]] == ["invocationId"]
 
 
-def test_nothing_that_was_not_compiled_is_called_hermetic():
-    made = told(hermetic=None, sandbox=None, build=None)
-    assert (made.hermetic, made.build) == (None, None)
+def test_hermetic_is_none_if_nothing_was_compiled():
+    parsed = told(hermetic=None, sandbox=None, build=None)
+    assert (parsed.hermetic, parsed.build) == (None, None)
     assert told(hermetic=False).hermetic is False
 
 
-# --- from receipts and back ---
+# --- round trip ---
 
 
-def test_equal_receipts_give_equal_bytes():
+def test_equal_receipts_give_equal_statements():
     def turned(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: turned(value[name]) for name in reversed(value)}
@@ -154,44 +154,44 @@ def test_equal_receipts_give_equal_bytes():
     assert provenance.statement(json.loads(json.dumps(RECEIPT))) == provenance.statement(RECEIPT)
 
 
-def test_other_inputs_and_other_materials_give_another_statement():
-    made = {provenance.statement(one) for one in (
+def test_changed_inputs_or_materials_give_another_statement():
+    statements = {provenance.statement(changed_receipt) for changed_receipt in (
         RECEIPT, {**RECEIPT, "inputs": {**RECEIPT["inputs"], "expect": {}}}, {**RECEIPT, "key": B},
         receipt(materials=[as_json(SOURCE)]), receipt(build=None),
     )}  # fmt: skip
-    assert len(made) == 5
+    assert len(statements) == 5
 
 
 @settings(deadline=None)
 @given(JSON.filter(lambda value: value is not None), st.lists(MATERIALS, min_size=1, max_size=4))
-def test_whatever_a_build_gave_comes_back(build, materials):
-    made = told(build=build, materials=[as_json(one) for one in materials])
-    assert made.build == build
-    assert made.materials == tuple(materials)
+def test_build_result_and_materials_are_read_back_unchanged(build, materials):
+    parsed = told(build=build, materials=[as_json(material) for material in materials])
+    assert parsed.build == build
+    assert parsed.materials == tuple(materials)
 
 
-def test_whole_numbers_come_back_as_such():
+def test_whole_numbers_are_read_back_as_integers():
     assert repr(told(build={"linked": [27, 0, -3], "wall": 2.5}).build) == "{'linked': [27, 0, -3], 'wall': 2.5}"
 
 
 @settings(deadline=None)
 @given(st.text("abcdefghijklmnopqrstuvwxyz0123456789_", min_size=1, max_size=9), st.integers(0, 99), st.booleans())
-def test_every_wheel_can_have_one(name, number, hermetic):
+def test_statement_of_any_wheel_name_is_read_back(name, number, hermetic):
     name = f"a{name}z".replace("__", "_")
-    made = told(
+    parsed = told(
         file=f"{name}-1.{number}-py3-none-any.whl",
         name=name.replace("_", "-"),
         version=f"1.{number}",
         hermetic=hermetic,
     )
-    assert (made.name, made.version, made.hermetic) == (name.replace("_", "-"), f"1.{number}", hermetic)
+    assert (parsed.name, parsed.version, parsed.hermetic) == (name.replace("_", "-"), f"1.{number}", hermetic)
 
 
-# --- receipts that give none ---
+# --- invalid receipts ---
 
 
 @pytest.mark.parametrize("name", provenance.NEEDED)
-def test_what_a_receipt_lacks_is_named(name):
+def test_missing_result_of_a_receipt_is_reported(name):
     with pytest.raises(ProvenanceError) as refusal:
         provenance.statement(receipt(**{name: None}))
     assert refusal.value.what == f"the receipt of wheels:vllm lacks {name}"
@@ -208,19 +208,19 @@ def test_what_a_receipt_lacks_is_named(name):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_receipt_that_no_statement_can_be_made_of_is_refused(results):
+def test_invalid_receipt_is_refused(results):
     with pytest.raises(ProvenanceError, match="cannot be written: "):
         provenance.statement(receipt(**results))
 
 
-def test_a_receipt_of_nothing_is_refused():
+def test_empty_receipt_is_refused():
     with pytest.raises(ProvenanceError, match="lacks file, name, version"):
         provenance.statement({})
     with pytest.raises(ProvenanceError, match="cannot be written"):
         provenance.statement({"results": RECEIPT["results"]})
 
 
-# --- statements that are none ---
+# --- invalid statements ---
 
 SUBJECT, PREDICATE = ("subject",), ("predicate",)
 DEFINITION, DETAILS = ("predicate", "buildDefinition"), ("predicate", "runDetails")
@@ -289,21 +289,23 @@ WRONG = [
 
 
 def changed(statement: dict[str, Any], path: tuple, value: Any) -> bytes:
-    """The statement with something else at a path, or nothing."""
-    other = copy.deepcopy(statement)
-    place = other
+    """Return the statement with a changed or removed value at a path."""
+    copied = copy.deepcopy(statement)
+    place = copied
     for step in path[:-1]:
         place = place[step]
     if value is GONE:
         del place[path[-1]]
     else:
         place[path[-1]] = value
-    return json.dumps(other).encode()
+    return json.dumps(copied).encode()
 
 
-@pytest.mark.parametrize(("path", "value", "said"), WRONG, ids=lambda part: str(part)[:40] if part != GONE else "gone")
-def test_a_statement_with_something_amiss_is_refused(statement, counted, path, value, said):
-    with pytest.raises(ProvenanceError, match=said) as refusal:
+@pytest.mark.parametrize(
+    ("path", "value", "message"), WRONG, ids=lambda part: str(part)[:40] if part != GONE else "gone"
+)
+def test_invalid_statement_is_refused(statement, counted, path, value, message):
+    with pytest.raises(ProvenanceError, match=message) as refusal:
         provenance.read(changed(statement, path, value))
     assert "\n" not in refusal.value.what
     assert len(refusal.value.what) < 500
@@ -317,7 +319,7 @@ def paths(value: Any, before: tuple = ()) -> Iterator[tuple]:
         yield from paths(one, (*before, step))
 
 
-def test_whatever_stands_anywhere_in_it_is_read_or_refused(statement, counted):
+def test_statement_with_any_value_replaced_is_read_or_refused(statement, counted):
     refused = 0
     for path in paths(statement):
         for value in (GONE, None, True, 0, -1.5, "", "x", [], {}, [[]], {"x": {}}):
@@ -329,7 +331,7 @@ def test_whatever_stands_anywhere_in_it_is_read_or_refused(statement, counted):
     counted(ROW, refused)
 
 
-def test_a_statement_that_is_cut_off_is_refused(statement, counted):
+def test_truncated_statement_is_refused(statement, counted):
     payload = provenance.statement(RECEIPT)
     for end in range(0, len(payload), 5):
         with pytest.raises(ProvenanceError, match="not an in-toto statement"):
@@ -337,19 +339,19 @@ def test_a_statement_that_is_cut_off_is_refused(statement, counted):
         counted(ROW)
 
 
-def test_what_is_no_statement_is_refused(counted):
+def test_document_that_is_not_a_statement_is_refused(counted):
     payload = provenance.statement(RECEIPT)
-    others = [b"[]", b"{}", b"null", b"1", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"predicate":' * 100_000]
-    others += [payload + b"x", payload * 2, payload.replace(b'"_type"', b'"_type":"","_type"')]
-    others += [payload.replace(b'"hermetic":true', b'"hermetic":NaN')]
-    for bad in others:
+    documents = [b"[]", b"{}", b"null", b"1", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"predicate":' * 100_000]
+    documents += [payload + b"x", payload * 2, payload.replace(b'"_type"', b'"_type":"","_type"')]
+    documents += [payload.replace(b'"hermetic":true', b'"hermetic":NaN')]
+    for bad in documents:
         with pytest.raises(ProvenanceError):
             provenance.read(bad)
-    counted(ROW, len(others))
+    counted(ROW, len(documents))
 
 
 @settings(deadline=None)
 @given(st.binary())
-def test_any_bytes_are_refused_in_a_sentence(content):
+def test_arbitrary_bytes_are_refused(content):
     with pytest.raises(ProvenanceError, match="not an in-toto statement"):
         provenance.read(content)

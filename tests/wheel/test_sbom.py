@@ -1,4 +1,4 @@
-"""SBOMs of real unpacked wheels: what is in them, what built them, valid for any materials, always the same bytes."""
+"""Tests of SBOMs of unpacked wheels: content, requirements and materials; valid and reproducible."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ ANY = st.builds(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """An unpacked wheel with an extension, a library and Python files."""
+    """Return an unpacked wheel with an extension, a library and Python files."""
     room = tmp_path_factory.mktemp("wheel")
     extension = compiled(room / "made" / "_C.so", "int answer(void) { return 42; }")
     content = {"vllm/__init__.py": "", "vllm/_C.abi3.so": extension, "vllm.libs/libx.so.1": extension, "vllm/a.so": "x"}
@@ -80,62 +80,68 @@ def document(folder) -> dict:
 
 
 def components(document: dict, scope: str) -> dict[str, dict]:
-    return {one["name"]: one for one in document["components"] if one["scope"] == scope}
+    return {component["name"]: component for component in document["components"] if component["scope"] == scope}
 
 
 def sha256(value: str) -> dict:
     return {"alg": "SHA-256", "content": value}
 
 
-# --- what it says ---
+# --- content ---
 
 
-def test_the_wheel_is_described(document):
+def test_wheel_is_the_described_component(document):
     described = document["metadata"]["component"]
     assert (described["type"], described["name"], described["version"]) == ("library", "vllm", "0.12.0+sm70")
     assert described["purl"] == "pkg:pypi/vllm@0.12.0%2Bsm70"
     assert (document["bomFormat"], document["specVersion"]) == ("CycloneDX", "1.6")
 
 
-def test_the_tool_is_voltforge_and_no_library_of_this_machine(document):
+def test_tool_is_voltforge_without_the_cyclonedx_library(document):
     [tool] = document["metadata"]["tools"]["components"]
     assert (tool["name"], tool["version"]) == ("voltforge", str(PIPELINE_VERSION))
     assert "cyclonedx-python" not in json.dumps(document)
 
 
-def test_its_native_binaries_are_in_it_by_hash(folder, document):
-    found = {name: one for name, one in components(document, "required").items() if one["type"] == "file"}
-    assert {name: one["hashes"] for name, one in found.items()} == {
+def test_native_binaries_are_listed_with_hashes(folder, document):
+    binaries = {
+        name: component for name, component in components(document, "required").items() if component["type"] == "file"
+    }
+    assert {name: component["hashes"] for name, component in binaries.items()} == {
         name: [sha256(files.sha256(folder / name))] for name in ("vllm/_C.abi3.so", "vllm.libs/libx.so.1")
     }
 
 
-def test_what_it_asks_for_is_named_without_a_version(document):
-    found = {name: one for name, one in components(document, "required").items() if one["type"] == "library"}
-    assert {name: one["purl"] for name, one in found.items()} == {
+def test_requirements_are_listed_without_a_version(document):
+    requirements = {
+        name: component
+        for name, component in components(document, "required").items()
+        if component["type"] == "library"
+    }
+    assert {name: component["purl"] for name, component in requirements.items()} == {
         name: f"pkg:pypi/{name}" for name in ("torch", "typing-extensions", "tomli", "numpy")
     }
-    assert not any("version" in one for one in found.values())
-    assert sorted(one["value"] for one in found["numpy"]["properties"]) == [
+    assert not any("version" in component for component in requirements.values())
+    assert sorted(component["value"] for component in requirements["numpy"]["properties"]) == [
         'numpy; python_version >= "3.12"', 'numpy<3; python_version < "3.12"', 'numpy[fast]; extra == "ray"',
     ]  # fmt: skip
 
 
-def test_what_only_an_extra_asks_for_is_optional(document):
+def test_requirement_of_an_extra_is_optional(document):
     assert [*components(document, "optional")] == ["ray"]
 
 
-def test_the_wheel_depends_on_what_it_asks_for_and_on_nothing_that_built_it(document):
-    names = {one["bom-ref"]: one["name"] for one in document["components"]}
-    graph = {one["ref"]: one.get("dependsOn", []) for one in document["dependencies"]}
+def test_wheel_depends_on_requirements_and_not_on_build_tools(document):
+    names = {entry["bom-ref"]: entry["name"] for entry in document["components"]}
+    graph = {entry["ref"]: entry.get("dependsOn", []) for entry in document["dependencies"]}
     wanted = {names[ref] for ref in graph.pop(document["metadata"]["component"]["bom-ref"])}
     assert wanted == {"torch", "typing-extensions", "tomli", "numpy", "ray"}
     assert not any(graph.values())
 
 
-def test_sources_and_patches_are_its_pedigree(document):
+def test_sources_and_patches_are_the_pedigree(document):
     pedigree = document["metadata"]["component"]["pedigree"]
-    source, torch = sorted(pedigree["ancestors"], key=lambda one: one["name"], reverse=True)
+    source, torch = sorted(pedigree["ancestors"], key=lambda ancestor: ancestor["name"], reverse=True)
     assert (source["name"], source["version"], source["hashes"]) == ("vllm", "0.12.0", [sha256(A)])
     assert source["purl"] == MATERIALS[0].uri
     assert torch["externalReferences"] == [
@@ -147,18 +153,18 @@ def test_sources_and_patches_are_its_pedigree(document):
     ]
 
 
-def test_what_built_it_is_there_but_not_in_it(document):
-    found = components(document, "excluded")
-    assert {name: one["type"] for name, one in found.items()} == {
+def test_build_tools_have_scope_excluded(document):
+    tools = components(document, "excluded")
+    assert {name: component["type"] for name, component in tools.items()} == {
         "vllm.toml": "file", "vllm-build.txt": "file", "cmake": "library", "jinja2": "library",
         "bin/nvcc": "application",
     }  # fmt: skip
-    assert found["bin/nvcc"]["hashes"] == [sha256(C)]
-    assert found["jinja2"]["hashes"] == [sha256(A)]
-    assert "externalReferences" not in found["jinja2"]
+    assert tools["bin/nvcc"]["hashes"] == [sha256(C)]
+    assert tools["jinja2"]["hashes"] == [sha256(A)]
+    assert "externalReferences" not in tools["jinja2"]
 
 
-def test_one_of_the_files_that_a_lock_permits_was_the_package(document):
+def test_package_with_several_permitted_files_has_all_hashes_as_reference(document):
     cmake = components(document, "excluded")["cmake"]
     assert "hashes" not in cmake
     assert cmake["externalReferences"] == [
@@ -166,38 +172,38 @@ def test_one_of_the_files_that_a_lock_permits_was_the_package(document):
     ]
 
 
-def test_the_real_locks_and_recipes_can_be_described(folder):
+def test_packages_of_a_real_lock_are_described(folder):
     locks = [*materials.of_lock(ROOT / "recipes/locks/vllm-build.txt")]
-    found = described(folder, *locks)
-    assert {one["name"] for one in found["components"]} > {one.name for one in locks}
+    document = described(folder, *locks)
+    assert {package["name"] for package in document["components"]} > {package.name for package in locks}
 
 
-def test_a_wheel_that_asks_for_nothing_is_described_without_a_word(tmp_path):
+def test_wheel_without_requirements_gives_no_warning(tmp_path):
     bare = unpacked(tmp_path, {"bare.py": ""})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = described(bare, MATERIALS[4])
-    assert [one["name"] for one in found["components"]] == ["vllm.toml"]
+        document = described(bare, MATERIALS[4])
+    assert [component["name"] for component in document["components"]] == ["vllm.toml"]
 
 
-# --- always the same ---
+# --- reproducible ---
 
 
 @settings(max_examples=15, deadline=None)  # the schema's check of an address takes 10 ms
 @given(st.lists(ANY, max_size=4), st.randoms(use_true_random=False))
-def test_any_materials_in_any_order_give_one_valid_document(folder, materials, order):
+def test_materials_in_any_order_give_the_same_valid_document(folder, materials, order):
     shuffled = materials + materials[:1]
     order.shuffle(shuffled)
-    made = [
+    documents = [
         sbom.describe(folder, name="vllm", version="1", materials=group, epoch=EPOCH) for group in (materials, shuffled)
     ]
-    assert made[0] == made[1]
-    assert sbom.problems(made[0]) == []
-    built_it = [one for one in set(materials) if one.kind not in ("source", "patch")]
-    assert sum(one["scope"] == "excluded" for one in json.loads(made[0])["components"]) == len(built_it)
+    assert documents[0] == documents[1]
+    assert sbom.problems(documents[0]) == []
+    tools = [entry for entry in set(materials) if entry.kind not in ("source", "patch")]
+    assert sum(entry["scope"] == "excluded" for entry in json.loads(documents[0])["components"]) == len(tools)
 
 
-def test_another_process_in_another_place_gives_the_same_bytes(folder, tmp_path):
+def test_sbom_is_the_same_in_another_process_and_environment(folder, tmp_path):
     work = (
         "import json, sys; from pathlib import Path\n"
         "from voltforge.sources.materials import from_json; from voltforge.wheel import sbom\n"
@@ -216,22 +222,22 @@ def test_another_process_in_another_place_gives_the_same_bytes(folder, tmp_path)
     assert done.stderr == b""
 
 
-def test_its_serial_number_is_of_its_content(folder, document):
+def test_serial_number_depends_on_the_content(folder, document):
     again = described(folder, *random.sample(MATERIALS, len(MATERIALS)))
     other = described(folder, *MATERIALS[1:])
     assert document["serialNumber"] == again["serialNumber"] != other["serialNumber"]
     assert uuid.UUID(document["serialNumber"]).version == 5
 
 
-def test_its_time_is_the_given_one_in_utc(folder):
+def test_timestamp_is_the_epoch_in_utc(folder):
     assert described(folder, epoch=1_700_000_000)["metadata"]["timestamp"] == "2023-11-14T22:13:20+00:00"
 
 
-# --- what cannot be described ---
+# --- refused input ---
 
 
 @pytest.mark.parametrize("wrong", ["a requirement", "no METADATA"])
-def test_a_wheel_whose_metadata_cannot_be_read_is_refused(tmp_path, wrong):
+def test_wheel_with_unreadable_metadata_is_refused(tmp_path, wrong):
     folder = unpacked(tmp_path / "a", {}, metadata="Requires-Dist: ===\n")
     if wrong == "no METADATA":
         (folder / "sample-1.0.dist-info" / "METADATA").unlink()
@@ -239,7 +245,7 @@ def test_a_wheel_whose_metadata_cannot_be_read_is_refused(tmp_path, wrong):
         described(folder)
 
 
-def test_a_folder_that_is_no_unpacked_wheel_is_refused(tmp_path):
+def test_sbom_of_a_folder_without_dist_info_is_refused(tmp_path):
     with pytest.raises(WheelError, match="dist-info"):
         described(tmp_path)
 
@@ -248,13 +254,13 @@ def test_a_folder_that_is_no_unpacked_wheel_is_refused(tmp_path):
     "uri",
     ["pkg:", "pkg:pypi", "https://a.invalid/%zz", "https://a.invalid/#b#c", "https://a.invalid\\b", "https://a|b"],
 )
-def test_an_address_that_is_none_is_refused(folder, uri):
+def test_invalid_address_is_refused(folder, uri):
     with pytest.raises(SbomError):
         described(folder, Material("one", "package", "1", uri, (A,)))
 
 
 @pytest.mark.parametrize("epoch", [10**15, -(10**15)])
-def test_a_time_that_no_calendar_has_is_refused(folder, epoch):
+def test_epoch_outside_the_calendar_is_refused(folder, epoch):
     with pytest.raises(SbomError, match="cannot be described"):
         described(folder, epoch=epoch)
 
@@ -278,11 +284,11 @@ def test_a_valid_document_has_no_problems(document):
     ],
     ids=["a key more", "another format", "no serial number", "no type", "no hash", "no time"],
 )
-def test_what_the_schema_forbids_is_named(document, change, where):
-    wrong = sbom.problems(json.dumps({**document, **change}).encode())
-    assert re.search(where, " ".join(wrong))
+def test_schema_violation_is_reported_with_its_path(document, change, where):
+    violations = sbom.problems(json.dumps({**document, **change}).encode())
+    assert re.search(where, " ".join(violations))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
-def test_what_is_no_json_is_a_problem(content):
+def test_document_that_is_not_json_is_reported(content):
     assert sbom.problems(content) == ["it is not JSON"]

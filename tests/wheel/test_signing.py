@@ -1,4 +1,4 @@
-"""Keys, what is trusted, and envelopes: signed here, checked by others, and refused when a single bit has changed."""
+"""Tests of keys, trust and envelopes: signatures verify, and an envelope with one changed bit is refused."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ def refused(envelope: bytes, trust: Trust) -> bool:
 # --- the key ---
 
 
-def test_a_new_key_is_for_its_owner_alone_and_is_read_again(tmp_path):
+def test_new_key_is_readable_by_its_owner_only_and_loads(tmp_path):
     path = tmp_path / "new folder" / "key.pem"
-    made = signing.make_key(path)
+    key = signing.make_key(path)
     assert path.stat().st_mode & 0o777 == 0o600
     assert [*path.parent.iterdir()] == [path]
-    assert Signer.load(path) == made
+    assert Signer.load(path) == key
 
 
-def test_openssl_finds_the_same_public_key_in_it(tmp_path):
-    made = signing.make_key(tmp_path / "key.pem")
+def test_openssl_reads_the_same_public_key(tmp_path):
+    key = signing.make_key(tmp_path / "key.pem")
     printed = subprocess.run(
         ["openssl", "pkey", "-in", tmp_path / "key.pem", "-pubout"], capture_output=True, text=True, check=True
     )
-    assert printed.stdout == made.public
+    assert printed.stdout == key.public
 
 
-def test_a_key_that_openssl_has_made_is_read(tmp_path):
+def test_key_made_by_openssl_signs_and_verifies(tmp_path):
     path = tmp_path / "key.pem"
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", path], check=True)
     path.chmod(0o600)
@@ -78,18 +78,18 @@ def test_a_key_that_openssl_has_made_is_read(tmp_path):
     )
 
 
-def test_two_new_keys_are_two_keys(signer, stranger):
+def test_new_keys_differ(signer, stranger):
     assert signer.keyid != stranger.keyid
     assert signer.public != stranger.public
 
 
-def test_a_key_has_the_id_that_securesystemslib_gives_it(signer):
+def test_key_id_matches_securesystemslib(signer):
     private = Ed25519PrivateKey.from_private_bytes(signer.secret)
     assert signer.keyid == CryptoSigner(private).public_key.keyid
 
 
 @pytest.mark.parametrize("kind", ["a key", "a file", "a broken link"])
-def test_what_stands_where_a_new_key_should_go_stays(tmp_path, kind):
+def test_existing_file_is_not_replaced_by_a_new_key(tmp_path, kind):
     path = tmp_path / "key.pem"
     if kind == "a key":
         signing.make_key(path)
@@ -103,14 +103,14 @@ def test_what_stands_where_a_new_key_should_go_stays(tmp_path, kind):
     assert path.lstat() == before
 
 
-def test_a_key_that_cannot_be_written_is_told_in_a_sentence(tmp_path):
+def test_unwritable_key_is_reported(tmp_path):
     tmp_path.chmod(0o555)
     with ordinary_user(), pytest.raises(SignatureError, match="cannot be written: Permission denied"):
         signing.make_key(tmp_path / "key.pem")
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o610, 0o601, 0o644])
-def test_a_key_that_is_open_to_others_is_refused(tmp_path, mode):
+def test_key_accessible_to_other_users_is_refused(tmp_path, mode):
     signing.make_key(tmp_path / "key.pem")
     (tmp_path / "key.pem").chmod(mode)
     with pytest.raises(SignatureError) as refusal:
@@ -119,10 +119,10 @@ def test_a_key_that_is_open_to_others_is_refused(tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400])
-def test_a_key_that_only_its_owner_can_read_is_used(tmp_path, mode):
-    made = signing.make_key(tmp_path / "key.pem")
+def test_key_readable_by_its_owner_only_is_loaded(tmp_path, mode):
+    key = signing.make_key(tmp_path / "key.pem")
     (tmp_path / "key.pem").chmod(mode)
-    assert Signer.load(tmp_path / "key.pem") == made
+    assert Signer.load(tmp_path / "key.pem") == key
 
 
 OTHER_KEYS = {
@@ -139,43 +139,43 @@ OTHER_KEYS = {
 
 
 @pytest.mark.parametrize("kind", OTHER_KEYS)
-def test_what_is_no_ed25519_key_is_refused(tmp_path, kind):
+def test_key_that_is_not_ed25519_is_refused(tmp_path, kind):
     with pytest.raises(SignatureError, match="not an Ed25519 key"):
         Signer.load(private_file(tmp_path / "key.pem", OTHER_KEYS[kind]))
 
 
 @pytest.mark.parametrize(("name", "why"), [("nowhere", "No such file"), ("", "Is a directory")])
-def test_a_key_that_cannot_be_read_is_told_in_a_sentence(tmp_path, name, why):
+def test_unreadable_key_is_reported(tmp_path, name, why):
     with pytest.raises(SignatureError, match=why):
         Signer.load(tmp_path / name)
 
 
-def test_a_key_that_is_printed_does_not_show_its_secret(signer):
+def test_repr_of_a_signer_hides_the_private_key(signer):
     assert repr(signer.secret) not in repr(signer)
     assert signer.secret.hex() not in repr(signer)
 
 
-# --- what is trusted ---
+# --- trusted keys ---
 
 
-def test_keys_are_found_between_comments(tmp_path, signer, stranger):
+def test_trusted_keys_are_read_between_comments(tmp_path, signer, stranger):
     path = tmp_path / "trusted.pem"
     path.write_text(f"the build machine, since May\n{signer.public}\n# a friend: -----\n{stranger.public}the end")
     assert Trust.load(path) == Trust.of(signer, stranger)
 
 
-def test_trust_is_joined(signer, stranger):
+def test_trust_is_combined_with_or(signer, stranger):
     assert Trust.of(signer) | Trust.of(stranger) == Trust.of(signer, stranger)
     assert Trust() | Trust.of(signer) == Trust.of(signer)
 
 
-def test_no_trust_is_falsy(signer):
+def test_empty_trust_is_falsy(signer):
     assert not Trust()
     assert Trust.of(signer)
 
 
 @pytest.mark.parametrize("wrong", ["a private key", "no end", "another kind", "not base64"])
-def test_the_block_that_is_no_public_key_is_named(tmp_path, signer, stranger, wrong):
+def test_block_that_is_not_a_public_key_is_reported_with_its_line(tmp_path, signer, stranger, wrong):
     block = {
         "a private key": pem(Ed25519PrivateKey.generate()).decode(),
         "no end": stranger.public.replace("-----END PUBLIC KEY-----", ""),
@@ -191,13 +191,13 @@ def test_the_block_that_is_no_public_key_is_named(tmp_path, signer, stranger, wr
 
 
 @pytest.mark.parametrize("content", [b"", b"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5 me\n", b"# nobody yet\n"])
-def test_a_file_without_any_key_is_refused(tmp_path, content):
+def test_trusted_file_without_a_key_is_refused(tmp_path, content):
     (tmp_path / "trusted.pem").write_bytes(content)
     with pytest.raises(SignatureError, match="holds no public key"):
         Trust.load(tmp_path / "trusted.pem")
 
 
-def test_trusted_keys_that_cannot_be_read_are_told_in_a_sentence(tmp_path):
+def test_unreadable_trusted_file_is_reported(tmp_path):
     with pytest.raises(SignatureError, match="No such file"):
         Trust.load(tmp_path / "nowhere")
     (tmp_path / "trusted.pem").write_bytes(b"\xff\xfe")
@@ -210,21 +210,21 @@ def test_trusted_keys_that_cannot_be_read_are_told_in_a_sentence(tmp_path):
 
 @settings(deadline=None)
 @given(st.binary())
-def test_what_is_sealed_is_what_comes_out(signer, payload):
+def test_payload_of_an_envelope_is_read_back(signer, payload):
     envelope = signing.make_envelope(payload, signer)
     assert signing.unverified_payload(envelope) == signing.verified_payload(envelope, Trust.of(signer)) == payload
     assert signing.unverified_payload(signing.make_envelope(payload, None)) == payload
 
 
-def test_an_envelope_is_one_line_and_always_the_same(signer):
+def test_envelope_is_one_line_and_reproducible(signer):
     envelope = signing.make_envelope(STATEMENT, signer)
     assert envelope.endswith(b"\n")
     assert envelope.count(b"\n") == 1
     assert signing.make_envelope(STATEMENT, signer) == envelope
 
 
-def test_the_signature_is_over_what_the_specification_says(signer):
-    """DSSE v1.0: the signature is over ``DSSEv1 LEN(type) type LEN(body) body``, here without the library."""
+def test_signature_is_over_the_encoding_of_the_dsse_specification(signer):
+    """Check the signature over ``DSSEv1 LEN(type) type LEN(body) body`` (DSSE v1.0) without securesystemslib."""
     envelope = json.loads(signing.make_envelope(STATEMENT, signer))
     signed = b"DSSEv1 28 application/vnd.in-toto+json %d %s" % (len(STATEMENT), STATEMENT)
     [signature] = envelope["signatures"]
@@ -233,26 +233,26 @@ def test_the_signature_is_over_what_the_specification_says(signer):
     assert base64.b64decode(envelope["payload"]) == STATEMENT
 
 
-def test_without_a_signature_it_is_not_believed(signer):
+def test_unsigned_envelope_is_refused(signer):
     with pytest.raises(SignatureError, match="not signed"):
         signing.verified_payload(signing.make_envelope(STATEMENT, None), Trust.of(signer))
 
 
-def test_an_unknown_key_is_named(signer, stranger):
+def test_unknown_key_is_refused_and_reported(signer, stranger):
     with pytest.raises(SignatureError, match=f"unknown key {stranger.keyid}"):
         signing.verified_payload(signing.make_envelope(STATEMENT, stranger), Trust.of(signer))
     with pytest.raises(SignatureError, match="unknown key"):
         signing.verified_payload(signing.make_envelope(STATEMENT, stranger), Trust())
 
 
-def test_the_signature_of_another_statement_is_wrong(signer):
-    mine, other = (json.loads(signing.make_envelope(text, signer)) for text in (STATEMENT, b"{}"))
-    forged = {**mine, "signatures": other["signatures"]}
+def test_signature_of_another_statement_is_refused(signer):
+    envelope, other = (json.loads(signing.make_envelope(text, signer)) for text in (STATEMENT, b"{}"))
+    forged = {**envelope, "signatures": other["signatures"]}
     with pytest.raises(SignatureError, match=f"by the key {signer.keyid} is not valid"):
         signing.verified_payload(line(forged), Trust.of(signer))
 
 
-def test_a_stranger_who_writes_our_key_id_is_not_believed(signer, stranger):
+def test_signature_under_a_foreign_key_id_is_refused(signer, stranger):
     forged = json.loads(signing.make_envelope(STATEMENT, stranger))
     forged["signatures"][0]["keyid"] = signer.keyid
     with pytest.raises(SignatureError, match="not valid"):
@@ -260,10 +260,10 @@ def test_a_stranger_who_writes_our_key_id_is_not_believed(signer, stranger):
 
 
 @pytest.mark.parametrize("first", ["unknown", "wrong", "too short"])
-def test_one_right_signature_of_several_is_enough(signer, stranger, first):
+def test_one_valid_signature_of_several_is_sufficient(signer, stranger, first):
     both = Envelope(STATEMENT, signing.PAYLOAD_TYPE, {})
-    for one in (stranger, signer):
-        both.sign(CryptoSigner(Ed25519PrivateKey.from_private_bytes(one.secret)))
+    for key in (stranger, signer):
+        both.sign(CryptoSigner(Ed25519PrivateKey.from_private_bytes(key.secret)))
     value = both.to_dict()
     if first != "unknown":
         value["signatures"][0]["sig"] = base64.b64encode(bytes(64 if first == "wrong" else 5)).decode()
@@ -276,7 +276,7 @@ def line(envelope: dict) -> bytes:
     return json.dumps(envelope, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
-def test_every_flipped_bit_is_noticed(signer, counted):
+def test_envelope_with_any_flipped_bit_is_refused(signer, counted):
     envelope, trust = signing.make_envelope(STATEMENT, signer), Trust.of(signer)
     flipped = [
         envelope[:place] + bytes([envelope[place] ^ 1 << bit]) + envelope[place + 1 :]
@@ -287,17 +287,17 @@ def test_every_flipped_bit_is_noticed(signer, counted):
     counted(ROW, len(flipped))
 
 
-def test_every_envelope_that_is_cut_off_or_goes_on_is_refused(signer, counted):
+def test_truncated_or_extended_envelope_is_refused(signer, counted):
     envelope, trust = signing.make_envelope(STATEMENT, signer), Trust.of(signer)
-    others = [envelope[:end] for end in range(len(envelope))]
-    others += [envelope + more for more in (b"\n", b" ", b"\0", b"{}", envelope)] + [b" " + envelope]
-    assert [bad for bad in others if not refused(bad, trust)] == []
-    counted(ROW, len(others))
+    changed = [envelope[:end] for end in range(len(envelope))]
+    changed += [envelope + more for more in (b"\n", b" ", b"\0", b"{}", envelope)] + [b" " + envelope]
+    assert [bad for bad in changed if not refused(bad, trust)] == []
+    counted(ROW, len(changed))
 
 
 @settings(deadline=None)
 @given(st.integers(0, 10_000), st.binary(max_size=3), st.integers(0, 3))
-def test_no_other_bytes_are_believed(signer, place, inserted, removed):
+def test_envelope_with_edited_bytes_is_refused(signer, place, inserted, removed):
     envelope = signing.make_envelope(STATEMENT, signer)
     place %= len(envelope) + 1
     changed = envelope[:place] + inserted + envelope[place + removed :]
@@ -310,7 +310,7 @@ MALFORMED = [
     {**GOOD, "more": 1},
     {**GOOD, "payload": None},
     {**GOOD, "payload": "e30"},
-    {**GOOD, "payload": "e31="},  # the same bytes in base64 that is not as it is written
+    {**GOOD, "payload": "e31="},  # base64 of the same bytes in a form that an encoder does not write
     {**GOOD, "payload": "€"},
     {**GOOD, "payload": "\ud800"},
     {**GOOD, "payloadType": "text/plain"},
@@ -330,18 +330,18 @@ MALFORMED = [
 ]  # fmt: skip
 
 
-def test_what_is_no_envelope_is_refused_in_a_sentence(counted):
+def test_malformed_envelope_is_refused(counted):
     assert signing.unverified_payload(line(GOOD)) == b"{}"
-    others = [*map(line, MALFORMED), b"", b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000]
-    others += [json.dumps(GOOD).encode(), json.dumps(GOOD, sort_keys=True, indent=1).encode() + b"\n"]
-    others += [line(GOOD).replace(b'{"payload":', b'{"payload":"e30=","payload":', 1)]
-    for bad in others:
+    envelopes = [*map(line, MALFORMED), b"", b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000]
+    envelopes += [json.dumps(GOOD).encode(), json.dumps(GOOD, sort_keys=True, indent=1).encode() + b"\n"]
+    envelopes += [line(GOOD).replace(b'{"payload":', b'{"payload":"e30=","payload":', 1)]
+    for bad in envelopes:
         with pytest.raises(SignatureError, match="DSSE envelope"):
             signing.unverified_payload(bad)
-    counted(ROW, len(others))
+    counted(ROW, len(envelopes))
 
 
-# --- what is configured ---
+# --- settings ---
 
 
 @pytest.fixture
@@ -350,37 +350,37 @@ def home(tmp_path) -> Path:
     return tmp_path
 
 
-def test_without_any_file_nothing_is_signed_and_nobody_trusted(home):
+def test_without_key_files_there_is_no_signer_and_no_trust(home):
     assert signing.configured_keys({"HOME": str(home)}) == (None, Trust())
 
 
-def test_a_person_trusts_their_own_key(home):
-    made = signing.make_key(home / ".config" / "voltforge" / "key.pem")
-    assert signing.configured_keys({"HOME": str(home)}) == (made, Trust.of(made))
+def test_own_key_is_trusted(home):
+    key = signing.make_key(home / ".config" / "voltforge" / "key.pem")
+    assert signing.configured_keys({"HOME": str(home)}) == (key, Trust.of(key))
 
 
-def test_a_person_trusts_the_keys_of_their_file_besides(home, stranger):
-    made = signing.make_key(home / ".config" / "voltforge" / "key.pem")
+def test_keys_of_the_trusted_file_are_added_to_the_own_key(home, stranger):
+    key = signing.make_key(home / ".config" / "voltforge" / "key.pem")
     (home / ".config" / "voltforge" / "trusted.pem").write_text(stranger.public)
-    assert signing.configured_keys({"HOME": str(home)}) == (made, Trust.of(made, stranger))
+    assert signing.configured_keys({"HOME": str(home)}) == (key, Trust.of(key, stranger))
 
 
-def test_files_that_are_named_count_and_not_the_defaults(home, signer, stranger):
+def test_key_files_named_by_variables_replace_the_defaults(home, signer, stranger):
     signing.make_key(home / ".config" / "voltforge" / "key.pem")
-    made = signing.make_key(home / "other.pem")
+    key = signing.make_key(home / "other.pem")
     (home / "friends.pem").write_text(stranger.public)
     named = {"VOLTFORGE_KEY": str(home / "other.pem"), "VOLTFORGE_TRUSTED": str(home / "friends.pem")}
-    assert signing.configured_keys({"HOME": str(home), **named}) == (made, Trust.of(made, stranger))
+    assert signing.configured_keys({"HOME": str(home), **named}) == (key, Trust.of(key, stranger))
 
 
 @pytest.mark.parametrize("variable", ["VOLTFORGE_KEY", "VOLTFORGE_TRUSTED"])
-def test_a_named_file_that_is_missing_is_an_error(home, variable):
+def test_missing_key_file_named_by_a_variable_is_refused(home, variable):
     with pytest.raises(SignatureError, match="nowhere cannot be read: No such file"):
         signing.configured_keys({"HOME": str(home), variable: str(home / "nowhere")})
     assert signing.configured_keys({"HOME": str(home), variable: ""}) == (None, Trust())
 
 
-def test_the_defaults_are_where_the_desktop_keeps_settings():
+def test_default_paths_follow_the_xdg_specification():
     places = (signing.default_key, signing.default_trusted)
     assert [str(place({"HOME": "/h"})) for place in places] == [
         "/h/.config/voltforge/key.pem", "/h/.config/voltforge/trusted.pem",
@@ -389,11 +389,11 @@ def test_the_defaults_are_where_the_desktop_keeps_settings():
     assert str(signing.default_key({"HOME": "/h", "XDG_CONFIG_HOME": "x"})) == "/h/.config/voltforge/key.pem"
 
 
-# --- the start of every ./doit ---
+# --- imports ---
 
 
 @pytest.mark.parametrize("module", ["wheel.signing", "sources.materials", "wheel.sbom", "wheel.provenance"])
-def test_what_is_slow_to_import_is_imported_when_it_is_needed(module):
+def test_slow_libraries_are_not_imported_with_the_module(module):
     look = (
         f"import sys, voltforge.{module}\n"
         "slow = {'cryptography', 'securesystemslib', 'cyclonedx', 'in_toto_attestation', 'google', 'packageurl'}\n"

@@ -1,4 +1,4 @@
-"""Wheels thinned to some archs: what stays is the same bytes, what is left out says so when it is called."""
+"""Tests of thinning wheels: remaining images keep their bytes, and stubs name the called function."""
 
 import re
 import shutil
@@ -25,29 +25,29 @@ def called(path: Path, name: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
 
-def test_a_stub_answers_or_says_which_function_was_called_and_ends_the_program(tmp_path):
+def test_stub_returns_a_value_or_prints_the_called_function_and_aborts(tmp_path):
     path = tmp_path / "libodd.so.3"
     make_stub(path, "libodd.so.3", ["compute", "is_there", "_ZN3odd4tellEv"], STUB)
     assert called(path, "is_there").stdout == "7\n"
     done = called(path, "compute")
     assert done.returncode == -6
     assert done.stderr == "compute was called, a function of libodd.so.3, which is left out.\n"
-    found = Elf.read(path)
-    assert found.soname == "libodd.so.3"
-    assert found.names == {"compute", "is_there", "_ZN3odd4tellEv"}
-    assert found.needed == ("libc.so.6",)
-    assert found.needs == {("libc.so.6", "GLIBC_2.2.5")}
+    library = Elf.read(path)
+    assert library.soname == "libodd.so.3"
+    assert library.names == {"compute", "is_there", "_ZN3odd4tellEv"}
+    assert library.needed == ("libc.so.6",)
+    assert library.needs == {("libc.so.6", "GLIBC_2.2.5")}
     assert path.stat().st_size < 20_000
 
 
-def test_a_stub_is_the_same_bytes_wherever_it_is_made(tmp_path):
+def test_stub_is_reproducible_in_any_folder(tmp_path):
     for folder in ("one", "two"):
         make_stub(tmp_path / folder / "libodd.so", "libodd.so", ["compute"], STUB)
     assert (tmp_path / "one/libodd.so").read_bytes() == (tmp_path / "two/libodd.so").read_bytes()
 
 
 @pytest.mark.parametrize("symbol", ["_ZTV3Odd", "not a name", "odd@@V1"])
-def test_what_is_no_function_gets_no_stub(tmp_path, symbol):
+def test_stub_of_a_symbol_that_is_not_a_function_is_refused(tmp_path, symbol):
     with pytest.raises(ThinError, match="which is not a function"):
         make_stub(tmp_path / "libodd.so", "libodd.so", [symbol], STUB)
     assert not (tmp_path / "libodd.so").exists()
@@ -68,7 +68,7 @@ METADATA = 'Requires-Dist: numpy\nRequires-Dist: Odd_Lib==1.0; platform_system =
 
 
 def sample_wheel(folder: Path, **content) -> Path:
-    """A wheel of torch's shape, small: a library with device code, one that lists archs, one that needs another."""
+    """Return a small wheel like torch's: with device code, a list of archs, and a library that needs another."""
     folder.mkdir(parents=True, exist_ok=True)
     odd = compiled(folder / "real/libodd.so.3", "int odd_one(void) { return 1; }", "-Wl,-soname,libodd.so.3")
     user = "int odd_one(void); int used(void) { return odd_one(); }"
@@ -91,13 +91,13 @@ def sample_wheel(folder: Path, **content) -> Path:
     )
 
 
-def test_a_wheel_is_thinned_and_says_so(tmp_path):
+def test_wheel_is_thinned_and_gets_a_new_version(tmp_path):
     stock = sample_wheel(tmp_path / "stock")
     thin = thin_wheel(stock, tmp_path / "out", ["7.0"], settings=SETTINGS)
     assert thin.name == "sample-1.0+sm70.thin-cp38-abi3-manylinux_2_28_x86_64.whl"
-    found = Wheel.read(thin)
-    assert [str(requirement) for requirement in found.requires] == ["numpy"]
-    assert found.tags == found.declared == Wheel.read(stock).tags
+    thinned = Wheel.read(thin)
+    assert [str(requirement) for requirement in thinned.requires] == ["numpy"]
+    assert thinned.tags == thinned.declared == Wheel.read(stock).tags
     folder = tmp_path / "content"
     unpack(thin, folder)
     assert record_problems(folder) == []
@@ -110,15 +110,15 @@ def test_a_wheel_is_thinned_and_says_so(tmp_path):
     assert called(folder / "sample/lib/libuser.so", "used").stderr == (
         "odd_one was called, a function of libodd.so.3, which is left out.\n"
     )
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).archs; f.restype = ctypes.c_char_p;"
          "print(f().split())", folder / "sample/lib/libtold.so"], capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    assert told == "[b'sm_70']\n"
+    assert printed == "[b'sm_70']\n"
     assert [path.name for path in (tmp_path / "out").iterdir()] == [thin.name]
 
 
-def test_nvidias_libraries_stay_as_they_are(tmp_path):
+def test_nvidia_libraries_are_unchanged_and_nvidia_wheels_refused(tmp_path):
     stock = sample_wheel(tmp_path / "stock")
     thin = thin_wheel(stock, tmp_path / "out", ["7.0"], settings=SETTINGS)
     with zipfile.ZipFile(stock) as before, zipfile.ZipFile(thin) as after:
@@ -130,7 +130,7 @@ def test_nvidias_libraries_stay_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["libcudart-218eec4c.so.12", "libcuda.so.1", "libnccl.so.2", "libcudnn_ops.so.9"])
-def test_bundled_libraries_of_nvidia_are_known_by_name(name):
+def test_bundled_nvidia_libraries_match_by_name(name):
     assert any(Path(name).match(pattern) for pattern in NVIDIA)
     assert not any(Path(other).match(pattern) for pattern in NVIDIA for other in ("libcudf.so", "libtorch_cuda.so"))
 
@@ -144,22 +144,22 @@ def test_equal_wheels_give_equal_bytes(tmp_path, monkeypatch):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_the_version_names_every_arch_and_keeps_a_local_part(tmp_path):
+def test_version_has_every_arch_and_keeps_its_local_part(tmp_path):
     content = {"sample/lib.so": two_units(tmp_path / "lib.so")}
     stock = wheel(tmp_path / "stock", content, version="1.0+cu128", tag="py3-none-linux_x86_64")
     thin = thin_wheel(stock, tmp_path, ["7.0", "9.0", "9.0a+PTX"])
     assert Wheel.read(thin).version.local == "cu128.sm70.sm90.sm90a.compute90a.thin"
 
 
-def test_binaries_without_the_arch_are_all_named_or_left_out_if_told(tmp_path):
+def test_binaries_without_the_arch_are_all_reported_or_removed_with_drop_foreign(tmp_path):
     foreign = {name: registered(tmp_path / name, container(image(90))) for name in ("fa3.so", "mla.so")}
     mixed = registered(tmp_path / "mixed.so", container(image(70)), container(image(80)))
     content = {**{f"sample/{name}": path for name, path in foreign.items()}, "sample/mixed.so": mixed}
     stock = wheel(tmp_path / "stock", content, tag="py3-none-linux_x86_64")
     with pytest.raises(ThinError) as caught:
         thin_wheel(stock, tmp_path / "out", ["7.0"])
-    for said in ("sample/fa3.so has device code only for sm_90", "sample/mla.so", "sample/mixed.so", "container 1"):
-        assert said in caught.value.what
+    for words in ("sample/fa3.so has device code only for sm_90", "sample/mla.so", "sample/mixed.so", "container 1"):
+        assert words in caught.value.what
     assert "drop_foreign" in caught.value.hint
     assert list((tmp_path / "out").iterdir()) == []
     thin = thin_wheel(stock, tmp_path / "out", ["7.0"], drop_foreign=True)
@@ -181,7 +181,7 @@ def test_binaries_without_the_arch_are_all_named_or_left_out_if_told(tmp_path):
         ),
     ],
 )
-def test_a_step_that_finds_nothing_to_do_is_refused(tmp_path, why, content):
+def test_recipe_rule_that_matches_nothing_is_refused(tmp_path, why, content):
     stock = wheel(
         tmp_path / "stock", {"sample/__init__.py": "", "sample/lib.so": compiled(tmp_path / "lib.so", "")},
         tag="py3-none-linux_x86_64",
@@ -197,14 +197,14 @@ def test_a_step_that_finds_nothing_to_do_is_refused(tmp_path, why, content):
         ("has the line nowhere 0 times in sample/__init__.py", {"lines": {"sample/__init__.py": "nowhere"}}),
     ],
 )
-def test_what_a_stub_should_take_along_must_be_there(tmp_path, why, more):
+def test_stub_whose_requirement_or_line_is_missing_is_refused(tmp_path, why, more):
     stock = sample_wheel(tmp_path / "stock")
     stub = Stub(folder="sample/lib", prefix="odd", why="which is left out", **more)
     with pytest.raises(ThinError, match=why):
         thin_wheel(stock, tmp_path / "out", ["7.0"], settings=Thin(stubs={"libodd.so.3": stub}))
 
 
-def test_a_library_that_has_code_for_an_asked_arch_is_not_replaced(tmp_path):
+def test_library_with_code_for_a_wanted_arch_is_not_replaced(tmp_path):
     stock = sample_wheel(tmp_path / "stock")
     thin = thin_wheel(stock, tmp_path / "out", ["7.0", "8.0"], settings=SETTINGS)
     assert len(Wheel.read(thin).requires) == 2
@@ -213,11 +213,11 @@ def test_a_library_that_has_code_for_an_asked_arch_is_not_replaced(tmp_path):
         assert b'"odd"' in archive.read("sample/__init__.py")
 
 
-def test_a_binary_that_strip_would_damage_is_refused(tmp_path, monkeypatch):
+def test_binary_damaged_by_strip_is_refused(tmp_path, monkeypatch):
     content = {"sample/lib.so": two_units(tmp_path / "lib.so")}
     stock = wheel(tmp_path / "stock", content, tag="py3-none-linux_x86_64")
 
-    def harmful(path):  # strip itself harms only what some releases of patchelf have laid out
+    def harmful(path):  # the real strip damages only some files that patchelf has changed
         section = next(section for section in Elf.read(path).sections if section.name == ".rodata")
         with path.open("r+b") as file:
             file.seek(section.offset)
@@ -228,7 +228,7 @@ def test_a_binary_that_strip_would_damage_is_refused(tmp_path, monkeypatch):
         thin_wheel(stock, tmp_path / "out", ["7.0"])
 
 
-def test_a_library_of_the_wheel_itself_is_replaced_by_what_the_others_import_from_it(tmp_path):
+def test_bundled_library_is_replaced_by_a_stub_of_the_imported_functions(tmp_path):
     odd = compiled(
         tmp_path / "libodd.so", "int one(void) { return 1; } int two(void) { return 2; }", "-Wl,-soname,libodd.so"
     )
