@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from voltforge.binary import cubin
-from voltforge.compile import build, jobs, sandbox
+from voltforge.compile import jobs, sandbox
+from voltforge.compile.build import Build
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import patches, tree
@@ -41,27 +42,27 @@ class Result:
     kernels: dict[str, frozenset[str]]
 
 
-def measured(pipeline, name, patches, count, folder, asks, cache=None):
+def measured(pipeline, name, patches, count, folder, scheduled, cache=None):
     recipe = pipeline.recipes["vllm"]
     package = pipeline.package(recipe)
     archive = pipeline.store.get(recipe.source.artifact)
-    grown = tree.create(archive, patches, folder / "tree")
+    patched = tree.create(archive, patches, folder / "tree")
     log = pipeline.scratch / "logs" / f"bench-{name}.log"
     console.step(f"{name}: {len(patches)} patches, {count} jobs, log {log.relative_to(ROOT)}")
-    shop = build.Workshop(
+    build = Build(
         recipe,
-        grown,
+        patched,
         package.stages["environment"].result(),
         pipeline.toolchain.result(),
         sandbox=sandbox.choose("auto"),
         jobs=count,
         work=folder / "work",
-        scheduler=pipeline.scheduler if asks else None,
-        objects=cache,
+        scheduler=pipeline.scheduler if scheduled else None,
+        cache=cache,
     )
-    built = build.compile(shop, log)
-    console.note(f"{built.usage}; {built.found}")
-    finished = wheelfile.finish(built.wheel, folder / "out", runpath=recipe.finish.runpath, epoch=grown.epoch)
+    built = build.compile(log)
+    console.note(f"{built.usage}; {built.cache_stats}")
+    finished = wheelfile.finish(built.wheel, folder / "out", runpath=recipe.finish.runpath, epoch=patched.epoch)
     wheelfile.unpack(finished, folder / "content")
     extensions = {path: folder / "content" / path for path in recipe.expect.extensions}
     return Result(
@@ -123,8 +124,8 @@ def main():
     series = patches.series(ROOT / "patches" / "vllm")
     stock_patches = tuple(patch for patch in series if patch.path.name in STOCK)
     with tempfile.TemporaryDirectory(dir=pipeline.scratch) as scratch:
-        stock = measured(pipeline, "stock", stock_patches, count, Path(scratch, "stock"), asks=False)
-        ours = measured(pipeline, "ours", series, count, Path(scratch, "ours"), asks=True)
+        stock = measured(pipeline, "stock", stock_patches, count, Path(scratch, "stock"), scheduled=False)
+        ours = measured(pipeline, "ours", series, count, Path(scratch, "ours"), scheduled=True)
     show(stock, ours, count)
     figures = {name: asdict(result) for name, result in (("stock", stock), ("ours", ours))}
     files.write_json(words.json, json.loads(json.dumps(figures, default=sorted)))

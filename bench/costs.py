@@ -30,17 +30,17 @@ LINES = {"PyTorch": "/torch/include/", "CUDA": "/toolchain/", "C++": "/usr/", "v
 """Whose a header is, by what its path holds."""
 
 
-class Shop:
+class LastBuild:
     """The last build's folders, and its commands without what stood before them."""
 
     def __init__(self, pipeline):
-        self.shop = pipeline.source_build("vllm").workshop(sandbox.choose("auto"))
-        logs = sorted(self.shop.folders["tree"].glob("build/**/.ninja_log"))
+        self.build = pipeline.source_build("vllm").build_in(sandbox.choose("auto"))
+        logs = sorted(self.build.folders["tree"].glob("build/**/.ninja_log"))
         if not logs:
             sys.exit("x nothing was built here\n  try: ./doit wheels:vllm")
         self.real = logs[0].parent
-        self.seen = self.shop.places["tree"] / self.real.relative_to(self.shop.folders["tree"])
-        ninja = self.shop.environment.path / "bin" / "ninja"
+        self.seen = self.build.places["tree"] / self.real.relative_to(self.build.folders["tree"])
+        ninja = self.build.environment.path / "bin" / "ninja"
         listed = json.loads(run([ninja, "-C", self.real, "--quiet", "-t", "compdb"]).output)
         self.commands = {one["output"]: re.sub(r"^.*?launch\.py ", "", one["command"]) for one in listed}
 
@@ -50,14 +50,14 @@ class Shop:
         for line in (self.real / ".ninja_log").read_text().splitlines()[1:]:
             start, end, _, name, _ = line.split("\t")
             took[name] = int(end) - int(start)
-        known = self.shop.scheduler.estimates["vllm"].measured() if self.shop.scheduler else {}
+        known = self.build.scheduler.estimates["vllm"].measured() if self.build.scheduler else {}
         seconds = {name: known[name].seconds if name in known else ms / 1000 for name, ms in took.items()}
         return sorted((name for name in seconds if name.endswith(".cu.o")), key=lambda name: -seconds[name])[:count]
 
     def run(self, command):
         """Seconds and output of a command, where the build ran it."""
-        words = self.shop.around.command(
-            ["sh", "-c", command], writable=self.shop.writable, readable=self.shop.readable, cwd=self.seen
+        words = self.build.effective_sandbox.command(
+            ["sh", "-c", command], writable=self.build.writable, readable=self.build.readable, cwd=self.seen
         )
         begin = time.monotonic()
         done = run(words, cwd="/")
@@ -65,9 +65,9 @@ class Shop:
 
     def compiled(self, name, *more):
         """Seconds to compile an object, its digest and the table of phases."""
-        table, out = self.shop.folders["home"] / "time.csv", self.shop.folders["home"] / "object.o"
+        table, out = self.build.folders["home"] / "time.csv", self.build.folders["home"] / "object.o"
         files.remove(table)
-        home = self.shop.places["home"]
+        home = self.build.places["home"]
         command = re.sub(r" -o \S+", f" -o {home}/object.o", re.sub(r" -MD .*? -MF \S+", "", self.commands[name]))
         seconds, _ = self.run(" ".join([command, *more, "--time", f"{home}/time.csv"]))
         return seconds, files.sha256(out), phases(table)
@@ -75,10 +75,10 @@ class Shop:
     def alone(self, name):
         """Seconds to compile each of the sources that an object's own includes whole, by their paths."""
         whole = next(word for word in self.commands[name].split() if word.endswith(".cu"))
-        real = self.shop.folders["tree"] / Path(whole).relative_to(self.shop.places["tree"])
+        real = self.build.folders["tree"] / Path(whole).relative_to(self.build.places["tree"])
         found = {}
         for source in re.findall(r'^#include "(.+\.cu)"', real.read_text(), re.MULTILINE):
-            path = str(self.shop.places["tree"] / os.path.relpath(real.parent / source, self.shop.folders["tree"]))
+            path = str(self.build.places["tree"] / os.path.relpath(real.parent / source, self.build.folders["tree"]))
             self.commands["alone"] = self.commands[name].replace(whole, path)
             if path.endswith("moe_permute_unpermute_op.cu"):  # which counts on PyTorch's own torch/all.h
                 self.commands["alone"] += " -include=torch/library.h"
@@ -114,19 +114,19 @@ def main():
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "bench" / "costs.json", help="where figures go")
     parser.add_argument("--together", metavar="NAME", help="one of csrc/together, as entries: whole and in parts")
     words = parser.parse_args()
-    shop, rows = Shop(Pipeline.load(ROOT, Settings())), []
+    build, rows = LastBuild(Pipeline.load(ROOT, Settings())), []
     if words.together:
-        name = next(one for one in shop.commands if one.endswith(f"/together/{words.together}.cu.o"))
-        whole, parts = shop.compiled(name)[0], shop.alone(name)
+        name = next(one for one in build.commands if one.endswith(f"/together/{words.together}.cu.o"))
+        whole, parts = build.compiled(name)[0], build.alone(name)
         shown = [*parts.items(), ("one by one", sum(parts.values())), ("together", whole)]
         console.table("seconds", ("source", ""), [(title, f"{seconds:.1f}") for title, seconds in shown])
         return
-    for name in shop.longest(words.objects):
+    for name in build.longest(words.objects):
         console.step(Path(name).name)
-        plain, digest, parts = shop.compiled(name)
-        split, other, _ = shop.compiled(name, "--split-compile", words.threads)
+        plain, digest, parts = build.compiled(name)
+        split, other, _ = build.compiled(name, "--split-compile", words.threads)
         rows.append({"object": Path(name).name, "plain": plain, "split": split, "same": digest == other,
-                     "phases": parts, "lines": shop.lines(name)})  # fmt: skip
+                     "phases": parts, "lines": build.lines(name)})  # fmt: skip
         files.write_json(words.json, json.loads(json.dumps(rows)))
     whole, read = sorted(set(PHASES.values())), [*LINES, "others"]
     console.table("seconds, one at a time", ("object", *whole, "whole", f"{words.threads} threads", "bytes"), [

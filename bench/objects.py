@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import build_vllm
-from voltforge.compile import object_cache
+from voltforge.compile import cache_stats, object_cache
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import patches
@@ -56,16 +56,16 @@ def main():
             ("this disk's cache", "", "first"),
             ("an empty one, and redis", address, "second"),
         ):
-            cache = object_cache.chosen(server, Path(scratch, folder))
+            cache = object_cache.open_cache(server, Path(scratch, folder))
             begin = time.monotonic()
             at = Path(scratch, f"build-{len(rows)}")
             result = build_vllm.measured(
                 pipeline, f"objects-{len(rows)}", series, pipeline.scheduler.jobs, at, True, cache
             )
             wheels |= {files.sha256(path) for path in (at / "out").glob("*.whl")}
-            found = object_cache.found(cache.log("vllm"), None)
+            stats = cache_stats.read(cache.log("vllm"), None)
             rows.append({"cache": name, "wall": result.wall, "cpu": result.cpu, "peak": result.peak,
-                         "all": time.monotonic() - begin, **asdict(found)})  # fmt: skip
+                         "all": time.monotonic() - begin, **asdict(stats)})  # fmt: skip
             files.write_json(words.json, json.loads(json.dumps(rows)))
     columns = "cache", "found", "wall", "", "CPU", "memory at most"
     console.table("vLLM, from a clean tree", columns, [

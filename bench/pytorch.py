@@ -47,30 +47,30 @@ def kind(output):
 
 
 def configure(pipeline, scratch):
-    """Run CMake in a new workshop with its own scheduler, and return the workshop."""
+    """Run CMake in a new build with its own scheduler, and return the build."""
     console.step("unpack and patch PyTorch 2.6.0")
     toolchain = pipeline.toolchain.result()
     tree = debian.patched(pipeline, debian.upstream(pipeline, scratch / "upstream"))
-    shop = debian.workshop(pipeline, tree, toolchain, scratch / "work")
+    build = debian.build_of(pipeline, tree, toolchain, scratch / "work")
     # The recorded memory is at least half of the estimate: with an estimate of 1 byte it is what was measured.
-    estimates = {shop.recipe.name: Estimates(scratch / "estimates.json", 1)}
-    shop = replace(shop, scheduler=Scheduler(scratch / "gate", jobs.cores(), estimates))
-    shop.prepare()
+    estimates = {build.recipe.name: Estimates(scratch / "estimates.json", 1)}
+    build = replace(build, scheduler=Scheduler(scratch / "gate", jobs.cores(), estimates))
+    build.prepare()
     console.step("configure")
-    debian.configured(shop)
-    return shop
+    debian.configured(build)
+    return build
 
 
-def compile_objects(shop, targets):
+def compile_objects(build, targets):
     """Compile objects and everything that they depend on. Failures are ignored."""
-    ninja = shop.places["environment"] / "bin" / "ninja"
+    ninja = build.places["environment"] / "bin" / "ninja"
     with console.progress("pytorch") as show:
-        command = [ninja, "-C", "build", f"-j{shop.scheduler.ninja_jobs}", "-k", "0", *targets]
+        command = [ninja, "-C", "build", f"-j{build.scheduler.ninja_jobs}", "-k", "0", *targets]
         try:
-            shop.run(command, log=shop.work / "ninja.log", watch=lambda line, _: show(line) if line else None)
+            build.run(command, log=build.work / "ninja.log", watch=lambda line, _: show(line) if line else None)
         except ProgramFailed as error:
             console.warn(error.what.splitlines()[0])
-    while shop.scheduler.status.running:  # ninja can see the last end before the scheduler does
+    while build.scheduler.status.running:  # ninja can see the last end before the scheduler does
         time.sleep(0.1)
 
 
@@ -123,21 +123,21 @@ def main():
     files.remove(scratch)
     scratch.mkdir(parents=True)
     chance, begin = random.Random(options.seed), time.monotonic()
-    shop = configure(pipeline, scratch)
+    build = configure(pipeline, scratch)
     configuring = time.monotonic() - begin
 
-    folder = shop.folders["tree"] / "build"
-    ninja = shop.environment.path / "bin" / "ninja"
+    folder = build.folders["tree"] / "build"
+    ninja = build.environment.path / "bin" / "ninja"
     rules = json.loads(run([ninja, "-C", folder, "--quiet", "-t", "compdb"]).output)
     outputs = sorted({rule["output"] for rule in rules})
     objects = {name: [output for output in outputs if kind(output) == name] for name in KINDS}
     drawn = {name: sorted(chance.sample(paths, min(options.sample, len(paths)))) for name, paths in objects.items()}
     console.step(f"compile {sum(map(len, drawn.values()))} of {sum(map(len, objects.values()))} objects")
-    compile_objects(shop, [path for paths in drawn.values() for path in paths])
+    compile_objects(build, [path for paths in drawn.values() for path in paths])
 
     log = read_log(folder / LOG_NAME)
     ended = {output: command for commands in log for command in commands for output in command.outputs}
-    measured = shop.scheduler.estimates[shop.recipe.name].measured()
+    measured = build.scheduler.estimates[build.recipe.name].measured()
     sample = {
         name: [measured[path] for path in paths if path in ended and path in measured] for name, paths in drawn.items()
     }
@@ -145,7 +145,7 @@ def main():
         name: {"objects": len(objects[name]), "drawn": len(drawn[name]), **statistics_of(measurements)}
         for name, measurements in sample.items()
     }
-    figures = {"configuring": round(configuring), "jobs": shop.scheduler.jobs, "kinds": kinds}
+    figures = {"configuring": round(configuring), "jobs": build.scheduler.jobs, "kinds": kinds}
     figures |= simulate(folder, outputs, measured, ended, sample, chance)
     files.write_json(options.json, json.loads(json.dumps(figures)))
     report(figures)

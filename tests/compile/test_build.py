@@ -19,8 +19,9 @@ import pytest
 from tests.support.checkouts import ROOT, edited, small_checkout
 from tests.support.rights import ordinary_user
 from tests.support.tally import Tally
-from voltforge.compile import build, sandbox
-from voltforge.compile.build import BuildError, DiskError, Progress, Workshop, first_error, from_the_future
+from voltforge.compile import build_variables, fixed_paths, sandbox, work_folder
+from voltforge.compile.build import Build, BuildError, DiskError
+from voltforge.compile.build_log import BuildProgress, first_error
 from voltforge.compile.costs import Estimates
 from voltforge.compile.jobs import Memory
 from voltforge.compile.sandbox import Sandbox, available
@@ -58,7 +59,7 @@ def objects(pipeline: Pipeline) -> dict[str, int]:
 
 
 def test_progress_shows_step_object_and_memory() -> None:
-    progress = Progress("saxpy")
+    progress = BuildProgress("saxpy")
     assert progress.see("-- Detecting CXX", Usage()) == ProgressState("configuring", memory=0)
     line = "[3/41] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"
     assert progress.see(line, Usage(now=1_500_000_000)) == ProgressState(
@@ -72,7 +73,7 @@ def test_progress_of_scheduled_builds_shows_jobs_memory_and_remaining_time(tmp_p
     scheduler = Scheduler(
         tmp_path / "gate", 2, {"saxpy": Estimates(tmp_path / "saxpy.json", 1)}, lambda: Memory(1, 12_000_000_000)
     )
-    progress = Progress("saxpy", scheduler)
+    progress = BuildProgress("saxpy", scheduler)
     line = "[2/8] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"
     scheduler.status = Status(running=1, waiting=2, remote=1)  # a place is free: the two wait for memory
     beyond, mean = 8 - 2 - 1 - 2 - 1, 20
@@ -88,7 +89,7 @@ def test_progress_of_scheduled_builds_shows_jobs_memory_and_remaining_time(tmp_p
 
 def test_progress_shows_cache_hits(tmp_path: Path) -> None:
     scheduler = Scheduler(tmp_path / "gate", 2, {"saxpy": Estimates(tmp_path / "saxpy.json", 1)})
-    progress = Progress("saxpy", scheduler, tmp_path / "log")
+    progress = BuildProgress("saxpy", scheduler, tmp_path / "log")
     assert progress.see("", Usage()).hits is None
     (tmp_path / "log").write_text("# a.cu\ndirect_cache_hit\n# b.cu\ncache_miss\n")
     assert progress.see("[1/2] Building CUDA object a.cu.o", Usage()).hits is None  # it is looked for twice a second
@@ -207,8 +208,8 @@ def test_only_declared_variables_reach_the_build(saxpy: Pipeline, monkeypatch: p
     monkeypatch.setenv("CMAKE_ARGS", "-DSECRET_OF_THE_SHELL=1")
     built(saxpy)
     tree, chosen = (package(saxpy).stages[kind].result() for kind in ("tree", "toolchain"))
-    places = dict.fromkeys(build.FOLDERS, Path("/place"))
-    assert "SECRET" not in str(build.variables(saxpy.recipes["saxpy"], tree, chosen, places))
+    places = dict.fromkeys(build_variables.FOLDERS, Path("/place"))
+    assert "SECRET" not in str(build_variables.variables(saxpy.recipes["saxpy"], tree, chosen, places))
     caches = list((saxpy.scratch / "work").rglob("CMakeCache.txt"))
     assert caches
     assert all("SECRET" not in cache.read_text() for cache in caches)
@@ -269,11 +270,11 @@ def test_without_a_sandbox_the_bytes_are_the_same_in_any_checkout(
 ) -> None:
     """nvcc's module ids are equal too: --objdir-as-tempdir keeps its PID out of them."""
     pipeline = small_checkout(tmp_path / folder, Settings(sandbox="off"))
-    if why := sandbox.obstacle(pipeline.scratch / "work", {}):  # an ordinary user cannot make /build; CI is root
-        pytest.skip(f"nothing can be moved to {sandbox.ROOT} here: {why}")
+    if why := fixed_paths.obstacle(pipeline.scratch / "work", {}):  # an ordinary user cannot make /build; CI is root
+        pytest.skip(f"nothing can be moved to {fixed_paths.ROOT} here: {why}")
     assert files.sha256(built(pipeline)) == hermetic
     assert "this build is not isolated from the network" in said(capsys)
-    assert not sandbox.ROOT.exists()
+    assert not fixed_paths.ROOT.exists()
     counted("rebuilds with the same bytes")
 
 
@@ -309,7 +310,7 @@ def test_a_required_sandbox_that_is_missing_stops_the_build_before_it_starts(
 
 
 @pytest.fixture
-def shop(tmp_path: Path, repository: Path) -> Workshop:
+def build(tmp_path: Path, repository: Path) -> Build:
     """A build of one source without compilers."""
     tree, home = tmp_path / "source", tmp_path / "toolkit"
     for folder in (tree, home):
@@ -319,82 +320,82 @@ def shop(tmp_path: Path, repository: Path) -> Workshop:
     toolkit = Toolchain(home, "distro", "12.4.131", gcc, {})
     recipe = Pipeline.load(repository, Settings()).recipes["vllm"]
     work = tmp_path / "build" / "work"
-    return Workshop(recipe, Tree(tree, 0), Environment(home), toolkit, Sandbox("bubblewrap"), 1, work)
+    return Build(recipe, Tree(tree, 0), Environment(home), toolkit, Sandbox("bubblewrap"), 1, work)
 
 
-def prepared(shop: Workshop) -> list[str]:
+def prepared(build: Build) -> list[str]:
     """Prepare the build and return the files of its tree."""
-    shop.prepare()
-    return sorted(path.name for path in shop.folders["tree"].iterdir())
+    build.prepare()
+    return sorted(path.name for path in build.folders["tree"].iterdir())
 
 
-def test_compiled_objects_survive_a_failed_build(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
-    prepared(shop)
-    (shop.folders["tree"] / "a.o").write_text("object")
-    assert prepared(shop) == ["a.c", "a.o"]
+def test_compiled_objects_survive_a_failed_build(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared(build)
+    (build.folders["tree"] / "a.o").write_text("object")
+    assert prepared(build) == ["a.c", "a.o"]
     assert said(capsys) == ""
 
 
 @pytest.mark.parametrize("late", ["a.o", "deeper/below/a.o"])
 def test_objects_are_discarded_after_the_clock_was_set_back(
-    shop: Workshop, late: str, capsys: pytest.CaptureFixture[str]
+    build: Build, late: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepared(shop)
-    ahead = shop.folders["tree"] / late
+    prepared(build)
+    ahead = build.folders["tree"] / late
     ahead.parent.mkdir(parents=True, exist_ok=True)
     ahead.write_text("object")
     os.utime(ahead, (time.time() + 3600,) * 2)
-    assert prepared(shop) == ["a.c"]
+    assert prepared(build) == ["a.c"]
     assert f"starting from scratch: tree/{late} is newer than the clock: the clock was set back" in said(capsys)
 
 
-def begun(shop: Workshop) -> None:
+def begun(build: Build) -> None:
     """A build that wrote an object and was killed."""
-    prepared(shop)
-    files.write_json(shop.work / build.UNSYNCED, build.booted())
-    (shop.folders["tree"] / "a.o").write_text("object")
+    prepared(build)
+    files.write_json(build.work / work_folder.UNSYNCED, work_folder.boot_id())
+    (build.folders["tree"] / "a.o").write_text("object")
 
 
 def test_objects_are_discarded_after_the_machine_went_down_in_a_build(
-    shop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """ninja recorded an object as done whose last bytes never reached the disk."""
-    begun(shop)
-    monkeypatch.setattr(build, "BOOT", tmp_path / "boot")
+    begun(build)
+    monkeypatch.setattr(work_folder, "BOOT", tmp_path / "boot")
     (tmp_path / "boot").write_text("another boot\n")
-    assert prepared(shop) == ["a.c"]
+    assert prepared(build) == ["a.c"]
     assert "starting from scratch: the machine went down during the last build" in said(capsys)
 
 
-def test_a_killed_build_resumes(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
-    begun(shop)
-    assert prepared(shop) == ["a.c", "a.o"]
+def test_a_killed_build_resumes(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    begun(build)
+    assert prepared(build) == ["a.c", "a.o"]
     assert said(capsys) == ""
 
 
 @pytest.mark.parametrize("end", [None, RuntimeError, KeyboardInterrupt])
 def test_files_of_a_finished_build_are_synced_to_disk(
-    shop: Workshop, end: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    build: Build, end: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    prepared(shop)
+    prepared(build)
     synced = []
-    monkeypatch.setattr(os, "sync", lambda: synced.append((shop.work / build.UNSYNCED).exists()))
-    with contextlib.suppress(RuntimeError, KeyboardInterrupt), shop.at_work():
-        (shop.folders["tree"] / "a.o").write_text("object")
+    monkeypatch.setattr(os, "sync", lambda: synced.append((build.work / work_folder.UNSYNCED).exists()))
+    with contextlib.suppress(RuntimeError, KeyboardInterrupt), work_folder.synced(build.work):
+        (build.folders["tree"] / "a.o").write_text("object")
         if end:
             raise end
     assert synced == [True], "the note goes when all is on the disk, and not before"
-    monkeypatch.setattr(build, "BOOT", tmp_path / "missing")
-    assert prepared(shop) == ["a.c", "a.o"]
+    monkeypatch.setattr(work_folder, "BOOT", tmp_path / "missing")
+    assert prepared(build) == ["a.c", "a.o"]
 
 
 def test_objects_of_a_build_with_another_launcher_are_discarded(
-    shop: Workshop, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    build: Build, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Some build systems configure once; their compilers would all start at once."""
-    prepared(shop)
-    asking = replace(shop, scheduler=Scheduler(tmp_path / "gate", 1, {}))
-    (shop.folders["tree"] / "a.o").write_text("object")
+    prepared(build)
+    asking = replace(build, scheduler=Scheduler(tmp_path / "gate", 1, {}))
+    (build.folders["tree"] / "a.o").write_text("object")
     assert "a.o" not in prepared(asking)
     assert "starting from scratch: the launcher of the compilers changed" in capsys.readouterr().out
     (asking.folders["tree"] / "a.o").write_text("object")
@@ -406,31 +407,29 @@ def test_coarse_clocks_and_dangling_links_are_tolerated(tmp_path: Path) -> None:
     os.utime(tmp_path / "now", (time.time() + 1,) * 2)
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "up").symlink_to(tmp_path)
-    assert from_the_future(tmp_path) is None
+    assert work_folder.from_the_future(tmp_path) is None
     os.utime(tmp_path / "now", (time.time() + 60,) * 2)
-    assert from_the_future(tmp_path) == tmp_path / "now"
-    assert from_the_future(tmp_path / "work") is None
+    assert work_folder.from_the_future(tmp_path) == tmp_path / "now"
+    assert work_folder.from_the_future(tmp_path / "work") is None
 
 
 def test_objects_of_a_tree_at_another_path_are_discarded(
-    shop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    build: Build, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """CMake refuses another folder: its cache names the old one."""
-    prepared(shop)
-    (shop.folders["tree"] / "a.o").write_text("object")
-    monkeypatch.setattr(sandbox, "obstacle", lambda *_: "as in this test")
-    outside = replace(shop, sandbox=Sandbox("none"))
+    prepared(build)
+    (build.folders["tree"] / "a.o").write_text("object")
+    monkeypatch.setattr(fixed_paths, "obstacle", lambda *_: "as in this test")
+    outside = replace(build, sandbox=Sandbox("none"))
     assert prepared(outside) == ["a.c"]
     told = said(capsys)
     assert f"building in {outside.folders['tree']}, not /build/tree (as in this test): the bytes can differ" in told
     assert "starting from scratch: the last build ran in /build/tree" in told
 
 
-def test_a_toolkit_of_the_machine_is_not_linked_file_by_file(
-    shop: Workshop, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_toolkit_of_the_machine_is_not_linked_file_by_file(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
     """The toolkit can be all of /usr/local."""
-    outside = replace(shop, sandbox=Sandbox("none"), toolchain=replace(shop.toolchain, origin="system"))
+    outside = replace(build, sandbox=Sandbox("none"), toolchain=replace(build.toolchain, origin="system"))
     assert outside.places == outside.folders
     assert "(the CUDA toolkit belongs to the machine)" in said(capsys)
 
@@ -479,12 +478,12 @@ def test_a_full_or_read_only_disk_is_reported_with_a_remedy(saxpy: Pipeline) -> 
         assert done.stderr == ""
 
 
-def test_a_folder_of_another_user_is_reported(shop: Workshop) -> None:
-    shop.work.mkdir(parents=True)
-    shop.work.chmod(0o555)
+def test_a_folder_of_another_user_is_reported(build: Build) -> None:
+    build.work.mkdir(parents=True)
+    build.work.chmod(0o555)
     with ordinary_user(), pytest.raises(DiskError) as caught:
-        build.compile(shop, shop.work.parent / "log")
-    assert re.fullmatch(rf"vllm was not built: {shop.work}.*: Permission denied", caught.value.what)
+        build.compile(build.work.parent / "log")
+    assert re.fullmatch(rf"vllm was not built: {build.work}.*: Permission denied", caught.value.what)
     assert caught.value.hint == "check who owns it; the next run resumes"
 
 

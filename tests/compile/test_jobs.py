@@ -147,17 +147,17 @@ def test_a_limit_of_the_user_bounds_the_memory():
 
 @pytest.mark.parametrize("text", ["1", "7", "1024"])
 def test_a_chosen_number_is_used(text):
-    assert jobs.asked(text) == int(text)
+    assert jobs.chosen(text) == int(text)
     assert jobs.count(text, GIB) == (int(text), "as chosen")
 
 
 @given(st.text(min_size=1))
 def test_text_that_is_not_a_number_is_refused(text):
     if text.isascii() and text.isdecimal() and len(text) < 20:
-        assert jobs.asked(text) in (None, int(text))
+        assert jobs.chosen(text) in (None, int(text))
         return
     with pytest.raises(VoltforgeError) as caught:
-        jobs.asked(text)
+        jobs.chosen(text)
     assert caught.value.what == f"jobs={text} is not a number"
     assert caught.value.hint == "jobs=N with N from 1 to 1024"
 

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.checkouts import edited, small_checkout
-from voltforge.compile import object_cache, tunnel
+from voltforge.compile import cache_stats, object_cache, tunnel
+from voltforge.compile.cache_stats import CacheStats
 from voltforge.compile.costs import Estimate, Estimates
-from voltforge.compile.object_cache import Found, Objects, Server
+from voltforge.compile.object_cache import CacheServer, ObjectCache
 from voltforge.compile.scheduler import socket_address
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Settings
@@ -191,7 +192,7 @@ def garbage(connection: socket.socket) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("behave", [silent, garbage, socket.socket.close], ids=["slow", "garbage", "hangs up"])
 def test_a_failing_server_does_not_change_the_wheel(tmp_path, toolchain, plain, behave, capsys, monkeypatch):
-    monkeypatch.setattr(object_cache, "PATIENCE", 1.0)
+    monkeypatch.setattr(object_cache, "TIMEOUT", 1.0)
     with odd(behave) as port:
         pipeline = small_checkout(tmp_path / "checkout", Settings(ccache=f"redis://127.0.0.1:{port}"))
         result = built(pipeline)
@@ -219,9 +220,9 @@ def test_a_full_server_or_broken_objects_do_not_change_the_wheel(tmp_path, toolc
 
 
 def test_a_compiler_may_take_longer_than_the_server_timeout(tmp_path, monkeypatch):
-    monkeypatch.setattr(object_cache, "PATIENCE", 0.3)
+    monkeypatch.setattr(object_cache, "TIMEOUT", 0.3)
     with redis(tmp_path) as port, socket.socket(socket.AF_UNIX) as asks:
-        Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse(f"redis://127.0.0.1:{port}")).lead(tmp_path)
+        ObjectCache(Path("/usr/bin/ccache"), tmp_path, CacheServer.parse(f"redis://127.0.0.1:{port}")).forward(tmp_path)
         with socket_address(tmp_path, object_cache.SOCKET) as address:
             asks.connect(address)
         for _ in range(2):
@@ -232,7 +233,7 @@ def test_a_compiler_may_take_longer_than_the_server_timeout(tmp_path, monkeypatc
 
 def test_an_unreachable_server_is_reported_and_the_local_cache_is_used(tmp_path, capsys):
     port = free_port()
-    made = Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse(f"redis://:secret@127.0.0.1:{port}"))
+    made = ObjectCache(Path("/usr/bin/ccache"), tmp_path, CacheServer.parse(f"redis://:secret@127.0.0.1:{port}"))
     assert not made.reachable()
     assert capsys.readouterr().out == (
         f"! redis://***@127.0.0.1:{port} cannot be reached (Connection refused): only the cache on this disk is used\n"
@@ -244,20 +245,20 @@ def test_an_unreachable_server_is_reported_and_the_local_cache_is_used(tmp_path,
 
 def test_a_server_without_ccache_is_reported_and_everything_is_compiled(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert object_cache.chosen("", tmp_path) is None
+    assert object_cache.open_cache("", tmp_path) is None
     assert not capsys.readouterr().out
-    assert object_cache.chosen("redis://127.0.0.1:1", tmp_path) is None
+    assert object_cache.open_cache("redis://127.0.0.1:1", tmp_path) is None
     assert "ccache is not installed; ./doit doctor prints how to install it" in capsys.readouterr().out
 
 
 def test_an_unwritable_cache_folder_is_reported_and_everything_is_compiled(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert object_cache.chosen("", tmp_path / "file" / "cache") is None
+    assert object_cache.open_cache("", tmp_path / "file" / "cache") is None
     assert f"! {tmp_path}/file/cache cannot be written (" in capsys.readouterr().out
 
 
 def test_an_invalid_host_name_is_reported(tmp_path, capsys):
-    assert not Objects(Path("/usr/bin/ccache"), tmp_path, Server.parse("redis://cache..lan")).reachable()
+    assert not ObjectCache(Path("/usr/bin/ccache"), tmp_path, CacheServer.parse("redis://cache..lan")).reachable()
     assert "cannot be reached" in capsys.readouterr().out
 
 
@@ -266,14 +267,14 @@ def test_a_ccache_without_remote_storage_is_reported(tmp_path, monkeypatch, caps
     (tmp_path / "ccache").chmod(0o755)
     monkeypatch.setattr(shutil, "which", lambda _: str(tmp_path / "ccache"))
     monkeypatch.setattr(object_cache, "SYSTEM", (str(tmp_path),))
-    made = object_cache.chosen("redis://127.0.0.1:1", tmp_path / "cache")
+    made = object_cache.open_cache("redis://127.0.0.1:1", tmp_path / "cache")
     assert made
     assert made.server is None
     assert capsys.readouterr().out == "! redis://127.0.0.1:1 is not used: ccache 4.5 is older than 4.7\n"
 
 
 def test_the_cache_can_be_switched_off(tmp_path):
-    assert object_cache.chosen("off", tmp_path) is None
+    assert object_cache.open_cache("off", tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -282,24 +283,24 @@ def test_the_cache_can_be_switched_off(tmp_path):
 )  # fmt: skip
 def test_an_unsupported_address_fails_with_a_sentence(address, tmp_path):
     with pytest.raises(VoltforgeError, match="is not the address of an object cache") as caught:
-        object_cache.chosen(address, tmp_path)
+        object_cache.open_cache(address, tmp_path)
     assert "ccache=redis://host:6379" in caught.value.hint
 
 
 @given(st.text())
 def test_any_address_is_parsed_or_refused_with_a_sentence(address):
     with contextlib.suppress(VoltforgeError):
-        assert Server.parse(address).port > 0
+        assert CacheServer.parse(address).port > 0
 
 
 def test_user_and_folder_of_a_server_survive_the_tunnel():
-    assert {Server.parse(f"redis://{user}secret@cache").address for user in ("", ":", "default:")} == {
+    assert {CacheServer.parse(f"redis://{user}secret@cache").address for user in ("", ":", "default:")} == {
         "redis://default:secret@cache"  # as ccache and redis both understand it
     }
-    one = Server.parse("redis://me:secret@cache.example")
+    one = CacheServer.parse("redis://me:secret@cache.example")
     assert (one.host, one.port) == ("cache.example", 6379)
-    assert one.seen("127.0.0.1", 4226) == "redis://me:secret@127.0.0.1:4226"
-    assert Server.parse("http://a:8080/x/y").seen("127.0.0.1", 4226) == "http://127.0.0.1:4226/x/y"
+    assert one.remote_storage("127.0.0.1", 4226) == "redis://me:secret@127.0.0.1:4226"
+    assert CacheServer.parse("http://a:8080/x/y").remote_storage("127.0.0.1", 4226) == "http://127.0.0.1:4226/x/y"
     assert "secret" not in str(one)
 
 
@@ -325,8 +326,8 @@ def test_hits_misses_and_seconds_are_read_from_ccaches_own_log(tmp_path):
     needs = Estimates(tmp_path / "needs.json", 1)
     for name, seconds in (("CMakeFiles/_C.dir/csrc/b.cu.o", 30), ("CMakeFiles/_C.dir/csrc/a.cu.o", 50)):
         needs.record(name, Estimate(seconds, 10**9))
-    found = object_cache.found(tmp_path / "log", needs)
-    assert found == Found(hits=2, misses=1, shared=1, saved=30.0)
+    found = cache_stats.read(tmp_path / "log", needs)
+    assert found == CacheStats(hits=2, misses=1, shared=1, saved=30.0)
     assert str(found) == "objects from the cache: 2 of 3, 1 of them from the server, 30 s of compiling saved"
 
 
@@ -334,11 +335,11 @@ def test_hits_misses_and_seconds_are_read_from_ccaches_own_log(tmp_path):
 def test_an_unreadable_ccache_log_counts_nothing(tmp_path_factory, text):
     log = tmp_path_factory.mktemp("log") / "log"
     log.write_text(text, errors="replace")
-    assert object_cache.found(log, None).saved == 0
+    assert cache_stats.read(log, None).saved == 0
 
 
 def test_a_build_without_a_ccache_log_has_no_hits(tmp_path):
-    assert object_cache.found(tmp_path / "none", None) == Found()
+    assert cache_stats.read(tmp_path / "none", None) == CacheStats()
 
 
 # --- what ccache cannot see ---
@@ -348,10 +349,10 @@ def test_a_build_without_a_ccache_log_has_no_hits(tmp_path):
 def test_a_new_header_changes_the_key_of_objects(tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "a.cpp").write_text('#if __has_include("b.h")\n#include "b.h"\n#else\nint a = 1;\n#endif\n')
-    cache = Objects(Path(shutil.which("ccache")), tmp_path / "cache")
+    cache = ObjectCache(Path(shutil.which("ccache")), tmp_path / "cache")
 
     def compiled() -> bytes:
-        told = cache.variables("a", object_cache.names([tmp_path / "src"]), cache.folder, "")
+        told = cache.variables("a", object_cache.header_names_digest([tmp_path / "src"]), cache.folder, "")
         words = [cache.program, "g++", "-MD", "-MF", "a.d", "-c", "a.cpp", "-o", "a.o"]
         subprocess.run(words, cwd=tmp_path / "src", env={**os.environ, **told}, check=True)
         return (tmp_path / "src" / "a.o").read_bytes()
@@ -360,7 +361,7 @@ def test_a_new_header_changes_the_key_of_objects(tmp_path):
     assert compiled() == before
     (tmp_path / "src" / "b.h").write_text("int a = 2;\n")
     assert compiled() != before
-    assert object_cache.found(cache.log("a"), None) == Found(hits=1, misses=2)
+    assert cache_stats.read(cache.log("a"), None) == CacheStats(hits=1, misses=2)
 
 
 @needs_ccache
@@ -368,29 +369,29 @@ def test_a_new_hard_link_to_a_header_recompiles_nothing(tmp_path):
     """Without a sandbox, folders are copied by links, and uv's environments consist of links."""
     (tmp_path / "a.h").write_text("int a = 1;\n")
     (tmp_path / "a.cpp").write_text('#include "a.h"\n')
-    cache = Objects(Path(shutil.which("ccache")), tmp_path / "cache")
+    cache = ObjectCache(Path(shutil.which("ccache")), tmp_path / "cache")
     os.utime(tmp_path / "a.h", (10**9, 10**9))
     for number in range(2):
         os.link(tmp_path / "a.h", tmp_path / f"link-{number}")
         words = [cache.program, "g++", "-MD", "-MF", "a.d", "-c", "a.cpp", "-o", "a.o"]
         told = cache.variables("a", "", cache.folder, "")
         subprocess.run(words, cwd=tmp_path, env={**os.environ, **told}, check=True)
-    assert object_cache.found(cache.log("a"), None) == Found(hits=1, misses=1)
+    assert cache_stats.read(cache.log("a"), None) == CacheStats(hits=1, misses=1)
 
 
 def test_header_names_and_cmake_files_count_and_sources_do_not(tmp_path):
     for name in ("one", "other"):
         files.write(tmp_path / name / "a.h", "1")
         files.write(tmp_path / name / "CMakeLists.txt", "1")
-    before = object_cache.names([tmp_path / "one"])
-    assert object_cache.names([tmp_path / "other"]) == before, "where it lies does not count"
+    before = object_cache.header_names_digest([tmp_path / "one"])
+    assert object_cache.header_names_digest([tmp_path / "other"]) == before, "where it lies does not count"
     for path, content, counts in (
         ("a.h", "2", False), ("b.cu", "1", False), ("c/b.cuh", "1", True), ("CMakeLists.txt", "2", True),
         ("version.h.in", "1", True), ("vector", "1", True),
     ):  # fmt: skip
-        last = object_cache.names([tmp_path / "one"])
+        last = object_cache.header_names_digest([tmp_path / "one"])
         files.write(tmp_path / "one" / path, content)
-        assert (object_cache.names([tmp_path / "one"]) != last) == counts, path
+        assert (object_cache.header_names_digest([tmp_path / "one"]) != last) == counts, path
 
 
 @needs_ccache
@@ -402,7 +403,7 @@ def test_a_new_header_recompiles_everything(saxpy):
     assert built(again(edited(first, "csrc/scale.cu", "a * x[i]", "x[i] * a")))["objects"]["hits"] == 0
 
 
-# --- the relay ---
+# --- the tunnel ---
 
 
 @pytest.fixture

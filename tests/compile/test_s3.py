@@ -58,7 +58,7 @@ def told(endpoint: str) -> dict[str, str]:
 
 @needs_rclone
 def test_a_bucket_stores_objects_and_other_users_cannot_read_them(endpoint):
-    url = s3.served("s3://objects/here", told(endpoint))
+    url = s3.serve("s3://objects/here", told(endpoint))
     assert requests.put(f"{url}/one", data=b"1", timeout=30).ok
     assert requests.get(f"{url}/one", timeout=30).content == b"1"
     assert requests.get(f"{url}/other", timeout=30).status_code == 404
@@ -71,7 +71,7 @@ def test_a_bucket_stores_objects_and_other_users_cannot_read_them(endpoint):
 @needs_rclone
 def test_rclone_ends_with_its_process_even_by_sigkill(endpoint):
     program = (
-        "import time; from voltforge.compile import s3; print(s3.served('s3://objects'), flush=True); time.sleep(60)"
+        "import time; from voltforge.compile import s3; print(s3.serve('s3://objects'), flush=True); time.sleep(60)"
     )
     environ = {**told(endpoint), "PYTHONPATH": str(ROOT)}
     child = subprocess.Popen([sys.executable, "-c", program], env=environ, stdout=subprocess.PIPE, text=True)
@@ -94,7 +94,7 @@ def test_an_unreachable_bucket_is_reported_and_the_local_cache_is_used(endpoint,
     for name, value in told(place).items():
         monkeypatch.setenv(name, value)
     began = time.monotonic()
-    made = object_cache.chosen("s3://nobodys/objects", tmp_path / "cache")
+    made = object_cache.open_cache("s3://nobodys/objects", tmp_path / "cache")
     assert time.monotonic() - began < 60
     assert made
     assert made.server is None
@@ -107,7 +107,7 @@ def test_an_unreachable_bucket_is_reported_and_the_local_cache_is_used(endpoint,
 def test_missing_rclone_is_reported_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(VoltforgeError, match=r"s3://bucket needs rclone, which is not installed") as caught:
-        s3.served("s3://bucket", {})
+        s3.serve("s3://bucket", {})
     assert "rclone" in caught.value.hint
 
 

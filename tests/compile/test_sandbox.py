@@ -26,7 +26,8 @@ from tests.support.checkouts import PACKAGES, small_checkout
 from tests.support.rights import NOBODY
 from tests.support.servers import Server, serving
 from tests.support.tally import Tally
-from voltforge.compile import build, sandbox
+from voltforge.compile import fixed_paths, sandbox
+from voltforge.compile.build import Build
 from voltforge.compile.sandbox import Sandbox, available, choose
 from voltforge.compile.toolchain import COMPILERS, HostCompiler, Toolchain
 from voltforge.errors import VoltforgeError
@@ -327,12 +328,12 @@ def test_without_a_sandbox_the_command_is_unchanged(tmp_path):
 @pytest.fixture
 def fixed(tmp_path, monkeypatch) -> Path:
     """Use another folder in the place of /build, which an ordinary user cannot create."""
-    monkeypatch.setattr(sandbox, "ROOT", tmp_path / "fixed")
+    monkeypatch.setattr(fixed_paths, "ROOT", tmp_path / "fixed")
     return tmp_path / "fixed"
 
 
 def shown(rooms: dict[str, Path]) -> contextlib.AbstractContextManager[None]:
-    return Sandbox("none", moves=True).shown({"tree": rooms["tree"]}, {"environment": rooms["environment"]})
+    return Sandbox("none", moves=True).in_place({"tree": rooms["tree"]}, {"environment": rooms["environment"]})
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -409,11 +410,11 @@ def test_two_builds_take_turns(fixed, rooms, tmp_path, capsys):
 KILLED = """
 import subprocess, sys, time
 from pathlib import Path
-from voltforge.compile import sandbox
-sandbox.ROOT, tree = map(Path, sys.argv[1:])
-with sandbox.Sandbox("none", moves=True).shown({"tree": tree}, {}):
-    (sandbox.ROOT / "tree" / "new.o").write_text("object")
-    subprocess.Popen(["sleep", "1"], cwd=sandbox.ROOT / "tree")
+from voltforge.compile import fixed_paths, sandbox
+fixed_paths.ROOT, tree = map(Path, sys.argv[1:])
+with sandbox.Sandbox("none", moves=True).in_place({"tree": tree}, {}):
+    (fixed_paths.ROOT / "tree" / "new.o").write_text("object")
+    subprocess.Popen(["sleep", "1"], cwd=fixed_paths.ROOT / "tree")
     print("inside", flush=True)
     time.sleep(60)
 """
@@ -432,7 +433,7 @@ def killed(fixed, rooms, repository) -> None:
 
 def test_folders_of_a_killed_run_are_moved_back_after_its_compilers_ended(fixed, rooms, killed, capsys):
     began = time.monotonic()
-    sandbox.recover(rooms["tree"].parent)
+    fixed_paths.recover(rooms["tree"].parent)
     assert content(rooms["tree"]) == {"file": "tree", "new.o": "object"}
     assert not fixed.exists()
     assert time.monotonic() - began > 0.3
@@ -440,9 +441,9 @@ def test_folders_of_a_killed_run_are_moved_back_after_its_compilers_ended(fixed,
 
 
 def test_the_next_build_of_another_checkout_moves_folders_of_a_killed_run_back(fixed, rooms, killed, tmp_path):
-    sandbox.recover(tmp_path / "other" / "work")
+    fixed_paths.recover(tmp_path / "other" / "work")
     assert not rooms["tree"].exists(), "it has nothing to do with that"
-    assert sandbox.obstacle(tmp_path / "other" / "work", {}) == ""
+    assert fixed_paths.obstacle(tmp_path / "other" / "work", {}) == ""
     assert content(rooms["tree"]) == {"file": "tree", "new.o": "object"}
 
 
@@ -452,7 +453,7 @@ def test_folders_of_a_killed_run_are_removed_if_their_place_is_taken(fixed, room
         rooms["tree"].mkdir()
     else:
         files.remove(rooms["tree"].parent)
-    sandbox.recover(rooms["tree"].parent)
+    fixed_paths.recover(rooms["tree"].parent)
     assert not fixed.exists()
     assert not rooms["tree"].exists() or os.listdir(rooms["tree"]) == []
 
@@ -464,24 +465,24 @@ def obstacles(fixed: Path, rooms: dict[str, Path]) -> Iterator[tuple[str, str]]:
     yield "somebody's own folder", "theirs exists there"
     (fixed / "theirs").rmdir()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
-        sandbox.ROOT = Path(elsewhere)
+        fixed_paths.ROOT = Path(elsewhere)
         yield "another file system", "Invalid cross-device link"
-    sandbox.ROOT = fixed
+    fixed_paths.ROOT = fixed
     if os.geteuid() == 0:
         fixed.mkdir(exist_ok=True)
         os.chown(fixed, NOBODY, NOBODY)
         yield "another user", "it belongs to another user"
-        sandbox.ROOT = Path("/proc/build")
+        fixed_paths.ROOT = Path("/proc/build")
         yield "no right to make it", "No such file or directory"
     else:
-        sandbox.ROOT = Path("/build-of-root")
+        fixed_paths.ROOT = Path("/build-of-root")
         yield "no right to make it", "Permission denied"
 
 
 def test_a_foreign_file_at_the_fixed_path_is_reported_and_nothing_is_left(fixed, rooms):
     work = rooms["tree"].parent
     for what, told in obstacles(fixed, rooms):
-        assert (what, sandbox.obstacle(work, {"environment": rooms["environment"]})) == (what, told)
+        assert (what, fixed_paths.obstacle(work, {"environment": rooms["environment"]})) == (what, told)
         assert os.listdir(work) == ["tree"]
         assert content(rooms["environment"]) == {"file": "environment"}
 
@@ -690,7 +691,7 @@ def interpreter(user: int) -> Path:
     pytest.skip("an ordinary user cannot run this Python")
 
 
-def curious(world: World, tools: Environment, saxpy: Pipeline, kind: str) -> build.Workshop:
+def curious(world: World, tools: Environment, saxpy: Pipeline, kind: str) -> Build:
     """A build of tests/packages/curious whose files the user can reach."""
     tree, home, toolkit = (world.checkout / name for name in ("curious", "environment", "toolkit"))
     shutil.copytree(PACKAGES / "curious", tree)
@@ -702,33 +703,33 @@ def curious(world: World, tools: Environment, saxpy: Pipeline, kind: str) -> bui
     (home / "pyvenv.cfg").write_text(re.sub(r"(?m)^home = .*$", f"home = {python.parent}", settings))
     toolkit.mkdir()
     compiler = HostCompiler(Path("/usr/bin/g++"), Path("/usr/bin/gcc"), "12.2.0")
-    shop = build.Workshop(
+    build = Build(
         saxpy.recipes["saxpy"], Tree(tree, 1_700_000_000), Environment(home),
         Toolchain(toolkit, "distro", "12.4.131", compiler, {}), Sandbox(kind), 1, world.checkout / "work",
     )  # fmt: skip
     for folder in (world.checkout, *world.checkout.rglob("*")):
         os.chown(folder, world.user, world.user if world.rights else -1, follow_symlinks=False)
-    return shop
+    return build
 
 
-def tried(shop: build.Workshop, world: World) -> None:
+def tried(build: Build, world: World) -> None:
     """Build as this user and return the result of each attempt: ``done``, or the error."""
-    attempts = [one for one in world.attempts(shop.places) if os.geteuid() == 0 or not one.by_root]
+    attempts = [one for one in world.attempts(build.places) if os.geteuid() == 0 or not one.by_root]
     files.write_json(world.checkout / "attempts.json", [attempt.words for attempt in attempts])
-    shutil.copy(world.checkout / "attempts.json", shop.tree.path)
+    shutil.copy(world.checkout / "attempts.json", build.tree.path)
     log = world.checkout / "log"
-    build.compile(shop, log)
+    build.compile(log)
     outcomes = re.findall(r"^TRIED \d+ (.*)$", log.read_text(), re.MULTILINE)
     named = zip([attempt.what for attempt in attempts], outcomes, strict=True)
     files.write_json(world.checkout / "outcomes.json", dict(named))
 
 
-def tried_by(user: int, shop: build.Workshop, world: World) -> None:
+def tried_by(user: int, build: Build, world: World) -> None:
     if user != os.geteuid():
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)
-    tried(shop, world)
+    tried(build, world)
 
 
 @needs_bubblewrap
@@ -744,15 +745,15 @@ def test_a_curious_build_sees_nothing_inside_and_everything_outside(
         if world.rights:
             monkeypatch.setattr(sys, "base_prefix", "/usr")  # root's own may be out of reach
         inside = curious(world, tools, saxpy, "bubblewrap")
-        for shop in (inside, replace(inside, sandbox=Sandbox("none"), work=world.checkout / "outside")):
-            child = multiprocessing.get_context("fork").Process(target=tried_by, args=(user, shop, world))
+        for build in (inside, replace(inside, sandbox=Sandbox("none"), work=world.checkout / "outside")):
+            child = multiprocessing.get_context("fork").Process(target=tried_by, args=(user, build, world))
             child.start()
             child.join()
             assert child.exitcode == 0
             outcomes = files.read_json(world.checkout / "outcomes.json")
             done = [what for what, outcome in outcomes.items() if outcome == "done"]
-            assert done == ([] if shop is inside else [*outcomes]), outcomes
-            assert world.callers() == (0 if shop is inside else 5)
+            assert done == ([] if build is inside else [*outcomes]), outcomes
+            assert world.callers() == (0 if build is inside else 5)
     network = sum(what.startswith("network") for what in outcomes)
     counted("network attempts blocked inside the sandbox", network)
     counted("reads and writes outside blocked inside the sandbox", len(outcomes) - network)

@@ -17,8 +17,7 @@ import pytest
 from tests.support import debian
 from tests.support.samples import listed_by_cuobjdump
 from voltforge.binary.elf import Elf
-from voltforge.compile import build
-from voltforge.compile.build import BuildError, Workshop
+from voltforge.compile.build import Build, BuildError
 from voltforge.compile.toolchain import Toolchain
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
@@ -59,23 +58,23 @@ def patched(pipeline: Pipeline, upstream: Tree) -> Tree:
 
 
 @pytest.fixture(scope="module")
-def shop(pipeline: Pipeline, patched: Tree, toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    made = debian.workshop(pipeline, patched, toolchain, tmp_path_factory.mktemp("work"))
+def build(pipeline: Pipeline, patched: Tree, toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    made = debian.build_of(pipeline, patched, toolchain, tmp_path_factory.mktemp("work"))
     made.prepare()
     return made
 
 
 @pytest.fixture(scope="module")
-def summary(shop: Workshop) -> list[str]:
+def summary(build: Build) -> list[str]:
     """Return the lines that CMake prints while it configures."""
-    return debian.configured(shop)
+    return debian.configured(build)
 
 
-def ninja(shop: Workshop, *targets: str) -> list[Path]:
+def ninja(build: Build, *targets: str) -> list[Path]:
     """Build some targets, and give their files."""
-    tool = shop.places["environment"] / "bin/ninja"
-    shop.run([tool, "-C", "build", f"-j{shop.jobs}", *targets], log=shop.work / "ninja.log")
-    return [shop.work / "tree/build" / target for target in targets]
+    tool = build.places["environment"] / "bin/ninja"
+    build.run([tool, "-C", "build", f"-j{build.jobs}", *targets], log=build.work / "ninja.log")
+    return [build.work / "tree/build" / target for target in targets]
 
 
 def test_source_has_every_option_of_the_recipe_except_newer_ones(recipe: SourceRecipe, upstream: Tree) -> None:
@@ -92,47 +91,47 @@ def test_misspelt_option_is_refused_with_a_suggestion(recipe: SourceRecipe, upst
     assert caught.value.unknown == {"USE_CUDDN": ["USE_CUDNN"]}
 
 
-def test_configuration_matches_the_recipe(shop: Workshop, summary: list[str]) -> None:
+def test_configuration_matches_the_recipe(build: Build, summary: list[str]) -> None:
     told = dict(match.groups() for line in summary if (match := re.match(r"--\s+([\w ]+?)\s+: (.*)", line)))
     assert told["cuDNN version"] == "9.10.2"
     assert (told["BLAS"], told["LAPACK"], told["USE_NCCL"], told["USE_SYSTEM_NCCL"]) == ("mkl", "mkl", "1", "ON")
     assert (told["USE_FLASH_ATTENTION"], told["USE_MEM_EFF_ATTENTION"]) == ("0", "1")
-    assert not [line for line in summary if options.contradiction(line, shop.recipe.build.env)]
-    compiled_for = set(re.findall(r"arch=compute_\w+,code=\w+", (shop.work / "tree/build/build.ninja").read_text()))
+    assert not [line for line in summary if options.contradiction(line, build.recipe.build.env)]
+    compiled_for = set(re.findall(r"arch=compute_\w+,code=\w+", (build.work / "tree/build/build.ninja").read_text()))
     assert compiled_for == {"arch=compute_70,code=sm_70"}
 
 
 def test_missing_library_stops_the_build_before_compilation(
     pipeline: Pipeline, patched: Tree, toolchain: Toolchain, tmp_path: Path
 ) -> None:
-    made = debian.workshop(pipeline, patched, toolchain, tmp_path / "work", {"CUDNN_ROOT": "/nowhere"})
+    made = debian.build_of(pipeline, patched, toolchain, tmp_path / "work", {"CUDNN_ROOT": "/nowhere"})
     with pytest.raises(BuildError, match="configured with USE_CUDNN=OFF, but the recipe has 1"):
-        build.compile(made, tmp_path / "log")
+        made.compile(tmp_path / "log")
     assert not list((tmp_path / "work").rglob("*.cu.o"))
 
 
 @pytest.mark.usefixtures("summary")
-def test_c10_is_compiled_and_loads(shop: Workshop, toolchain: Toolchain) -> None:
-    c10, c10_cuda = ninja(shop, "lib/libc10.so", "lib/libc10_cuda.so")
+def test_c10_is_compiled_and_loads(build: Build, toolchain: Toolchain) -> None:
+    c10, c10_cuda = ninja(build, "lib/libc10.so", "lib/libc10_cuda.so")
     assert {"libc10.so", "libcudart.so.12"} <= set(Elf.read(c10_cuda).needed)
     program = "import ctypes, sys; [ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) for path in sys.argv[1:]]"
     runtime = toolchain.home / "lib64/libcudart.so.12"
-    needed = {"LD_LIBRARY_PATH": str(shop.work / "tree/deb/usr/lib/x86_64-linux-gnu")}  # of Debian's cpuinfo
-    subprocess.run([shop.environment.python, "-c", program, runtime, c10, c10_cuda], check=True, env=needed)
-    ninja(shop, "gen_torch_version")
-    assert "__version__ = '2.6.0+sm70.cu" in (shop.work / "tree/torch/version.py").read_text()
+    needed = {"LD_LIBRARY_PATH": str(build.work / "tree/deb/usr/lib/x86_64-linux-gnu")}  # of Debian's cpuinfo
+    subprocess.run([build.environment.python, "-c", program, runtime, c10, c10_cuda], check=True, env=needed)
+    ninja(build, "gen_torch_version")
+    assert "__version__ = '2.6.0+sm70.cu" in (build.work / "tree/torch/version.py").read_text()
 
 
 @pytest.mark.usefixtures("summary")
-def test_cuda_sources_of_aten_are_compiled_only_for_sm_70(shop: Workshop, toolchain: Toolchain) -> None:
-    for made in ninja(shop, *(f"{ATEN}/{kernel}.cu.o" for kernel in KERNELS)):
+def test_cuda_sources_of_aten_are_compiled_only_for_sm_70(build: Build, toolchain: Toolchain) -> None:
+    for made in ninja(build, *(f"{ATEN}/{kernel}.cu.o" for kernel in KERNELS)):
         assert listed_by_cuobjdump(toolchain, made) == {"sm_70": 1}
         ptx = subprocess.run([toolchain.home / "bin/cuobjdump", "-lptx", made], capture_output=True, text=True)
         assert ".ptx" not in ptx.stdout
-        assert str(shop.work).encode() not in made.read_bytes()
+        assert str(build.work).encode() not in made.read_bytes()
 
 
 @pytest.mark.usefixtures("summary")
-def test_cudnn_attention_is_compiled(shop: Workshop) -> None:
-    [made] = ninja(shop, f"{ATEN}/cudnn/MHA.cpp.o")
+def test_cudnn_attention_is_compiled(build: Build) -> None:
+    [made] = ninja(build, f"{ATEN}/cudnn/MHA.cpp.o")
     assert b"run_cudnn_SDP_fprop" in made.read_bytes()

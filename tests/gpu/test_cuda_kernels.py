@@ -130,11 +130,11 @@ def test_same_command_gives_the_wheels_cubin_and_does_not_change_the_build(
     vllm: Pipeline, cubins: list[bytes], tmp_path: Path
 ) -> None:
     build = BuildCommands.of(vllm)
-    before = files.folder_digest(build.workshop.folders["tree"]), sorted(build.workshop.folders["home"].iterdir())
+    before = files.folder_digest(build.build.folders["tree"]), sorted(build.build.folders["home"].iterdir())
     image = cuda_kernels.compile_source(build, SMALL, tmp_path / "log")
     assert (
-        files.folder_digest(build.workshop.folders["tree"]),
-        sorted(build.workshop.folders["home"].iterdir()),
+        files.folder_digest(build.build.folders["tree"]),
+        sorted(build.build.folders["home"].iterdir()),
     ) == before
     assert image.cubin in cubins
     assert ".target sm_70" in image.ptx

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.support.checkouts import PACKAGES
 from voltforge.compile import jobs, sandbox
-from voltforge.compile.build import Workshop
+from voltforge.compile.build import Build
 from voltforge.compile.toolchain import Toolchain
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import patches
@@ -93,26 +93,26 @@ def patched(pipeline: Pipeline, original: Tree) -> Tree:
     return Tree(folder, original.epoch)
 
 
-def workshop(
-    pipeline: Pipeline, grown: Tree, toolchain: Toolchain, work: Path, env: Mapping[str, str] | None = None
-) -> Workshop:
+def build_of(
+    pipeline: Pipeline, patched: Tree, toolchain: Toolchain, work: Path, env: Mapping[str, str] | None = None
+) -> Build:
     """Return a build with the recipe's options, without those that 2.6.0 and Debian lack, and with ``env``."""
     recipe = pipeline.recipes["torch"]
     assert isinstance(recipe, SourceRecipe)
     pipeline.package(recipe).stages["environment"].run()
     environment = Environment(pipeline.scratch / "environments" / "torch-build")
-    around = sandbox.choose("auto")
-    system = f"{around.place('tree', work / 'tree')}/deb/usr"
+    chosen = sandbox.choose("auto")
+    system = f"{chosen.place('tree', work / 'tree')}/deb/usr"
     own = {name: value for name, value in recipe.build.env.items() if name not in NEWER}
     own |= {**DEVIATIONS, "CMAKE_PREFIX_PATH": f"{{environment}};{system}"}
     own |= {"LD_LIBRARY_PATH": f"{system}/lib/x86_64-linux-gnu", **(env or {})}
     changed = {"version": "2.6.0", "build": recipe.build.model_copy(update={"env": own, "options": ()})}
     count, _ = jobs.count("", recipe.build.memory_per_job)
-    return Workshop(recipe.model_copy(update=changed), grown, environment, toolchain, around, count, work)
+    return Build(recipe.model_copy(update=changed), patched, environment, toolchain, chosen, count, work)
 
 
-def configured(shop: Workshop) -> list[str]:
+def configured(build: Build) -> list[str]:
     """Run CMake in a prepared build and return its output by lines."""
-    log = shop.work / "configure.log"
-    shop.run([shop.places["environment"] / "bin/python", "setup.py", "build", "--cmake-only"], log=log)
+    log = build.work / "configure.log"
+    build.run([build.places["environment"] / "bin/python", "setup.py", "build", "--cmake-only"], log=log)
     return log.read_text(errors="replace").splitlines()

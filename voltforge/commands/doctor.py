@@ -104,7 +104,7 @@ def _programs(_: Pipeline) -> Iterator[Check]:
 
 
 def _objects(pipeline: Pipeline) -> Iterator[Check]:
-    cache = object_cache.chosen("", pipeline.scratch / "cache" / "ccache")
+    cache = object_cache.open_cache("", pipeline.scratch / "cache" / "ccache")
     detail = f"{cache.program}: what was compiled once is not compiled again" if cache else "not in /usr or /opt"
     hint = "" if cache else distro.install_command(["ccache"]) + ", for a second build in seconds"
     yield Check("ccache", "ok" if cache else "note", detail, hint)

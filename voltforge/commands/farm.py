@@ -55,7 +55,7 @@ def _farm(pipeline: Pipeline) -> Farm:
     Raises:
         VoltforgeError: ``ccache=`` names no Redis server, or the server does not answer.
     """
-    server = object_cache.named(pipeline.settings.ccache)
+    server = object_cache.server_of(pipeline.settings.ccache)
     farm = server.farm() if server else None
     if not farm:
         raise VoltforgeError(

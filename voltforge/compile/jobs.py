@@ -15,11 +15,11 @@ from voltforge.system.files import size
 
 RESERVE = 1 << 30
 """Bytes left to other programs, or an eighth of the memory if that is less."""
-MOST = 1024
+MAX_JOBS = 1024
 """A larger number of jobs is taken for a mistake."""
 MOUNT = Path("/sys/fs/cgroup")
 """The folder where control groups are mounted (cgroups(7))."""
-OWN = Path("/proc/self/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 """The file that lists the control groups of this process."""
 FILES = (
     ("memory.max", "memory.current", "inactive_file"),
@@ -54,7 +54,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def memory(mount: Path = MOUNT, own: Path = OWN) -> Memory | None:
+def memory(mount: Path = MOUNT, own: Path = OWN_GROUPS) -> Memory | None:
     """Return the memory that the machine has, or that its control groups leave if that is less; ``None`` if unknown.
 
     The groups of both versions are read, from the process's own outwards. A group without a limit, or with files that
@@ -62,18 +62,20 @@ def memory(mount: Path = MOUNT, own: Path = OWN) -> Memory | None:
     """
     try:
         system = psutil.virtual_memory()
-        found = Memory(system.available, system.total)
+        least: Memory | None = Memory(system.available, system.total)
     except (OSError, ValueError, KeyError, RuntimeError):  # psutil raises if /proc/meminfo is incomplete
-        found = None
+        least = None
     for group in _groups(mount, own):
         for limit, used, cache in FILES:
-            told = _told(group, limit, used, cache)
-            if told and (found is None or told.limit < found.limit or told.free < found.free):
-                found = Memory(min(told.free, found.free), min(told.limit, found.limit)) if found else told
-    return found
+            of_group = _group_memory(group, limit, used, cache)
+            if of_group and least:
+                least = Memory(min(of_group.free, least.free), min(of_group.limit, least.limit))
+            else:
+                least = of_group or least
+    return least
 
 
-def number(text: str) -> int | None:
+def parse(text: str) -> int | None:
     """Return the number in ``text``, valid or not; ``None`` for an empty text.
 
     Raises:
@@ -82,11 +84,11 @@ def number(text: str) -> int | None:
     if not text:
         return None
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise VoltforgeError(f"jobs={text} is not a number", hint=f"jobs=N with N from 1 to {MOST}")
+        raise VoltforgeError(f"jobs={text} is not a number", hint=f"jobs=N with N from 1 to {MAX_JOBS}")
     return int(text)
 
 
-def asked(text: str) -> int | None:
+def chosen(text: str) -> int | None:
     """Return the number of jobs that the user chose; ``None`` if the machine decides.
 
     A number out of range, such as 0 or 10,000, is reported and ignored.
@@ -94,9 +96,9 @@ def asked(text: str) -> int | None:
     Raises:
         VoltforgeError: ``text`` is not a number.
     """
-    if (count := number(text)) is None or 1 <= count <= MOST:
+    if (count := parse(text)) is None or 1 <= count <= MAX_JOBS:
         return count
-    console.warn(f"jobs={text} is not between 1 and {MOST} and is ignored: this machine decides the number of jobs")
+    console.warn(f"jobs={text} is not between 1 and {MAX_JOBS} and is ignored: this machine decides the number of jobs")
     return None
 
 
@@ -104,14 +106,14 @@ def count(text: str, memory_per_job: int) -> tuple[int, str]:
     """Return the number of jobs for builds that no scheduler controls, and the reason for it.
 
     Raises:
-        VoltforgeError: ``text``, which :func:`asked` parses, is not a number.
+        VoltforgeError: ``text``, which :func:`chosen` parses, is not a number.
     """
-    if sure := asked(text):
-        return sure, "as chosen"
-    there = memory()
-    if there is None:
+    if jobs := chosen(text):
+        return jobs, "as chosen"
+    available = memory()
+    if available is None:
         return cores(), "by cores; the free memory is unknown"
-    by_memory = there.room // memory_per_job
+    by_memory = available.room // memory_per_job
     if by_memory < cores():
         return max(1, by_memory), f"by memory, {size(memory_per_job)} per job"
     return cores(), "by cores"
@@ -130,13 +132,14 @@ def _groups(mount: Path, own: Path) -> Iterator[Path]:
             continue
         top = mount / controllers if controllers else mount
         group = top / path.strip("/")
-        yield from [one for one in (group, *group.parents) if one.is_relative_to(top)]
+        yield from [folder for folder in (group, *group.parents) if folder.is_relative_to(top)]
 
 
-def _told(group: Path, limit: str, used: str, cache: str) -> Memory | None:
+def _group_memory(group: Path, limit: str, used: str, cache: str) -> Memory | None:
+    """Return the memory that a control group leaves; ``None`` if it has no limit or its files cannot be parsed."""
     try:
-        most, held = int((group / limit).read_text()), int((group / used).read_text())  # the file may contain "max"
+        maximum, usage = int((group / limit).read_text()), int((group / used).read_text())  # either can be "max"
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return Memory(max(most - held + int(stat.get(cache, 0)), 0), most)
+        return Memory(max(maximum - usage + int(stat.get(cache, 0)), 0), maximum)
     except (OSError, ValueError):
         return None

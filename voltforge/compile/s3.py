@@ -21,18 +21,18 @@ from voltforge.system.process import ProgramFailed, run
 from voltforge.system.urls import redacted
 
 SCHEME = "s3"
-PATIENCE = 30.0
+TIMEOUT = 30.0
 """Seconds for the bucket to answer, and then for rclone to listen."""
-NOTHING = "voltforge-asks"
+MISSING_FOLDER = "voltforge-asks"
 """A folder that does not exist: listing it tests the access and nothing else."""
-FRESH = "1m"
+LISTING_AGE = "1m"
 """The time for which rclone reuses a listing of the bucket. Objects of other hosts appear after it."""
-WORDS = "--low-level-retries", "1", "--retries", "1", "--contimeout", "5s", "--timeout", "10s"
+NO_RETRIES = "--low-level-retries", "1", "--retries", "1", "--contimeout", "5s", "--timeout", "10s"
 """A failing cache is bypassed at once instead of retried."""
 _ADDRESS = re.compile(r"http://(127\.0\.0\.1:\d+)/")
 
 
-def served(address: str, environ: Mapping[str, str] = os.environ) -> str:
+def serve(address: str, environ: Mapping[str, str] = os.environ) -> str:
     """Start a WebDAV server for a bucket and return its address, with a password: ``s3://bucket/folder``.
 
     Raises:
@@ -43,26 +43,26 @@ def served(address: str, environ: Mapping[str, str] = os.environ) -> str:
         hint = distro.install_command(["rclone", "util-linux"])
         raise VoltforgeError(f"{redacted(address)} needs rclone, which is not installed", hint=hint)
     password = secrets.token_urlsafe(24)  # other users of this machine can reach the port
-    told = {**variables(environ), "RCLONE_USER": "voltforge", "RCLONE_PASS": password}
-    place = f":{SCHEME}:{address.removeprefix(f'{SCHEME}://')}"
+    environment = {**variables(environ), "RCLONE_USER": "voltforge", "RCLONE_PASS": password}
+    remote = f":{SCHEME}:{address.removeprefix(f'{SCHEME}://')}"
     try:
-        run([rclone, "lsf", f"{place}/{NOTHING}", *WORDS], env=told, timeout=PATIENCE)
+        run([rclone, "lsf", f"{remote}/{MISSING_FOLDER}", *NO_RETRIES], env=environment, timeout=TIMEOUT)
     except ProgramFailed as error:
         raise _unreachable(address, error.output) from error
     # The kernel ends rclone with this process, however it ends (prctl(2), PR_SET_PDEATHSIG).
-    words = [setpriv, "--pdeathsig", "TERM", rclone, "serve", "webdav", place, "--addr", "127.0.0.1:0", *WORDS]
-    words += ["--dir-cache-time", FRESH]
+    words = [setpriv, "--pdeathsig", "TERM", rclone, "serve", "webdav", remote, "--addr", "127.0.0.1:0", *NO_RETRIES]
+    words += ["--dir-cache-time", LISTING_AGE]
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            words, env=told, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )  # fmt: skip
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while child.poll() is None and time.monotonic() < deadline:
-            if found := _ADDRESS.search(_said(log.fileno())):
-                return f"http://voltforge:{password}@{found[1]}"
+            if address_line := _ADDRESS.search(_output(log.fileno())):
+                return f"http://voltforge:{password}@{address_line[1]}"
             time.sleep(0.05)
         child.kill()
-        raise _unreachable(address, _said(log.fileno()))
+        raise _unreachable(address, _output(log.fileno()))
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -71,9 +71,9 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
     rclone's own variables (``RCLONE_S3_…``) override them. rclone's configuration file is ignored, because it differs
     between users.
     """
-    found = {name: value for name, value in environ.items() if name != "AWS_CA_BUNDLE"}
+    inherited = {name: value for name, value in environ.items() if name != "AWS_CA_BUNDLE"}
     endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL", "")
-    own = {
+    derived = {
         "RCLONE_S3_ENV_AUTH": "true",
         "RCLONE_S3_PROVIDER": "Other" if endpoint else "AWS",
         "RCLONE_S3_ENDPOINT": endpoint,
@@ -81,15 +81,15 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
         "RCLONE_CA_CERT": environ.get("AWS_CA_BUNDLE", ""),  # rclone 1.60 fails to start if the SDK reads that variable
         "RCLONE_CONFIG": os.devnull,
     }
-    return {**{name: value for name, value in own.items() if value}, **found}
+    return {**{name: value for name, value in derived.items() if value}, **inherited}
 
 
-def _said(log: int) -> str:
+def _output(log: int) -> str:
     return os.pread(log, 1 << 16, 0).decode(errors="replace")
 
 
-def _unreachable(address: str, said: str) -> VoltforgeError:
-    lines = [re.sub(r"^[\d/]+ [\d:]+ ", "", line) for line in said.splitlines() if "Failed to" not in line]
+def _unreachable(address: str, output: str) -> VoltforgeError:
+    lines = [re.sub(r"^[\d/]+ [\d:]+ ", "", line) for line in output.splitlines() if "Failed to" not in line]
     return VoltforgeError(
         f"{redacted(address)} cannot be reached: {' '.join(' '.join(lines).split())[:300] or 'rclone printed nothing'}",
         hint="check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL",

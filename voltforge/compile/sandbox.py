@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import functools
-import os
 import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from voltforge.compile.toolchain import COMPILERS
+from voltforge.compile import fixed_paths
 from voltforge.errors import VoltforgeError
-from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
 
 CHOICES = ("auto", "require", "off")
-ROOT = Path("/build")
-"""The folder under which a build sees its folders. nvcc writes a hash of the path into device code, so it is fixed."""
-MOVED = "moved.json"
-"""A note in :data:`ROOT` that names the original place of each moved folder; empty for a copy."""
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/opt", "/nix", "/gnu")
 """The parts of the system that compilers and interpreters live in, shown read-only if they exist."""
 UNSHARE = (
@@ -60,11 +48,11 @@ cwd=$2
 shift 2
 exec unshare --root=/sys --wd="$cwd" -- setpriv --inh-caps=-all --ambient-caps=-all --bounding-set=-all -- "$@"
 """
-"""The script that runs first inside: it shows the machine as it is, with the folders at :data:`ROOT`.
+"""The script that runs first inside: it shows the machine as it is, with the folders at their fixed paths.
 
-Its arguments are ROOT, each folder and its place, ``--``, the working directory and the program. The new root is
-assembled at /sys, which every machine has and no build needs. The kernel refuses a new /proc where parts of it are
-hidden, as in containers.
+Its arguments are ``fixed_paths.ROOT``, each folder and its place, ``--``, the working directory and the program. The
+new root is assembled at /sys, which every machine has and no build needs. The kernel refuses a new /proc where parts of
+it are hidden, as in containers.
 """
 
 
@@ -75,7 +63,7 @@ class Sandbox:
     kind: str
     """``bubblewrap``, ``no network`` (util-linux's unshare) or ``none``."""
     moves: bool = False
-    """With ``none``: whether the build's folders are moved to :data:`ROOT` while it runs."""
+    """With ``none``: true if the build's folders are moved to their fixed paths while it runs."""
 
     @property
     def hermetic(self) -> bool:
@@ -84,47 +72,32 @@ class Sandbox:
 
     def place(self, name: str, real: Path) -> Path:
         """Return the path at which the build sees the folder ``real`` named ``name``."""
-        return real if self.kind == "none" and not self.moves else ROOT / name
+        return real if self.kind == "none" and not self.moves else fixed_paths.ROOT / name
 
-    @contextlib.contextmanager
-    def shown(self, writable: Mapping[str, Path], readable: Mapping[str, Path]) -> Iterator[None]:
-        """Keep the folders at their places for the length of the block, where that needs more than a mount.
-
-        Writable folders are moved there and back. The others can be in use elsewhere and are copied by links.
-        Concurrent builds take turns.
+    def in_place(
+        self, writable: Mapping[str, Path], readable: Mapping[str, Path]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the folders are at their places, where that needs more than a mount.
 
         Raises:
-            OSError: a folder cannot be moved or copied; all are back at their original places.
+            OSError: on entry, if a folder cannot be moved or copied.
         """
-        if not self.moves:
-            yield
-            return
-        with _root():
-            origins = {name: str(real.absolute()) for name, real in writable.items()}
-            files.write_json(ROOT / MOVED, origins | dict.fromkeys(readable, ""))
-            try:
-                for name, real in writable.items():
-                    real.rename(ROOT / name)
-                for name, real in readable.items():
-                    _copy(real, ROOT / name)
-                yield
-            finally:
-                _give_back()
+        return fixed_paths.moved(writable, readable) if self.moves else contextlib.nullcontext()
 
     def command(
         self, argv: Sequence[str | Path], *, writable: Mapping[str, Path], readable: Mapping[str, Path], cwd: Path
     ) -> list[str]:
         """Return ``argv`` wrapped to run inside.
 
-        The folders have the names that :meth:`place` knows; ``cwd`` is a path inside.
+        The keys of ``writable`` and ``readable`` are the names for :meth:`place`; ``cwd`` is a path inside.
         """
         words = [str(word) for word in argv]
         if self.kind == "none":
             return words
         if self.kind == "no network":
             binds = [(real.absolute(), self.place(name, real)) for name, real in {**readable, **writable}.items()]
-            return [*UNSHARE, "sh", "-c", VIEW, "view", str(ROOT), *(str(path) for bind in binds for path in bind),
-                    "--", str(cwd), *words]  # fmt: skip
+            arguments = [str(fixed_paths.ROOT), *(str(path) for bind in binds for path in bind), "--", str(cwd)]
+            return [*UNSHARE, "sh", "-c", VIEW, "view", *arguments, *words]
         view = ["bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
         view += ["--hostname", "build"]
         for folder in SYSTEM:
@@ -133,10 +106,7 @@ class Sandbox:
             elif Path(folder).is_dir():
                 view += ["--ro-bind", folder, folder]
         view += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--dir", "/tmp/home"]
-        for interpreter in {
-            Path(sys.base_prefix),
-            Path(sys.base_prefix).resolve(),
-        }:
+        for interpreter in {Path(sys.base_prefix), Path(sys.base_prefix).resolve()}:
             if not any(interpreter.is_relative_to(folder) for folder in SYSTEM):
                 view += ["--ro-bind", str(interpreter), str(interpreter)]
         for option, folders in (("--ro-bind", readable), ("--bind", writable)):
@@ -176,113 +146,3 @@ def choose(choice: str) -> Sandbox:
             hint="apt-get install bubblewrap, and allow user namespaces (sysctl kernel.unprivileged_userns_clone=1)",
         )
     return sandbox
-
-
-def obstacle(work: Path, readable: Mapping[str, Path]) -> str:
-    """Return why :meth:`Sandbox.shown` cannot move folders from ``work`` or link the others; empty if it can, by
-    trying.
-    """
-    try:
-        with _root():
-            files.write_json(ROOT / MOVED, {"probe": ""})
-            try:
-                _try(work, readable, ROOT / "probe")
-            finally:
-                _give_back()
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
-
-
-def _try(work: Path, readable: Mapping[str, Path], probe: Path) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=work) as empty:
-        Path(empty).rename(probe)
-    for name, real in readable.items():
-        found = (path for path in real.rglob("*") if path.is_file() and not path.is_symlink())
-        if one := next(found, None):
-            os.link(one, probe / name)
-
-
-def recover(work: Path) -> None:
-    """Move folders back to ``work`` that a killed run left at :data:`ROOT`."""
-    origins = (files.read_json(ROOT / MOVED) or {}).values()
-    if any(origin and Path(origin).is_relative_to(work.absolute()) for origin in origins):
-        with contextlib.suppress(OSError), _root():  # the caller reports foreign files itself
-            pass
-
-
-@contextlib.contextmanager
-def _root() -> Iterator[None]:
-    """Create :data:`ROOT`, empty, for this process alone. Folders that a killed run left there are moved back first.
-
-    Raises:
-        OSError: it cannot be created, belongs to another user, or holds foreign files.
-    """
-    if not os.access(ROOT if ROOT.exists() else ROOT.parent, os.W_OK):  # no killed run left anything
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), ROOT)
-    with _locked(ROOT.parent):  # flock a neighbour of ROOT, so that ROOT can be removed
-        ROOT.mkdir(exist_ok=True)
-        try:
-            if ROOT.stat().st_uid != os.geteuid():
-                raise PermissionError(errno.EACCES, "it belongs to another user", ROOT)
-            if (ROOT / MOVED).exists():
-                _wait_for_the_orphaned()
-                _give_back()
-            if strangers := [name for name in os.listdir(ROOT) if not name.startswith(f".{MOVED}")]:
-                raise FileExistsError(errno.EEXIST, f"{strangers[0]} exists there", ROOT)
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                ROOT.rmdir()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.note(f"waiting for another build at {ROOT}")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _wait_for_the_orphaned() -> None:
-    """Wait for compilers that survived a killed run: they would write into the folders of the next build."""
-    told = False
-    while pids := [
-        one.pid for one in psutil.process_iter(["cwd"]) if Path(one.info["cwd"] or "/").is_relative_to(ROOT)
-    ]:
-        if not told:
-            console.note(f"waiting for processes of a killed build at {ROOT}: {', '.join(map(str, pids))}")
-        told = True
-        time.sleep(0.2)
-
-
-def _give_back() -> None:
-    """Move each folder of the note back if its original place is free; remove it otherwise, and remove copies."""
-    for name, origin in (files.read_json(ROOT / MOVED) or {}).items():
-        if not (ROOT / name).exists():
-            continue
-        if origin and Path(origin).parent.is_dir() and not os.path.lexists(origin):
-            (ROOT / name).rename(origin)
-        else:
-            files.remove(ROOT / name)
-    (ROOT / MOVED).unlink(missing_ok=True)
-
-
-def _copy(real: Path, place: Path) -> None:
-    """Copy a folder by links: CMake resolves the real path of folders, and gcc that of headers.
-
-    Links to compilers are symbolic, because the toolchain is recognized by their ctime, which a hard link changes.
-    """
-
-    def link(source: str, target: str) -> None:
-        compiler = str(Path(source).relative_to(real)) in COMPILERS
-        (os.symlink if compiler else os.link)(source, target)
-
-    shutil.copytree(real, place, symlinks=True, copy_function=link)

@@ -14,54 +14,54 @@ import threading
 BLOCK = 1 << 16
 
 
-def join(one: socket.socket, other: socket.socket) -> bool:
-    """Forward data both ways between two connections until one ends. Return True if ``other`` sent the last data.
+def join(client: socket.socket, server: socket.socket) -> bool:
+    """Forward data both ways between two connections until one ends. Return True if ``server`` sent the last data.
 
-    That is False if ``other`` hangs up before it answers.
+    It is False if ``server`` hangs up before it answers.
     """
-    last: list[socket.socket] = []
+    last_sender: list[socket.socket] = []
 
-    def carry(source: socket.socket, sink: socket.socket) -> None:
+    def forward(source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(BLOCK):
-                last[:] = [source]
+                last_sender[:] = [source]
                 sink.sendall(data)
-        for end in (one, other):
+        for connection in (client, server):
             with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
 
-    there = threading.Thread(target=carry, args=(one, other), daemon=True)
-    there.start()
-    carry(other, one)
-    there.join()
-    one.close()
-    other.close()
-    return last == [other]
+    requests = threading.Thread(target=forward, args=(client, server), daemon=True)
+    requests.start()
+    forward(server, client)
+    requests.join()
+    client.close()
+    server.close()
+    return last_sender == [server]
 
 
-def serve(door: socket.socket, path: str) -> None:
+def serve(listener: socket.socket, path: str) -> None:
     """Connect each client of a listening socket to the Unix socket at ``path``."""
     while True:
-        one, _ = door.accept()
-        other = socket.socket(socket.AF_UNIX)
+        client, _ = listener.accept()
+        server = socket.socket(socket.AF_UNIX)
         try:
-            other.connect(path)
+            server.connect(path)
         except OSError:
-            one.close()
-            other.close()
+            client.close()
+            server.close()
             continue
-        threading.Thread(target=join, args=(one, other), daemon=True).start()
+        threading.Thread(target=join, args=(client, server), daemon=True).start()
 
 
 def main(words: list[str]) -> None:
     """Start the forwarding child, and become the command."""
     port, path, *command = words
-    with socket.socket() as door:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        door.bind(("127.0.0.1", int(port)))
-        door.listen(128)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", int(port)))
+        listener.listen(128)
         if not os.fork():
-            serve(door, path)
+            serve(listener, path)
     os.execvp(command[0], command)
 
 

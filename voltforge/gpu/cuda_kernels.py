@@ -14,8 +14,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voltforge.compile import build, sandbox, scheduler
-from voltforge.compile.build import Workshop
+from voltforge.compile import sandbox, scheduler, work_folder
+from voltforge.compile.build import Build
+from voltforge.compile.build_log import first_error
 from voltforge.compile.sandbox import Sandbox
 from voltforge.compile.toolchain import Toolchain
 from voltforge.errors import VoltforgeError
@@ -59,9 +60,9 @@ class CudaKernelError(VoltforgeError):
 
 @dataclass(frozen=True)
 class BuildCommands:
-    """The workshop of the wheel's build, and the commands that ninja ran in it."""
+    """The build of the wheel, and the commands that ninja ran in it."""
 
-    workshop: Workshop
+    build: Build
     commands: Mapping[str, Sequence[str]]
     """The nvcc command of each source, by its path in the tree."""
 
@@ -78,20 +79,20 @@ class BuildCommands:
         if record and record.key != vllm.build.key():
             raise CudaKernelError("the build of vllm does not match the current sources or tools", hint=BUILD_HINT)
         kind = vllm.build.result().sandbox
-        workshop = vllm.workshop(Sandbox(kind) if kind else sandbox.choose(pipeline.settings.sandbox))
-        tree = workshop.folders["tree"]
+        build = vllm.build_in(Sandbox(kind) if kind else sandbox.choose(pipeline.settings.sandbox))
+        tree = build.folders["tree"]
         scripts = sorted(tree.glob("build/temp*/build.ninja")) if tree.is_dir() else []
         if not scripts:
-            raise CudaKernelError(f"the work folder of vllm's build is missing: {workshop.work}", hint=REBUILD_HINT)
-        built_in = files.read_json(workshop.work / build.PLACE)
-        if built_in != str(workshop.places["tree"]):
+            raise CudaKernelError(f"the work folder of vllm's build is missing: {build.work}", hint=REBUILD_HINT)
+        built_in = files.read_json(build.work / work_folder.PLACE)
+        if built_in != str(build.places["tree"]):
             raise CudaKernelError(
                 f"vllm was built in {built_in}, which this sandbox cannot provide", hint="use the same sandbox= again"
             )
-        ninja = (workshop.environment.path / "bin" / "ninja").resolve()
+        ninja = (build.environment.path / "bin" / "ninja").resolve()
         output = run([ninja, "-C", scripts[-1].parent, "-t", "compdb"]).output
-        commands = parse_compdb(output[output.index("[") :], workshop.places["tree"])
-        return cls(workshop, with_included_sources(commands, tree))
+        commands = parse_compdb(output[output.index("[") :], build.places["tree"])
+        return cls(build, with_included_sources(commands, tree))
 
 
 def parse_compdb(compdb: str, tree: Path) -> dict[str, list[str]]:
@@ -192,7 +193,7 @@ def _write_images(pipeline: Pipeline, sources: Sequence[str], cubins: Sequence[b
 
 
 def compile_source(build_commands: BuildCommands, source: str, log: Path) -> Image:
-    """Compile one source in the workshop of its build. The files of the build stay as they are.
+    """Compile one source with the tools of its build. The files of the build stay as they are.
 
     Raises:
         CudaKernelError: the source is not part of the build, or does not compile.
@@ -200,14 +201,14 @@ def compile_source(build_commands: BuildCommands, source: str, log: Path) -> Ima
     if source not in build_commands.commands:
         raise CudaKernelError(f"the build of vllm does not compile {source}", hint="check its path in this version")
     console.step(f"compile {source} for 7.0, as PTX and cubin")
-    workshop, name = build_commands.workshop, "gpu-image.fatbin"
-    fatbin = workshop.folders["home"] / name
+    build, name = build_commands.build, "gpu-image.fatbin"
+    fatbin = build.folders["home"] / name
     files.remove(fatbin)
     try:
-        workshop.run(fatbin_command(build_commands.commands[source], workshop.places["home"] / name), log=log)
-        return read_fatbin(fatbin, workshop.toolchain)
+        build.run(fatbin_command(build_commands.commands[source], build.places["home"] / name), log=log)
+        return read_fatbin(fatbin, build.toolchain)
     except ProgramFailed as error:
-        message = build.first_error(log)
+        message = first_error(log)
         raise CudaKernelError(f"{source} does not compile as PTX: {message}", hint=f"see {log}") from error
     finally:
         files.remove(fatbin)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from voltforge.binary import loader
-from voltforge.compile import build, jobs, sandbox
-from voltforge.compile.build import Workshop
-from voltforge.compile.object_cache import Objects
+from voltforge.compile import build_variables, jobs, sandbox
+from voltforge.compile.build import Build
+from voltforge.compile.object_cache import ObjectCache
 from voltforge.compile.sandbox import Sandbox
 from voltforge.compile.scheduler import Scheduler
 from voltforge.compile.toolchain import Toolchain
@@ -39,7 +39,7 @@ class FromSource:
     toolchain: Stage[Toolchain]
     scheduler: Callable[[], Scheduler]
     """Return the scheduler of compile jobs that all packages of a run share."""
-    object_cache: Callable[[], Objects | None]
+    object_cache: Callable[[], ObjectCache | None]
     """Return the cache of compiled objects, if there is one."""
 
     @property
@@ -91,14 +91,14 @@ class FromSource:
     def inputs(self) -> Values:
         """Return the inputs of the build, with its folders at the places where a sandbox shows them."""
         inside = sandbox.Sandbox("bubblewrap")
-        places = {name: inside.place(name, Path()) for name in build.FOLDERS}
+        places = {name: inside.place(name, Path()) for name in build_variables.FOLDERS}
         toolchain = self.toolchain.result()
         return {
             **self._tree_inputs(),
             "arch": list(self.recipe.arch),
             "environment": dict(self._environment_inputs()),
             "toolchain": dict(toolchain.identity),
-            "variables": build.variables(self.recipe, self.tree.result(), toolchain, places),
+            "variables": build_variables.variables(self.recipe, self.tree.result(), toolchain, places),
             "config_settings": dict(self.recipe.build.config_settings),
             "finish": self.recipe.finish.model_dump(mode="json"),
             **sbom.inputs(),
@@ -123,14 +123,14 @@ class FromSource:
         """Return the patch series of the package."""
         return patches.series(self.checkout.root / "patches" / self.recipe.name)
 
-    def workshop(self, sandbox: Sandbox) -> Workshop:
-        """Return the build's folders and tools; the stages before ``build`` must have run."""
+    def build_in(self, sandbox: Sandbox) -> Build:
+        """Return the build in a sandbox; the stages before ``build`` must have run."""
         inputs, settings = dict(self.inputs()), self.checkout.settings
         decisive = files.digest({name: inputs[name] for name in ("arch", "environment", "toolchain", "variables")})
         patched = self.tree.result()
-        scheduled = Workshop.can_ask(patched)
+        scheduled = Build.can_be_scheduled(patched)
         count = self.scheduler().jobs if scheduled else jobs.count(settings.jobs, self.recipe.build.memory_per_job)[0]
-        return Workshop(
+        return Build(
             self.recipe, patched, self.environment.result(), self.toolchain.result(), sandbox, count,
             self.checkout.scratch / "work" / f"{self.recipe.name}-{decisive[:12]}",
             self.scheduler() if scheduled else None, self.object_cache() if scheduled else None,
@@ -163,22 +163,22 @@ class FromSource:
         return made
 
     def _compile(self, key: str) -> BuiltWheel:
-        around = sandbox.choose(self.checkout.settings.sandbox)
-        shop = self.workshop(around)
-        options.check_variables(self.recipe, shop.tree.path)
-        console.step(f"build {self.recipe.name} {self.recipe.version} with {shop.toolchain}")
-        console.note(f"at most {shop.jobs} jobs, fewer when memory is short; sandbox: {around.kind}")
-        if around.kind == "none":
+        chosen = sandbox.choose(self.checkout.settings.sandbox)
+        build = self.build_in(chosen)
+        options.check_variables(self.recipe, build.tree.path)
+        console.step(f"build {self.recipe.name} {self.recipe.version} with {build.toolchain}")
+        console.note(f"at most {build.jobs} jobs, fewer when memory is short; sandbox: {chosen.kind}")
+        if chosen.kind == "none":
             console.warn("this build is not isolated from the network; ./doit doctor says what is missing")
-        built = build.compile(shop, self.checkout.scratch / "logs" / f"{self.recipe.name}.log")
+        built = build.compile(self.checkout.scratch / "logs" / f"{self.recipe.name}.log")
         wheel = wheelfile.finish(
             built.wheel, self.checkout.wheel_folder(self.recipe.name, key),
-            runpath=self.recipe.finish.runpath, epoch=shop.tree.epoch,
+            runpath=self.recipe.finish.runpath, epoch=build.tree.epoch,
             complete=lambda folder, epoch: sbom.embed(folder, self.recipe.name, self.materials(), epoch),
         )  # fmt: skip
         console.note(f"{wheel.name}, {files.size(wheel.stat().st_size)}, {built.usage}")
-        if shop.objects:
-            console.note(str(built.found))
+        if build.cache:
+            console.note(str(built.cache_stats))
         if len(built.hosts) > 1:
             console.note(f"compiled by {', '.join(f'{name}: {count}' for name, count in sorted(built.hosts.items()))}")
         return BuiltWheel(
@@ -186,10 +186,10 @@ class FromSource:
             files.sha256(wheel),
             commit=self.recipe.source.commit,
             linked=dict(built.linked),
-            sandbox=around.kind,
-            hermetic=around.hermetic,
-            jobs=shop.jobs,
+            sandbox=chosen.kind,
+            hermetic=chosen.hermetic,
+            jobs=build.jobs,
             usage=built.usage,
-            objects=built.found if shop.objects else None,
+            objects=built.cache_stats if build.cache else None,
             hosts=dict(built.hosts),
         )

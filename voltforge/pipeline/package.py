@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from voltforge.compile import build, sandbox
+from voltforge.compile import build_variables, fixed_paths
 from voltforge.compile.driver_stub import DriverStub
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Checkout
@@ -116,7 +116,7 @@ class Package:
         recipe = self.recipe
         fresh = self.checkout.environment(recipe.beside(recipe.expect.lock), f"{recipe.name}-verify")
         environment.install_wheel(fresh, wheel)
-        hidden = [self.checkout.root.resolve(), *(sandbox.ROOT / name for name in build.FOLDERS)]
+        hidden = [self.checkout.root.resolve(), *(fixed_paths.ROOT / name for name in build_variables.FOLDERS)]
         findings = checks.verify(
             wheel, self.maker.expectation(), linked=linked, environment=fresh.python,
             driver_stub=self.driver_stub.required().path, forbidden_paths=sorted({str(folder) for folder in hidden}),

@@ -14,7 +14,7 @@ from typing import Any
 from voltforge.compile import driver_stub, jobs, object_cache, toolchain
 from voltforge.compile.costs import Estimate, Estimates
 from voltforge.compile.driver_stub import DriverStub
-from voltforge.compile.object_cache import Objects
+from voltforge.compile.object_cache import ObjectCache
 from voltforge.compile.scheduler import Scheduler
 from voltforge.compile.toolchain import Toolchain
 from voltforge.errors import VoltforgeError
@@ -56,9 +56,9 @@ class Pipeline(Checkout):
         Raises:
             VoltforgeError: a setting is invalid.
         """
-        jobs.number(self.settings.jobs)
+        jobs.parse(self.settings.jobs)
         _limit(self.settings.memory)
-        object_cache.named(self.settings.ccache)
+        object_cache.server_of(self.settings.ccache)
 
     def package(self, recipe: SourceRecipe | ThinRecipe) -> Package:
         """Return the stages of one recipe."""
@@ -101,17 +101,17 @@ class Pipeline(Checkout):
             for name, recipe in self.recipes.items()
             if isinstance(recipe, SourceRecipe)
         }
-        count = jobs.asked(self.settings.jobs) or jobs.cores()
+        count = jobs.chosen(self.settings.jobs) or jobs.cores()
         return Scheduler(self.scratch / "gate", count, estimates, limit=_limit(self.settings.memory))
 
     @cached_property
-    def objects(self) -> Objects | None:
+    def objects(self) -> ObjectCache | None:
         """The cache of compiled objects, if it is on.
 
         Raises:
             VoltforgeError: ``ccache=`` is not the address of an object cache.
         """
-        return object_cache.chosen(self.settings.ccache, self.scratch / "cache" / "ccache")
+        return object_cache.open_cache(self.settings.ccache, self.scratch / "cache" / "ccache")
 
     def missing_sources(self) -> list[Artifact]:
         """Return the sources of all packages that must be downloaded."""

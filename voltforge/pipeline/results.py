@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from voltforge.compile.object_cache import Found
+from voltforge.compile.cache_stats import CacheStats
 from voltforge.system.process import Usage
 from voltforge.system.records import CheckoutPath
 from voltforge.wheel.checks import Finding
@@ -52,7 +52,7 @@ class BuiltWheel:
     jobs: int | None = None
     """The largest number of compilers at once."""
     usage: Usage | None = None
-    objects: Found | None = None
+    objects: CacheStats | None = None
     """The use of the object cache; ``None`` without one."""
     hosts: Mapping[str, int] | None = None
     """The number of objects that each host of a farm compiled."""
@@ -90,6 +90,6 @@ class Receipt:
     hermetic: bool | None = None
     jobs: int | None = None
     usage: Usage | None = None
-    objects: Found | None = None
+    objects: CacheStats | None = None
     hosts: Mapping[str, int] | None = None
     cache: str | None = None
