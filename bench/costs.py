@@ -42,7 +42,7 @@ class LastBuild:
         self.seen = self.build.places["tree"] / self.real.relative_to(self.build.folders["tree"])
         ninja = self.build.environment.path / "bin" / "ninja"
         listed = json.loads(run([ninja, "-C", self.real, "--quiet", "-t", "compdb"]).output)
-        self.commands = {one["output"]: re.sub(r"^.*?launch\.py ", "", one["command"]) for one in listed}
+        self.commands = {command["output"]: re.sub(r"^.*?launch\.py ", "", command["command"]) for command in listed}
 
     def longest(self, count):
         """The CUDA objects that took longest, by ninja's log."""
@@ -116,7 +116,7 @@ def main():
     words = parser.parse_args()
     build, rows = LastBuild(Pipeline.load(ROOT, Settings())), []
     if words.together:
-        name = next(one for one in build.commands if one.endswith(f"/together/{words.together}.cu.o"))
+        name = next(name for name in build.commands if name.endswith(f"/together/{words.together}.cu.o"))
         whole, parts = build.compiled(name)[0], build.alone(name)
         shown = [*parts.items(), ("one by one", sum(parts.values())), ("together", whole)]
         console.table("seconds", ("source", ""), [(title, f"{seconds:.1f}") for title, seconds in shown])

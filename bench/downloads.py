@@ -72,7 +72,7 @@ def serving(contents, rate):
 
 def fetch(folder, at_once, unpack):
     """Fetch what ``wanted.json`` in the folder names, and print the seconds that it took."""
-    wanted = [Artifact(**one) for one in json.loads((folder / "wanted.json").read_text())]
+    wanted = [Artifact(**artifact) for artifact in json.loads((folder / "wanted.json").read_text())]
     store = Store(folder / "store", ask_indexes=lambda: Indexes(None), ask_archives=lambda: (), at_once=at_once)
     start = time.monotonic()
     arriving = store.arriving(wanted) if at_once > 1 else zip(wanted, store.get_all(wanted), strict=True)
@@ -105,7 +105,7 @@ def main():
     (ROOT / "build").mkdir(exist_ok=True)
     sizes = {
         "eight of 8 MB": [8_000_000] * 8,
-        "NVIDIA's five": [one.size for one in load_cuda(ROOT / "recipes" / "cuda.toml").redist.archives],
+        "NVIDIA's five": [archive.size for archive in load_cuda(ROOT / "recipes" / "cuda.toml").redist.archives],
     }
     rows = []
     for name, each in sizes.items():

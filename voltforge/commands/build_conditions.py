@@ -54,7 +54,7 @@ def variables(home: Path) -> dict[str, Variation]:
     """Return the environment variables that differ, by name; ``home`` is the second build's HOME."""
     spoken = next((os.environ[key] for key in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(key)), "C")
     known = _locales()
-    other = next(one for one in LOCALES if _normal(one) in known and _normal(one) != _normal(spoken))
+    other = next(name for name in LOCALES if _normal(name) in known and _normal(name) != _normal(spoken))
     zone, seed = os.environ.get("TZ", ""), os.environ.get("PYTHONHASHSEED", "")
     return {
         "LC_ALL": Variation("locale", spoken, other),
@@ -83,9 +83,13 @@ def inherited_environment(pipeline: Pipeline) -> dict[str, str]:
 
 def _configured(indexes: Indexes) -> dict[str, str]:
     """Return the variables from which :func:`voltforge.sources.index.configured` reads the same indexes."""
-    told = {"UV_DEFAULT_INDEX": indexes.default, "UV_INDEX": " ".join(indexes.extra), "PIP_CERT": indexes.certificate}
-    told |= {"UV_FIND_LINKS": ",".join(indexes.find_links), "UV_NO_INDEX": "" if indexes.default else "1"}
-    return {key: value for key, value in told.items() if value}
+    variables = {
+        "UV_DEFAULT_INDEX": indexes.default,
+        "UV_INDEX": " ".join(indexes.extra),
+        "PIP_CERT": indexes.certificate,
+    }
+    variables |= {"UV_FIND_LINKS": ",".join(indexes.find_links), "UV_NO_INDEX": "" if indexes.default else "1"}
+    return {key: value for key, value in variables.items() if value}
 
 
 def other_user(pipeline: Pipeline, same_because: str) -> tuple[Variation, tuple[str, ...]]:
@@ -129,7 +133,7 @@ def umask_text() -> str:
 
 def another(value: str, candidates: Sequence[str]) -> str:
     """Return the first candidate that is not ``value``."""
-    return next(one for one in candidates if one != value)
+    return next(candidate for candidate in candidates if candidate != value)
 
 
 def _locales() -> set[str]:
@@ -138,7 +142,7 @@ def _locales() -> set[str]:
         installed = run(["locale", "-a"]).output.split()
     except ProgramFailed:
         installed = []
-    return {_normal(one) for one in ("C", "C.UTF-8", *installed)}
+    return {_normal(name) for name in ("C", "C.UTF-8", *installed)}
 
 
 def _normal(name: str) -> str:

@@ -138,8 +138,8 @@ def foreign(pipeline: Pipeline, runtime: RuntimeImage) -> list[Item]:
     Raises:
         RecipeError: a recipe cannot be used.
     """
-    found = [(one, disk_usage(one.path)) for one in _found(pipeline, runtime) if not one.kind]
-    items = [Item(one.path, "not ours", weight.frees, one.why, weight.shared) for one, weight in found]
+    found = [(file, disk_usage(file.path)) for file in _found(pipeline, runtime) if not file.kind]
+    items = [Item(file.path, "not ours", weight.frees, file.why, weight.shared) for file, weight in found]
     return sorted(items, key=lambda item: (-item.size, item.path))
 
 

@@ -130,7 +130,7 @@ def _artifacts(pipeline: Pipeline, known: _Known) -> Iterator[Artifact]:
 def _materials(receipt: Values) -> Iterator[str]:
     """Yield the hashes of the materials in a receipt, such as the compiler's archives."""
     named = receipt["results"].get("materials", [])
-    yield from (sha256 for one in named for sha256 in one.get("sha256", []) if isinstance(sha256, str))
+    yield from (sha256 for material in named for sha256 in material.get("sha256", []) if isinstance(sha256, str))
 
 
 def _toolkits(pipeline: Pipeline) -> Iterator[Path]:

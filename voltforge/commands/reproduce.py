@@ -50,9 +50,9 @@ class NotReproducible(VoltforgeError):  # noqa: N818 - it names the result
     """The exit status of ``./doit``, so that a script can tell different bytes from a failed build."""
 
     def __init__(self, comparison: Comparison, second: Path) -> None:
-        told = [one.place for one in comparison.differences[:3]]
-        rest = len(comparison.differences) - len(told) + comparison.more
-        places = "; ".join([*told, *([f"{rest} more"] if rest else [])])
+        shown = [difference.place for difference in comparison.differences[:3]]
+        rest = len(comparison.differences) - len(shown) + comparison.more
+        places = "; ".join([*shown, *([f"{rest} more"] if rest else [])])
         super().__init__(
             f"{comparison.other.name} of a second build: {TIER_TEXTS[comparison.tier]}"
             f"{f' ({places})' if places else ''}",
@@ -76,7 +76,7 @@ class Second:
     @property
     def varied(self) -> int:
         """The number of conditions that differ."""
-        return sum(not one.same_because for one in self.variations)
+        return sum(not variation.same_because for variation in self.variations)
 
     def run(self, words: Sequence[str | Path], log: Path, label: str) -> None:
         """Run a program in the second checkout, under its conditions.
@@ -180,8 +180,8 @@ def _build(pipeline: Pipeline, second: Second, name: str, task: str) -> None:
     try:
         second.run([sys.executable, "-m", "doit", *words, task], log, name)
     except ProgramFailed as error:
-        said = re.search(r"^x (.*?)\n(?=  try:|[x*!] |\Z)", error.output, re.DOTALL | re.MULTILINE)
-        why = said[1] if said else error.what
+        sentence = re.search(r"^x (.*?)\n(?=  try:|[x*!] |\Z)", error.output, re.DOTALL | re.MULTILINE)
+        why = sentence[1] if sentence else error.what
         raise VoltforgeError(
             f"the second build of {name} failed: {why}", hint=f"its log is {log}, its checkout {second.root}"
         ) from error

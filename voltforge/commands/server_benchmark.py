@@ -149,12 +149,12 @@ class Measurement:
     @property
     def good(self) -> list[Outcome]:
         """The successful requests."""
-        return [one for one in self.outcomes if not one.error]
+        return [outcome for outcome in self.outcomes if not outcome.error]
 
     @property
     def errors(self) -> dict[str, int]:
         """The number of failures by kind, the most frequent first."""
-        return dict(Counter(one.error for one in self.outcomes if one.error).most_common())
+        return dict(Counter(outcome.error for outcome in self.outcomes if outcome.error).most_common())
 
     @property
     def unasked(self) -> int:
@@ -164,7 +164,7 @@ class Measurement:
     @property
     def tokens(self) -> int:
         """New tokens in all."""
-        return sum(one.tokens for one in self.good)
+        return sum(outcome.tokens for outcome in self.good)
 
     @property
     def tokens_per_second(self) -> float:
@@ -184,22 +184,22 @@ class Measurement:
     @property
     def first(self) -> Percentiles | None:
         """Time to the first token."""
-        return Percentiles.of([one.first for one in self.good if one.first is not None])
+        return Percentiles.of([outcome.first for outcome in self.good if outcome.first is not None])
 
     @property
     def whole(self) -> Percentiles | None:
         """Time to the whole answer."""
-        return Percentiles.of([one.whole for one in self.good])
+        return Percentiles.of([outcome.whole for outcome in self.good])
 
     @property
     def counted(self) -> str:
         """``usage`` if the server counted the tokens of every answer, else ``chunks``."""
-        return "chunks" if any(one.counted == "chunks" for one in self.good) else "usage"
+        return "chunks" if any(outcome.counted == "chunks" for outcome in self.good) else "usage"
 
     @property
     def prompt(self) -> float | None:
         """Tokens of a prompt, on average, where the server says."""
-        known = [one.prompt for one in self.good if one.prompt is not None]
+        known = [outcome.prompt for outcome in self.good if outcome.prompt is not None]
         return sum(known) / len(known) if known else None
 
     def facts(self) -> dict[str, Any]:
@@ -227,18 +227,18 @@ def check(url: str, out: Path, *, model: str = "", loads: Sequence[Load] = LOADS
     """
     server = find(url, model, key_of(os.environ))
     console.step(f"measure {server.url}: {server.model}" + (f", {server.version}" if server.version else ""))
-    done: list[Measurement] = []
+    measurements: list[Measurement] = []
     try:
         for load in loads:
-            done.append(measure(server, load))
+            measurements.append(measure(server, load))
     finally:
-        if done:
-            report(done)
-            keep(server, done, out)
-    if failed := [one for one in done if one.errors]:
-        said = "; ".join(f"{one.load.name}: {_failures(one)}" for one in failed)
-        raise ServeError(f"requests to {server.url} failed: {said}", hint="the server's own log says why")
-    return done
+        if measurements:
+            report(measurements)
+            keep(server, measurements, out)
+    if failed := [measurement for measurement in measurements if measurement.errors]:
+        failures = "; ".join(f"{measurement.load.name}: {_failures(measurement)}" for measurement in failed)
+        raise ServeError(f"requests to {server.url} failed: {failures}", hint="the server's own log says why")
+    return measurements
 
 
 def key_of(variables: Mapping[str, str]) -> str:
@@ -260,7 +260,7 @@ def find(url: str, model: str = "", key: str = "") -> BenchmarkedServer:
     if problem := _refusal(address, status, key):
         raise problem
     try:
-        names = [str(one["id"]) for one in json.loads(text)["data"]]
+        names = [str(entry["id"]) for entry in json.loads(text)["data"]]
     except (ValueError, TypeError, KeyError):
         names = []
     if status != 200 or not names:
@@ -490,8 +490,8 @@ def _kind(error: Exception) -> tuple[str, str]:
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # one and the same from Python 3.11 on
         return "timeout", f"silent for {CONNECT:.0f} s at the start, or {SILENCE:.0f} s later"
     if isinstance(error, aiohttp.ClientConnectorError):
-        number, said = error.os_error.errno or 0, error.os_error.strerror
-        return "no connection", os.strerror(number) if number > 0 else said or str(error.os_error)
+        number, words = error.os_error.errno or 0, error.os_error.strerror
+        return "no connection", os.strerror(number) if number > 0 else words or str(error.os_error)
     if isinstance(error, ValueError):
         return "not understood", str(error)
     return "ended early", "the connection broke"
@@ -508,69 +508,81 @@ def _message(text: str) -> str:
 # --- output ---
 
 
-def report(done: Sequence[Measurement]) -> None:
+def report(measurements: Sequence[Measurement]) -> None:
     """Print the results as a table, with notes on how they were measured."""
     columns = ("", "measured", EARLIER, "requests/s", "first token, ms: p50/p90/p99", "whole answer, ms", "failed")
-    console.table("", columns, [_row(one) for one in done])
-    for one in done:
-        prompt = "an unknown number of" if one.prompt is None else f"{one.prompt:.0f}"
-        how = "the server" if one.counted == "usage" else "us, as chunks: there may be several tokens in one"
+    console.table("", columns, [_row(measurement) for measurement in measurements])
+    for measurement in measurements:
+        prompt = "an unknown number of" if measurement.prompt is None else f"{measurement.prompt:.0f}"
+        how = "the server" if measurement.counted == "usage" else "us, as chunks: there may be several tokens in one"
         console.note(
-            f"{one.load.name}: {len(one.good)} answers in {one.seconds:.1f} s to prompts of {prompt} tokens; "
-            f"{one.tokens} new tokens, counted by {how}; our client used {one.busy:.0%} of a core"
+            f"{measurement.load.name}: {len(measurement.good)} answers in {measurement.seconds:.1f} s "
+            f"to prompts of {prompt} tokens; "
+            f"{measurement.tokens} new tokens, counted by {how}; our client used {measurement.busy:.0%} of a core"
         )
-        if one.busy > BUSY:
-            console.warn(f"{one.load.name}: our client was busy all the time, the server may be faster than this")
-        for kind in one.errors:
-            detail = next(each.detail for each in one.outcomes if each.error == kind)
-            console.warn(f"{one.load.name}: {kind}" + (f": {detail}" if detail else ""))
+        if measurement.busy > BUSY:
+            console.warn(
+                f"{measurement.load.name}: our client was busy all the time, the server may be faster than this"
+            )
+        for kind in measurement.errors:
+            detail = next(each.detail for each in measurement.outcomes if each.error == kind)
+            console.warn(f"{measurement.load.name}: {kind}" + (f": {detail}" if detail else ""))
 
 
-def _row(one: Measurement) -> tuple[str, ...]:
+def _row(measurement: Measurement) -> tuple[str, ...]:
+    unit = measurement.load.unit
     return (
-        one.load.name, f"{one.figure:.0f} {one.load.unit}", f"{one.load.earlier:.0f} {one.load.unit}",
-        f"{one.requests_per_second:.1f}", str(one.first or "-"), str(one.whole or "-"),
-        _failures(one) if one.errors else "0",
+        measurement.load.name, f"{measurement.figure:.0f} {unit}", f"{measurement.load.earlier:.0f} {unit}",
+        f"{measurement.requests_per_second:.1f}", str(measurement.first or "-"), str(measurement.whole or "-"),
+        _failures(measurement) if measurement.errors else "0",
     )  # fmt: skip
 
 
-def _failures(one: Measurement) -> str:
-    kinds = ", ".join(f"{count} {kind}" for kind, count in one.errors.items())
-    return f"{kinds}, of {len(one.outcomes)}" + (f"; {one.unasked} not asked any more" if one.unasked else "")
+def _failures(measurement: Measurement) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in measurement.errors.items())
+    return f"{kinds}, of {len(measurement.outcomes)}" + (
+        f"; {measurement.unasked} not asked any more" if measurement.unasked else ""
+    )
 
 
-def keep(server: BenchmarkedServer, done: Sequence[Measurement], out: Path) -> None:
+def keep(server: BenchmarkedServer, measurements: Sequence[Measurement], out: Path) -> None:
     """Write ``serve.json`` and ``serve.png`` into the folder ``out``."""
     facts = {
         "at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "url": server.url, "model": server.model,
         "server": server.version, "client": "voltforge.commands.server_benchmark", "earlier": EARLIER,
-        "measurements": [one.facts() for one in done],
+        "measurements": [measurement.facts() for measurement in measurements],
     }  # fmt: skip
     files.write_json(out / "serve.json", facts)
-    plot(server, done, out / "serve.png")
+    plot(server, measurements, out / "serve.png")
     console.note(f"kept {out / 'serve.json'} and serve.png")
 
 
-def plot(server: BenchmarkedServer, done: Sequence[Measurement], path: Path) -> None:
+def plot(server: BenchmarkedServer, measurements: Sequence[Measurement], path: Path) -> None:
     """Draw throughput beside the earlier project's, and the latency percentiles, as a PNG at ``path``."""
     from matplotlib.figure import Figure  # a second to import, and only here
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(f"{server.model}   {server.version}".strip())
-    places = range(len(done))
+    places = range(len(measurements))
     for shift, label, values in (
-        (-0.2, "measured", [one.figure for one in done]),
-        (0.2, EARLIER, [one.load.earlier for one in done]),
+        (-0.2, "measured", [measurement.figure for measurement in measurements]),
+        (0.2, EARLIER, [measurement.load.earlier for measurement in measurements]),
     ):
         bars = left.bar([place + shift for place in places], values, 0.4, label=label)
         left.bar_label(bars, fmt="%.0f")
-    left.set_xticks(places, [f"{one.load.name}\n{one.load.unit}" for one in done], fontsize=8)
+    left.set_xticks(
+        places, [f"{measurement.load.name}\n{measurement.load.unit}" for measurement in measurements], fontsize=8
+    )
     left.set_title("throughput")
     left.legend(fontsize=8)
     bars_of = [(kind, name) for kind in ("first", "whole") for name in ("p50", "p90", "p99")]
     for number, (kind, name) in enumerate(bars_of):
-        known = [(place, getattr(one, kind)) for place, one in enumerate(done) if getattr(one, kind)]
+        known = [
+            (place, getattr(measurement, kind))
+            for place, measurement in enumerate(measurements)
+            if getattr(measurement, kind)
+        ]
         if known:
             bars = right.bar(
                 [place + (number - 2.5) * 0.15 for place, _ in known], [1000 * getattr(of, name) for _, of in known],
@@ -579,10 +591,10 @@ def plot(server: BenchmarkedServer, done: Sequence[Measurement], path: Path) -> 
             )  # fmt: skip
             right.bar_label(bars, fmt="%.0f", fontsize=7)
             right.set_yscale("log")
-    right.set_xticks(places, [one.load.name for one in done], fontsize=8)
-    right.set_xlim(-0.5, len(done) - 0.5)
+    right.set_xticks(places, [measurement.load.name for measurement in measurements], fontsize=8)
+    right.set_xlim(-0.5, len(measurements) - 0.5)
     right.set_title("latency percentiles, ms")
-    if any(one.good for one in done):
+    if any(measurement.good for measurement in measurements):
         right.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     with files.replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -213,8 +213,8 @@ def host_compiler(home: Path, environ: Mapping[str, str] = os.environ) -> HostCo
             if int(version.split(".")[0]) <= newest and cc:
                 return HostCompiler(Path(path), Path(cc), version)
             found.append(f"{path} is g++ {version}")
-    said = "; ".join(found) or "no g++ on PATH"
-    raise ToolchainError([f"its newest C++ compiler is g++ {newest} ({said}); apt-get install g++-{newest}"])
+    known = "; ".join(found) or "no g++ on PATH"
+    raise ToolchainError([f"its newest C++ compiler is g++ {newest} ({known}); apt-get install g++-{newest}"])
 
 
 def state(toolchain: Toolchain) -> dict[str, list[int]]:

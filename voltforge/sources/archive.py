@@ -427,11 +427,15 @@ def _contradictions(bundle: zipfile.ZipFile) -> Iterator[str]:
         file.seek(member.header_offset)
         mark, _, flags, method, _, _, crc, packed, size, length, extra = _LOCAL.unpack(file.read(_LOCAL.size))
         name = file.read(length).decode("utf-8" if flags & _UTF8 else "cp437")
-        told = (crc, packed if packed != _ZIP64 else member.compress_size, size if size != _ZIP64 else member.file_size)
+        recorded = (
+            crc,
+            packed if packed != _ZIP64 else member.compress_size,
+            size if size != _ZIP64 else member.file_size,
+        )
         truth = (member.CRC, member.compress_size, member.file_size)
-        streamed = flags & _STREAMED and told == (0, 0, 0)
+        streamed = flags & _STREAMED and recorded == (0, 0, 0)
         if (mark, name, method) != (b"PK\3\4", member.orig_filename, member.compress_type) or not (
-            told == truth or streamed
+            recorded == truth or streamed
         ):
             yield f"{shown(member.filename)}: its own header and the archive's directory differ"
         if member.header_offset < end:

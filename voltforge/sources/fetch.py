@@ -72,11 +72,11 @@ class NotFetchedError(FetchError):
 
     def __init__(self, missing: Sequence[Missing], folder: Path, *, offline: bool) -> None:
         problems = []
-        for one in missing:
-            known = f", {files.size(one.artifact.size)}" if one.artifact.size else ""
-            tries = "".join(f"\n      {attempt.place}: {attempt.outcome}" for attempt in one.attempts)
-            homes = "; it is " + " or ".join(_homes(one.artifact)) if offline and _homes(one.artifact) else ""
-            problems.append(f"{one.artifact.file}, sha256 {one.artifact.sha256}{known}{homes}{tries}")
+        for file in missing:
+            known = f", {files.size(file.artifact.size)}" if file.artifact.size else ""
+            tries = "".join(f"\n      {attempt.place}: {attempt.outcome}" for attempt in file.attempts)
+            homes = "; it is " + " or ".join(_homes(file.artifact)) if offline and _homes(file.artifact) else ""
+            problems.append(f"{file.artifact.file}, sha256 {file.artifact.sha256}{known}{homes}{tries}")
         count = "1 file" if len(missing) == 1 else f"{len(missing)} files"
         why = "missing, and VOLTFORGE_OFFLINE forbids downloads" if offline else "could not be downloaded"
         hint = f"put each file into {folder}, or into a folder or server that VOLTFORGE_MIRRORS names"
@@ -265,7 +265,7 @@ class Store:
             attempts.append(Attempt(place.shown, refusal))
             if not self.offline:
                 console.note(f"{artifact.file}: {place.shown} {refusal}")
-        raise RefusedError
+        raise RefusedError("is given by no location")
 
     def _places(self, artifact: Artifact, session: requests.Session, attempts: list[Attempt]) -> Iterator[_Place]:
         """Yield the locations of a file, nearest first; locations without it go to ``attempts``."""

@@ -245,8 +245,15 @@ class Indexes:
 
     def uv_environment(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         """Return the whole environment for uv: ``environ``, the certificates, and credentials if there are any."""
-        told = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_NO_INDEX")
-        variables = {name: value for name, value in environ.items() if name not in told}
+        replaced = (
+            "UV_DEFAULT_INDEX",
+            "UV_INDEX_URL",
+            "UV_INDEX",
+            "UV_EXTRA_INDEX_URL",
+            "UV_FIND_LINKS",
+            "UV_NO_INDEX",
+        )
+        variables = {name: value for name, value in environ.items() if name not in replaced}
         if self.certificate:
             variables["SSL_CERT_FILE"] = self.certificate
         for number, url in enumerate(self._indexes()):

@@ -64,7 +64,9 @@ def from_json(value: Any) -> Material:
         raise MaterialError(f"the material {words['name']!r} has an unknown kind; the kinds are {', '.join(KINDS)}")
     if words.get("uri") and not _URI.fullmatch(words["uri"]):
         raise MaterialError(f"the material {words['name']!r} has a uri that is not a package URL or http(s) URL")
-    if not isinstance(hashes, list) or not all(isinstance(one, str) and _SHA256.fullmatch(one) for one in hashes):
+    if not isinstance(hashes, list) or not all(
+        isinstance(digest, str) and _SHA256.fullmatch(digest) for digest in hashes
+    ):
         raise MaterialError(f"the material {words['name']!r} has a sha256 that is not a list of SHA-256 digests")
     return Material(**words, sha256=tuple(hashes))
 

@@ -92,11 +92,11 @@ def _template(text: str) -> str:
     try:
         fields = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
     except ValueError:
-        raise ValueError("has a brace that stands alone; one that is meant is written twice") from None
+        raise ValueError("has a single brace; write `{{` or `}}` for a literal brace") from None
     for name, form, conversion in fields:
         if name not in PLACEHOLDERS or form or conversion:
             known = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
-            raise ValueError(f"has a placeholder that is none of {known}; a brace that is meant is written twice")
+            raise ValueError(f"has a placeholder that is none of {known}; write `{{{{` or `}}}}` for a literal brace")
     return text
 
 
@@ -360,13 +360,15 @@ def load_all(folder: Path, choices: Mapping[str, str] = CHOICES) -> dict[str, So
         RecipeError: a recipe has problems; the error names all problems of the first such file.
         VoltforgeError: no recipe has one of the choices.
     """
-    everything = [load(path, choices) for path in sorted(folder.glob("*.toml")) if path.stem != "cuda"]
-    picked = {one.name: one for one in everything if one.variant == choices.get(one.name, SOURCE)}
-    used = {choice for one in picked.values() for choice in (f"{one.name}={one.variant}", *one.conditions)}
+    recipes = [load(path, choices) for path in sorted(folder.glob("*.toml")) if path.stem != "cuda"]
+    picked = {recipe.name: recipe for recipe in recipes if recipe.variant == choices.get(recipe.name, SOURCE)}
+    used = {choice for recipe in picked.values() for choice in (f"{recipe.name}={recipe.variant}", *recipe.conditions)}
     for name, value in choices.items():
         if value != CHOICES.get(name) and f"{name}={value}" not in used:
-            offered = [f"{one.name}={one.variant}" for one in everything if one.name in CHOICES]
-            offered += [f"{choice} with {one.name}={one.variant}" for one in everything for choice in one.conditions]
+            offered = [f"{recipe.name}={recipe.variant}" for recipe in recipes if recipe.name in CHOICES]
+            offered += [
+                f"{choice} with {recipe.name}={recipe.variant}" for recipe in recipes for choice in recipe.conditions
+            ]
             raise VoltforgeError(f"{name}={value} changes no recipe", hint=", ".join(offered) or "leave it out")
     return picked
 
@@ -385,7 +387,10 @@ def load_cuda(path: Path) -> CudaRecipe:
     _refuse(
         path,
         problems
-        + _absent(recipe, {"driver": recipe.driver, **{f"{key}.lock": one.lock for key, one in provisions.items()}}),
+        + _absent(
+            recipe,
+            {"driver": recipe.driver, **{f"{key}.lock": provision.lock for key, provision in provisions.items()}},
+        ),
     )
     return recipe
 
@@ -471,5 +476,5 @@ def _message(problem: Any) -> str:
         return f"{key}: is not a key of a recipe"
     if problem["type"] == "missing":
         return f"{key}: is missing"
-    said, given = problem["msg"].removeprefix("Value error, "), problem["input"]
-    return f"{key}: {said}" if isinstance(given, dict) else f"{key}: {said} (it is {given!r:.100})"
+    message, given = problem["msg"].removeprefix("Value error, "), problem["input"]
+    return f"{key}: {message}" if isinstance(given, dict) else f"{key}: {message} (it is {given!r:.100})"

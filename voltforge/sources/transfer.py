@@ -44,8 +44,8 @@ class NotKeptError(FetchError):
         self.errno = error.errno
 
 
-class RefusedError(Exception):
-    """A location does not give the file; the message is the rest of a sentence about it."""
+class RefusedError(FetchError):
+    """A location does not give the file; the message completes a sentence that begins with the location."""
 
 
 class AbsentError(RefusedError):

@@ -63,10 +63,10 @@ class Usage:
         return f"{self.wall:.0f} s, {self.cpu:.0f} s of CPU, {memory}"
 
     def add(self, resources: resource.struct_rusage) -> None:
-        """Take in what wait4(2) says of a program that has ended.
+        """Add what wait4(2) reports about a program that has ended.
 
-        Its largest resident memory counts from fork(2) on, when the child was a picture of this process: a figure
-        no larger than our own says nothing.
+        Its largest resident memory counts from fork(2) on, when the child was a copy of this process. A figure that is
+        no larger than our own is therefore ignored.
         """
         self.cpu = resources.ru_utime + resources.ru_stime
         if resources.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:

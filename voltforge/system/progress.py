@@ -139,7 +139,7 @@ class Row:
             left = max(0, work.total - (work.done or 0)) / speed
         elif left is None and not work.total:
             left, share = self._by_history(now)
-        said = {
+        cells = {
             "label": self.label,
             "bar": "" if share is None else f"{min(1.0, share):.4f}",
             "count": _of_bytes(work.done or 0, work.total) if self.bytes else work.count,
@@ -151,7 +151,7 @@ class Row:
             "memory": work.room,
             "hits": work.found,
         }
-        return {part: plain for part in PARTS if (plain := printable(said[part]))}
+        return {part: plain for part in PARTS if (plain := printable(cells[part]))}
 
     def _by_history(self, now: float) -> tuple[float | None, float | None]:
         """Return seconds left and share done, judged by the usual time; ``None`` for both once that has passed."""
@@ -164,8 +164,8 @@ class Row:
         """Draw the row in at most ``width`` columns, its label in at least ``label`` if no cell is dropped for that."""
         cells = self.cells(now)
         bar = max(8, min(24, width // 6))
-        for part, said in cells.items():
-            needed = {"bar": bar, "text": LEAST_TEXT}.get(part, cell_len(said))
+        for part, text in cells.items():
+            needed = {"bar": bar, "text": LEAST_TEXT}.get(part, cell_len(text))
             self.widths[part] = max(self.widths.get(part, 0), needed)
         wanted = {part: self.widths[part] for part in cells}
         widths, aligned = fitting(wanted, width), fitting(wanted | {"label": max(label, wanted["label"])}, width)

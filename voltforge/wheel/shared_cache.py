@@ -124,7 +124,7 @@ class SharedCache:
         try:
             return self._fetch(key, trust, downloads)
         except NotFetchedError as error:
-            tries = [f"{one.place}: {one.outcome}" for missing in error.missing for one in missing.attempts]
+            tries = [f"{attempt.place}: {attempt.outcome}" for missing in error.missing for attempt in missing.attempts]
             return CacheMiss("; ".join(tries))
         except VoltforgeError as error:
             return CacheMiss(error.what)
@@ -275,7 +275,7 @@ def _matching_statements(lines: bytes, key: str, statement: Provenance, shown: s
 
 
 def _signers(envelope: bytes) -> set[str]:
-    return {one["keyid"] for one in json.loads(envelope)["signatures"]}
+    return {signature["keyid"] for signature in json.loads(envelope)["signatures"]}
 
 
 # --- addresses ---
