@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -19,24 +18,16 @@ import pytest
 from tests.support.checkouts import ROOT, edited, small_checkout
 from tests.support.rights import ordinary_user
 from tests.support.tally import Tally
-from voltforge.compile import build_variables, fixed_paths, sandbox, work_folder
+from voltforge.compile import build_variables, fixed_paths, sandbox
 from voltforge.compile.build import Build, BuildError, DiskError
-from voltforge.compile.build_log import BuildProgress, first_error
-from voltforge.compile.costs import Estimates
-from voltforge.compile.jobs import Memory
 from voltforge.compile.sandbox import Sandbox, available
-from voltforge.compile.scheduler import Scheduler, Status
-from voltforge.compile.toolchain import HostCompiler, Toolchain
+from voltforge.compile.toolchain import Toolchain
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.package import Package
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import environment
-from voltforge.sources.environment import Environment
-from voltforge.sources.tree import Tree
 from voltforge.system import files
-from voltforge.system.process import Usage
-from voltforge.system.progress import ProgressState
 from voltforge.wheel import wheelfile
 
 KINDS = ("fetch", "tree", "environment", "build")
@@ -56,62 +47,6 @@ def built(pipeline: Pipeline) -> Path:
 def objects(pipeline: Pipeline) -> dict[str, int]:
     """Return the time of each object."""
     return {path.name: path.stat().st_mtime_ns for path in (pipeline.scratch / "work").rglob("*.cu.o")}
-
-
-def test_progress_shows_step_object_and_memory() -> None:
-    progress = BuildProgress("saxpy")
-    assert progress.see("-- Detecting CXX", Usage()) == ProgressState("configuring", memory=0)
-    line = "[3/41] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"
-    assert progress.see(line, Usage(now=1_500_000_000)) == ProgressState(
-        "cache_kernels.cu.o", 3, 41, memory=1_500_000_000
-    )
-    assert progress.see("", Usage(now=1)) == ProgressState("cache_kernels.cu.o", 3, 41, memory=1)
-
-
-def test_progress_of_scheduled_builds_shows_jobs_memory_and_remaining_time(tmp_path: Path) -> None:
-    (tmp_path / "saxpy.json").write_text('{"a.cu.o": [10, 500000000, 1], "b.cu.o": [30, 500000000, 1]}')
-    scheduler = Scheduler(
-        tmp_path / "gate", 2, {"saxpy": Estimates(tmp_path / "saxpy.json", 1)}, lambda: Memory(1, 12_000_000_000)
-    )
-    progress = BuildProgress("saxpy", scheduler)
-    line = "[2/8] Building CUDA object CMakeFiles/_C.dir/csrc/cache_kernels.cu.o"
-    scheduler.status = Status(running=1, waiting=2, remote=1)  # a place is free: the two wait for memory
-    beyond, mean = 8 - 2 - 1 - 2 - 1, 20
-    assert progress.see(line, Usage(now=5)) == ProgressState(
-        "cache_kernels.cu.o", 2, 8, jobs=1, waiting=2, elsewhere=1, memory=5, limit=12_000_000_000,
-        left=beyond * mean / 2,
-    )  # fmt: skip
-    scheduler.status = Status(running=2, waiting=2)  # no place is free
-    assert (progress.see("", Usage()).jobs, progress.see("", Usage()).waiting) == (2, 0)
-    scheduler.memory = lambda: None
-    assert progress.see("", Usage()).limit is None
-
-
-def test_progress_shows_cache_hits(tmp_path: Path) -> None:
-    scheduler = Scheduler(tmp_path / "gate", 2, {"saxpy": Estimates(tmp_path / "saxpy.json", 1)})
-    progress = BuildProgress("saxpy", scheduler, tmp_path / "log")
-    assert progress.see("", Usage()).hits is None
-    (tmp_path / "log").write_text("# a.cu\ndirect_cache_hit\n# b.cu\ncache_miss\n")
-    assert progress.see("[1/2] Building CUDA object a.cu.o", Usage()).hits is None  # it is looked for twice a second
-    seen = progress.see("", Usage())
-    assert (seen.hits, seen.misses) == (1, 1)
-
-
-def test_only_the_first_error_of_a_long_log_is_printed(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    lines = ["[1/2] Building CUDA object a.cu.o", "a.h(3): warning #177-D: declared but never referenced"]
-    lines += ["FAILED: a.cu.o", "nvcc -c a.cu", 'a.cu(7): error: identifier "foo" is undefined', "  foo();"]
-    lines += ["b.cu(9): error: a later one"] + [f"noise {number}" for number in range(10_000)] + ["Error: exit 1"]
-    log.write_text("\n".join(lines))
-    shown = first_error(log).splitlines()
-    assert shown[:2] == ["FAILED: a.cu.o", 'a.cu(7): error: identifier "foo" is undefined']
-    assert len(shown) < 20
-
-
-def test_the_last_lines_are_printed_if_no_line_looks_like_an_error(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("\n".join(f"line {number}" for number in range(100)))
-    assert first_error(tmp_path / "log").endswith("line 99")
-    assert first_error(tmp_path / "absent") == "(there is no log)"
 
 
 @pytest.mark.slow
@@ -248,7 +183,7 @@ def test_ctrl_c_ends_every_compiler_and_the_next_run_resumes(saxpy: Pipeline, ki
     assert built(saxpy).is_file()
 
 
-# --- the same bytes wherever, and whatever keeps the build in ---
+# --- the same bytes in every checkout and sandbox ---
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -306,127 +241,6 @@ def test_a_required_sandbox_that_is_missing_stops_the_build_before_it_starts(
     assert not (saxpy.scratch / "work").exists()
 
 
-# --- a work folder that cannot be trusted ---
-
-
-@pytest.fixture
-def build(tmp_path: Path, repository: Path) -> Build:
-    """A build of one source without compilers."""
-    tree, home = tmp_path / "source", tmp_path / "toolkit"
-    for folder in (tree, home):
-        folder.mkdir()
-    (tree / "a.c").write_text("int a;")
-    gcc = HostCompiler(Path("/usr/bin/g++"), Path("/usr/bin/gcc"), "12.2.0")
-    toolkit = Toolchain(home, "distro", "12.4.131", gcc, {})
-    recipe = Pipeline.load(repository, Settings()).recipes["vllm"]
-    work = tmp_path / "build" / "work"
-    return Build(recipe, Tree(tree, 0), Environment(home), toolkit, Sandbox("bubblewrap"), 1, work)
-
-
-def prepared(build: Build) -> list[str]:
-    """Prepare the build and return the files of its tree."""
-    build.prepare()
-    return sorted(path.name for path in build.folders["tree"].iterdir())
-
-
-def test_compiled_objects_survive_a_failed_build(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
-    prepared(build)
-    (build.folders["tree"] / "a.o").write_text("object")
-    assert prepared(build) == ["a.c", "a.o"]
-    assert said(capsys) == ""
-
-
-@pytest.mark.parametrize("late", ["a.o", "deeper/below/a.o"])
-def test_objects_are_discarded_after_the_clock_was_set_back(
-    build: Build, late: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    prepared(build)
-    ahead = build.folders["tree"] / late
-    ahead.parent.mkdir(parents=True, exist_ok=True)
-    ahead.write_text("object")
-    os.utime(ahead, (time.time() + 3600,) * 2)
-    assert prepared(build) == ["a.c"]
-    assert f"starting from scratch: tree/{late} is newer than the clock: the clock was set back" in said(capsys)
-
-
-def begun(build: Build) -> None:
-    """A build that wrote an object and was killed."""
-    prepared(build)
-    files.write_json(build.work / work_folder.UNSYNCED, work_folder.boot_id())
-    (build.folders["tree"] / "a.o").write_text("object")
-
-
-def test_objects_are_discarded_after_the_machine_went_down_in_a_build(
-    build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """ninja recorded an object as done whose last bytes never reached the disk."""
-    begun(build)
-    monkeypatch.setattr(work_folder, "BOOT", tmp_path / "boot")
-    (tmp_path / "boot").write_text("another boot\n")
-    assert prepared(build) == ["a.c"]
-    assert "starting from scratch: the machine went down during the last build" in said(capsys)
-
-
-def test_a_killed_build_resumes(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
-    begun(build)
-    assert prepared(build) == ["a.c", "a.o"]
-    assert said(capsys) == ""
-
-
-@pytest.mark.parametrize("end", [None, RuntimeError, KeyboardInterrupt])
-def test_files_of_a_finished_build_are_synced_to_disk(
-    build: Build, end: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    prepared(build)
-    synced = []
-    monkeypatch.setattr(os, "sync", lambda: synced.append((build.work / work_folder.UNSYNCED).exists()))
-    with contextlib.suppress(RuntimeError, KeyboardInterrupt), work_folder.synced(build.work):
-        (build.folders["tree"] / "a.o").write_text("object")
-        if end:
-            raise end
-    assert synced == [True], "the note goes when all is on the disk, and not before"
-    monkeypatch.setattr(work_folder, "BOOT", tmp_path / "missing")
-    assert prepared(build) == ["a.c", "a.o"]
-
-
-def test_objects_of_a_build_with_another_launcher_are_discarded(
-    build: Build, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """Some build systems configure once; their compilers would all start at once."""
-    prepared(build)
-    asking = replace(build, scheduler=Scheduler(tmp_path / "gate", 1, {}))
-    (build.folders["tree"] / "a.o").write_text("object")
-    assert "a.o" not in prepared(asking)
-    assert "starting from scratch: the launcher of the compilers changed" in capsys.readouterr().out
-    (asking.folders["tree"] / "a.o").write_text("object")
-    assert "a.o" in prepared(asking)
-
-
-def test_coarse_clocks_and_dangling_links_are_tolerated(tmp_path: Path) -> None:
-    (tmp_path / "now").touch()
-    os.utime(tmp_path / "now", (time.time() + 1,) * 2)
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "up").symlink_to(tmp_path)
-    assert work_folder.from_the_future(tmp_path) is None
-    os.utime(tmp_path / "now", (time.time() + 60,) * 2)
-    assert work_folder.from_the_future(tmp_path) == tmp_path / "now"
-    assert work_folder.from_the_future(tmp_path / "work") is None
-
-
-def test_objects_of_a_tree_at_another_path_are_discarded(
-    build: Build, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """CMake refuses another folder: its cache names the old one."""
-    prepared(build)
-    (build.folders["tree"] / "a.o").write_text("object")
-    monkeypatch.setattr(fixed_paths, "obstacle", lambda *_: "as in this test")
-    outside = replace(build, sandbox=Sandbox("none"))
-    assert prepared(outside) == ["a.c"]
-    told = said(capsys)
-    assert f"building in {outside.folders['tree']}, not /build/tree (as in this test): the bytes can differ" in told
-    assert "starting from scratch: the last build ran in /build/tree" in told
-
-
 def test_a_toolkit_of_the_machine_is_not_linked_file_by_file(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
     """The toolkit can be all of /usr/local."""
     outside = replace(build, sandbox=Sandbox("none"), toolchain=replace(build.toolchain, origin="system"))
@@ -434,7 +248,7 @@ def test_a_toolkit_of_the_machine_is_not_linked_file_by_file(build: Build, capsy
     assert "(the CUDA toolkit belongs to the machine)" in said(capsys)
 
 
-# --- what a disk refuses ---
+# --- full and read-only disks ---
 
 MOUNTED = 'mount -t tmpfs -o "$1" build "$2" && shift 2 && exec "$@"'
 BUILD = """

@@ -18,9 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.checkouts import edited, small_checkout
-from voltforge.compile import cache_stats, object_cache, tunnel
+from voltforge.compile import cache_stats, object_cache
 from voltforge.compile.cache_stats import CacheStats
-from voltforge.compile.costs import Estimate, Estimates
 from voltforge.compile.object_cache import CacheServer, ObjectCache
 from voltforge.compile.scheduler import socket_address
 from voltforge.errors import VoltforgeError
@@ -240,7 +239,7 @@ def test_an_unreachable_server_is_reported_and_the_local_cache_is_used(tmp_path,
     )
 
 
-# --- what is chosen ---
+# --- choosing a cache ---
 
 
 def test_a_server_without_ccache_is_reported_and_everything_is_compiled(tmp_path, monkeypatch, capsys):
@@ -304,45 +303,7 @@ def test_user_and_folder_of_a_server_survive_the_tunnel():
     assert "secret" not in str(one)
 
 
-# --- what is counted ---
-
-STATS = """\
-# /build/tree/csrc/a.cu
-cache_miss
-direct_cache_miss
-# /build/tree/csrc/b.cu
-direct_cache_hit
-local_storage_hit
-# /build/tree/build/CMakeFiles/CMakeScratch/TryCompile-3lI4wA/main.cu
-cache_miss
-# /build/tree/csrc/c.cpp
-preprocessed_cache_hit
-remote_storage_hit
-"""
-
-
-def test_hits_misses_and_seconds_are_read_from_ccaches_own_log(tmp_path):
-    (tmp_path / "log").write_text(STATS)
-    needs = Estimates(tmp_path / "needs.json", 1)
-    for name, seconds in (("CMakeFiles/_C.dir/csrc/b.cu.o", 30), ("CMakeFiles/_C.dir/csrc/a.cu.o", 50)):
-        needs.record(name, Estimate(seconds, 10**9))
-    found = cache_stats.read(tmp_path / "log", needs)
-    assert found == CacheStats(hits=2, misses=1, shared=1, saved=30.0)
-    assert str(found) == "objects from the cache: 2 of 3, 1 of them from the server, 30 s of compiling saved"
-
-
-@given(st.text())
-def test_an_unreadable_ccache_log_counts_nothing(tmp_path_factory, text):
-    log = tmp_path_factory.mktemp("log") / "log"
-    log.write_text(text, errors="replace")
-    assert cache_stats.read(log, None).saved == 0
-
-
-def test_a_build_without_a_ccache_log_has_no_hits(tmp_path):
-    assert cache_stats.read(tmp_path / "none", None) == CacheStats()
-
-
-# --- what ccache cannot see ---
+# --- changes that ccache does not see ---
 
 
 @needs_ccache
@@ -401,51 +362,6 @@ def test_a_new_header_recompiles_everything(saxpy):
     first = edited(saxpy, "csrc/scale.cu", "x[i] *= a", "x[i] = a * x[i]")
     (first.root / "saxpy" / "csrc" / "new.h").write_text("")
     assert built(again(edited(first, "csrc/scale.cu", "a * x[i]", "x[i] * a")))["objects"]["hits"] == 0
-
-
-# --- the tunnel ---
-
-
-@pytest.fixture
-def carried() -> Iterator[tuple[socket.socket, socket.socket, Callable[[], bool]]]:
-    """A client and a server with the tunnel between them, and its result after the client has left."""
-    ask, one = socket.socketpair()
-    other, answer = socket.socketpair()
-    said: list[bool] = []
-    thread = threading.Thread(target=lambda: said.append(tunnel.join(one, other)))
-    thread.start()
-
-    def gone() -> bool:
-        ask.close()
-        thread.join(30)
-        return said[0]
-
-    ask.sendall(b"question")
-    assert answer.recv(100) == b"question"
-    yield ask, answer, gone
-    gone()
-    answer.close()
-
-
-def test_the_tunnel_forwards_both_ways(carried):
-    ask, answer, gone = carried
-    answer.sendall(b"answer")
-    assert ask.recv(100) == b"answer"
-    assert gone() is True
-    assert answer.recv(100) == b""
-
-
-def test_a_request_without_an_answer_counts_as_a_failure(carried):
-    _, _, gone = carried
-    assert gone() is False
-
-
-def test_a_server_that_hangs_up_before_a_request_counts_as_a_failure():
-    ask, one = socket.socketpair()
-    other, answer = socket.socketpair()
-    answer.close()
-    with ask:
-        assert tunnel.join(one, other) is False
 
 
 def test_the_cache_on_this_disk_is_the_default(saxpy):

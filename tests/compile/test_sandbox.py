@@ -8,12 +8,10 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,10 +24,10 @@ from tests.support.checkouts import PACKAGES, small_checkout
 from tests.support.rights import NOBODY
 from tests.support.servers import Server, serving
 from tests.support.tally import Tally
-from voltforge.compile import fixed_paths, sandbox
+from voltforge.compile import sandbox
 from voltforge.compile.build import Build
 from voltforge.compile.sandbox import Sandbox, available, choose
-from voltforge.compile.toolchain import COMPILERS, HostCompiler, Toolchain
+from voltforge.compile.toolchain import HostCompiler, Toolchain
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources.environment import Environment
@@ -56,24 +54,14 @@ needs_unshare = pytest.mark.skipif(not can_unshare(), reason="unshare(1) cannot 
 
 
 @pytest.fixture
-def rooms(tmp_path) -> dict[str, Path]:
-    """A read-only folder and a writable folder."""
-    folders = {"tree": tmp_path / "work" / "tree", "environment": tmp_path / "some" / "environment"}
-    for folder in folders.values():
-        folder.mkdir(parents=True)
-        (folder / "file").write_text(folder.name)
-    return folders
-
-
-@pytest.fixture
-def inside(rooms) -> Callable[..., str]:
+def inside(build_folders) -> Callable[..., str]:
     """Run a command inside, with the two folders, and return its output."""
 
     def run_inside(*words: str) -> str:
         argv = Sandbox("bubblewrap").command(
             words,
-            writable={"tree": rooms["tree"]},
-            readable={"environment": rooms["environment"]},
+            writable={"tree": build_folders["tree"]},
+            readable={"environment": build_folders["environment"]},
             cwd=Path("/build/tree"),
         )
         return run(argv, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"}).output
@@ -92,18 +80,18 @@ def server() -> Iterator[Server]:
 
 
 @needs_bubblewrap
-def test_folders_are_at_their_fixed_paths(inside, rooms):
+def test_folders_are_at_their_fixed_paths(inside, build_folders):
     assert inside("pwd") == "/build/tree"
     assert inside("cat", "/build/tree/file", "/build/environment/file") == "treeenvironment"
     box = Sandbox("bubblewrap")
-    assert [str(box.place(name, real)) for name, real in rooms.items()] == ["/build/tree", "/build/environment"]
+    assert [str(box.place(name, real)) for name, real in build_folders.items()] == ["/build/tree", "/build/environment"]
 
 
 @needs_bubblewrap
-def test_files_written_into_a_writable_folder_stay(inside, rooms):
+def test_files_written_into_a_writable_folder_stay(inside, build_folders):
     inside("sh", "-c", "echo object > /build/tree/new.o")
-    assert (rooms["tree"] / "new.o").read_text() == "object\n"
-    assert (rooms["tree"] / "new.o").stat().st_uid == os.getuid()
+    assert (build_folders["tree"] / "new.o").read_text() == "object\n"
+    assert (build_folders["tree"] / "new.o").stat().st_uid == os.getuid()
 
 
 @needs_bubblewrap
@@ -254,7 +242,7 @@ def test_an_ordinary_user_gets_the_same_sandbox(server, monkeypatch):
     assert "Connection refused" in done.stderr
 
 
-# --- the weaker kinds ---
+# --- weaker sandboxes ---
 
 
 @needs_unshare
@@ -322,172 +310,7 @@ def test_without_a_sandbox_the_command_is_unchanged(tmp_path):
         assert box.command(words, writable={}, readable={}, cwd=tmp_path) == [str(word) for word in words]
 
 
-# --- moving the folders where nothing can be mounted ---
-
-
-@pytest.fixture
-def fixed(tmp_path, monkeypatch) -> Path:
-    """Use another folder in the place of /build, which an ordinary user cannot create."""
-    monkeypatch.setattr(fixed_paths, "ROOT", tmp_path / "fixed")
-    return tmp_path / "fixed"
-
-
-def shown(rooms: dict[str, Path]) -> contextlib.AbstractContextManager[None]:
-    return Sandbox("none", moves=True).in_place({"tree": rooms["tree"]}, {"environment": rooms["environment"]})
-
-
-def content(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_folders_are_moved_while_the_build_runs(fixed, rooms):
-    with shown(rooms):
-        assert content(fixed / "tree") == content(fixed / "environment") | {"file": "tree"}
-        assert not rooms["tree"].exists()
-        assert content(rooms["environment"]) == {"file": "environment"}, "others may be using it"
-        (fixed / "tree" / "new.o").write_text("object")
-    assert content(rooms["tree"]) == {"file": "tree", "new.o": "object"}
-    assert not fixed.exists()
-
-
-@pytest.mark.parametrize("error", [ProgramFailed(["make"], 2, "", None, "failed"), KeyboardInterrupt()])
-def test_moved_folders_are_back_after_any_error(fixed, rooms, error):
-    with pytest.raises(type(error)), shown(rooms):
-        raise error
-    assert content(rooms["tree"]) == {"file": "tree"}
-    assert not fixed.exists()
-
-
-def test_moved_folders_are_back_if_another_could_not_be_moved(fixed, rooms):
-    rooms["environment"] = rooms["environment"] / "absent"
-    with pytest.raises(OSError, match="absent"), shown(rooms):
-        pytest.fail("not all of them are there")
-    assert content(rooms["tree"]) == {"file": "tree"}
-    assert not fixed.exists()
-
-
-def test_the_real_path_of_a_read_only_folder_is_hidden(fixed, rooms):
-    deeper = rooms["environment"] / "lib" / "include"
-    deeper.mkdir(parents=True)
-    (deeper / "a.h").write_text("#pragma once")
-    (rooms["environment"] / "lib64").symlink_to("lib")
-    with shown(rooms):
-        seen = [path.resolve() for path in (fixed / "environment").rglob("*")]
-        assert len(seen) == 5
-        assert all(path.is_relative_to(fixed.resolve()) for path in seen)
-
-
-def test_the_compilers_keep_their_ctime(fixed, rooms):
-    """The toolchain compares the ctime of compilers, which a hard link changes."""
-    compiler = rooms["environment"] / COMPILERS[0]
-    compiler.parent.mkdir()
-    compiler.write_text("nvcc")
-    before = compiler.stat().st_ctime_ns
-    with shown(rooms):
-        assert (fixed / "environment" / COMPILERS[0]).read_text() == "nvcc"
-    assert compiler.stat().st_ctime_ns == before
-
-
-def test_two_builds_take_turns(fixed, rooms, tmp_path, capsys):
-    other = {name: tmp_path / "other" / name for name in rooms}
-    for folder in other.values():
-        folder.mkdir(parents=True)
-    entered = threading.Event()
-
-    def second() -> None:
-        with shown(other):
-            entered.set()
-
-    with shown(rooms):
-        later = threading.Thread(target=second)
-        later.start()
-        assert not entered.wait(0.3)
-    later.join(60)
-    assert entered.is_set()
-    assert f"waiting for another build at {fixed}" in " ".join(capsys.readouterr().out.split())
-
-
-KILLED = """
-import subprocess, sys, time
-from pathlib import Path
-from voltforge.compile import fixed_paths, sandbox
-fixed_paths.ROOT, tree = map(Path, sys.argv[1:])
-with sandbox.Sandbox("none", moves=True).in_place({"tree": tree}, {}):
-    (fixed_paths.ROOT / "tree" / "new.o").write_text("object")
-    subprocess.Popen(["sleep", "1"], cwd=fixed_paths.ROOT / "tree")
-    print("inside", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.fixture
-def killed(fixed, rooms, repository) -> None:
-    """The state after a killed build, with a compiler still running."""
-    environ = {**os.environ, "PYTHONPATH": str(repository)}
-    words = [sys.executable, "-c", KILLED, str(fixed), str(rooms["tree"])]
-    with subprocess.Popen(words, env=environ, stdout=subprocess.PIPE) as child:
-        assert child.stdout.readline() == b"inside\n"
-        child.send_signal(signal.SIGKILL)
-    assert not rooms["tree"].exists()
-
-
-def test_folders_of_a_killed_run_are_moved_back_after_its_compilers_ended(fixed, rooms, killed, capsys):
-    began = time.monotonic()
-    fixed_paths.recover(rooms["tree"].parent)
-    assert content(rooms["tree"]) == {"file": "tree", "new.o": "object"}
-    assert not fixed.exists()
-    assert time.monotonic() - began > 0.3
-    assert "waiting for processes of a killed build" in capsys.readouterr().out
-
-
-def test_the_next_build_of_another_checkout_moves_folders_of_a_killed_run_back(fixed, rooms, killed, tmp_path):
-    fixed_paths.recover(tmp_path / "other" / "work")
-    assert not rooms["tree"].exists(), "it has nothing to do with that"
-    assert fixed_paths.obstacle(tmp_path / "other" / "work", {}) == ""
-    assert content(rooms["tree"]) == {"file": "tree", "new.o": "object"}
-
-
-@pytest.mark.parametrize("fate", ["made anew", "gone with its checkout"])
-def test_folders_of_a_killed_run_are_removed_if_their_place_is_taken(fixed, rooms, killed, fate):
-    if fate == "made anew":
-        rooms["tree"].mkdir()
-    else:
-        files.remove(rooms["tree"].parent)
-    fixed_paths.recover(rooms["tree"].parent)
-    assert not fixed.exists()
-    assert not rooms["tree"].exists() or os.listdir(rooms["tree"]) == []
-
-
-def obstacles(fixed: Path, rooms: dict[str, Path]) -> Iterator[tuple[str, str]]:
-    """Each thing that can be in the way, and its message."""
-    yield "nothing", ""
-    (fixed / "theirs").mkdir(parents=True)
-    yield "somebody's own folder", "theirs exists there"
-    (fixed / "theirs").rmdir()
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
-        fixed_paths.ROOT = Path(elsewhere)
-        yield "another file system", "Invalid cross-device link"
-    fixed_paths.ROOT = fixed
-    if os.geteuid() == 0:
-        fixed.mkdir(exist_ok=True)
-        os.chown(fixed, NOBODY, NOBODY)
-        yield "another user", "it belongs to another user"
-        fixed_paths.ROOT = Path("/proc/build")
-        yield "no right to make it", "No such file or directory"
-    else:
-        fixed_paths.ROOT = Path("/build-of-root")
-        yield "no right to make it", "Permission denied"
-
-
-def test_a_foreign_file_at_the_fixed_path_is_reported_and_nothing_is_left(fixed, rooms):
-    work = rooms["tree"].parent
-    for what, told in obstacles(fixed, rooms):
-        assert (what, fixed_paths.obstacle(work, {"environment": rooms["environment"]})) == (what, told)
-        assert os.listdir(work) == ["tree"]
-        assert content(rooms["environment"]) == {"file": "environment"}
-
-
-# --- choosing ---
+# --- choosing a sandbox ---
 
 
 @pytest.fixture
@@ -561,7 +384,7 @@ def test_an_interpreter_below_a_link_is_visible_under_both_names(tmp_path, monke
     assert run(argv).output == "herehere"
 
 
-# --- a build that looks around ---
+# --- a build that reads all it can ---
 
 NAME_SERVER = """
 import socket, sys
