@@ -261,7 +261,7 @@ def test_an_error_with_its_own_exit_status_ends_the_program_with_it(checkout):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_run_exits_130_and_the_next_goes_on(checkout, server, number):
+def test_an_interrupted_run_exits_130_and_the_next_resumes(checkout, server, number):
     server.faults["/thing-1.0.tar.gz"] = [Fault(cut=100, stall=True)]
     child = subprocess.Popen(
         ["./doit", "tree:thing"], cwd=checkout.root, env=checkout.env, start_new_session=True,

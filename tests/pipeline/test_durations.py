@@ -57,7 +57,7 @@ def test_garbage_in_the_file_is_ignored_and_overwritten(tmp_path_factory, conten
     assert durations.usual("tree:vllm") == 7.0
 
 
-def test_numbers_that_are_no_durations_are_ignored(durations):
+def test_invalid_durations_are_ignored(durations):
     durations.path.parent.mkdir()
     durations.path.write_text('{"a": -1, "b": true, "c": "9", "d": 1e999, "e": NaN, "f": 1' + "0" * 400 + ', "g": 8}')
     assert [durations.usual(name) for name in "abcdefg"] == [None] * 6 + [8.0]

@@ -96,7 +96,7 @@ def test_a_stock_wheel_is_thinned_checked_and_kept_reproducibly(
 
 
 @pytest.mark.slow
-def test_a_kept_wheel_needs_no_stock_wheel_any_more(pipeline: Pipeline) -> None:
+def test_a_kept_wheel_no_longer_needs_the_stock_wheel(pipeline: Pipeline) -> None:
     run(pipeline)
     for name in ("downloads", "wheels", "stages"):
         files.remove(pipeline.scratch / name)

@@ -272,7 +272,7 @@ def test_a_stage_whose_record_cannot_be_written_is_not_current(work):
     assert not work.stage.current()
 
 
-def test_a_stage_that_is_required_runs_though_a_later_result_makes_it_unnecessary(tmp_path):
+def test_a_required_stage_runs_even_if_a_later_result_exists(tmp_path):
     work = Work(tmp_path, unless=lambda: True)
     work.stage.run()
     assert work.runs == 0

@@ -65,18 +65,18 @@ def without_pip(environ: dict[str, str]) -> Indexes:
 # --- what the machine is configured for ---
 
 
-def test_a_machine_without_configuration_and_without_pip_uses_the_index_that_pypi_simple_knows():
+def test_without_configuration_and_pip_the_index_of_pypi_simple_is_used():
     assert without_pip({}) == Indexes(default=PYPI_SIMPLE_ENDPOINT)
 
 
 @pytest.mark.parametrize("stronger", range(3))
-def test_uvs_variables_come_before_pips(stronger):
+def test_the_variables_of_uv_precede_those_of_pip(stronger):
     order = ["UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"]
     environ = {name: f"https://{name.lower().replace('_', '-')}.example/simple" for name in order[stronger:]}
     assert without_pip(environ).default == environ[order[stronger]]
 
 
-def test_extra_indexes_of_both_tools_are_put_together_each_once():
+def test_extra_indexes_of_both_tools_are_merged():
     found = without_pip({
         "UV_INDEX": "https://a.example/simple",
         "UV_EXTRA_INDEX_URL": "https://b.example/simple",
@@ -85,7 +85,7 @@ def test_extra_indexes_of_both_tools_are_put_together_each_once():
     assert found.extra == ("https://a.example/simple", "https://b.example/simple", "https://c.example/simple")
 
 
-def test_folders_are_made_absolute_as_find_links_and_as_indexes(tmp_path, monkeypatch):
+def test_paths_of_find_links_and_indexes_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     found = without_pip({"PIP_FIND_LINKS": "~/wheels more", "UV_FIND_LINKS": "/a b,/c", "UV_INDEX": "simple"})
@@ -93,7 +93,7 @@ def test_folders_are_made_absolute_as_find_links_and_as_indexes(tmp_path, monkey
     assert found.extra == ((tmp_path / "simple").as_uri(),)
 
 
-def test_an_index_that_uv_knows_by_name_gets_the_credentials_of_that_name():
+def test_an_index_with_a_name_gets_the_credentials_of_that_name():
     found = without_pip({
         "UV_DEFAULT_INDEX": "our-team.x=https://pypi.example/simple?a=b",
         "UV_INDEX_OUR_TEAM_X_USERNAME": "me",
@@ -103,21 +103,21 @@ def test_an_index_that_uv_knows_by_name_gets_the_credentials_of_that_name():
 
 
 @pytest.mark.parametrize("variable", ["PIP_NO_INDEX", "UV_NO_INDEX"])
-def test_a_machine_may_be_told_to_use_no_index_at_all(variable):
+def test_no_index_can_be_configured(variable):
     found = without_pip({variable: "1", "PIP_FIND_LINKS": "/wheels", "UV_INDEX": "https://a.example/simple"})
     assert found.places == ("/wheels",)
     assert "--no-index" in found.uv_arguments()
     assert "--index" not in found.uv_arguments()
 
 
-def test_the_first_certificate_setting_counts_and_is_remembered_by_name():
+def test_the_first_certificate_setting_is_used_and_named():
     names = ["PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"]
     for number, name in enumerate(names):
         found = without_pip({each: f"/{each}.pem" for each in names[number:]})
         assert (found.certificate, found.certificate_from) == (f"/{name}.pem", name)
 
 
-def test_pips_configuration_files_are_read_as_pip_reads_them(tmp_path):
+def test_configuration_files_of_pip_are_read_in_pips_order(tmp_path):
     (tmp_path / "pip.conf").write_text(
         "[global]\n"
         "index-url = https://me:it's@pypi.example/simple\n"
@@ -162,19 +162,19 @@ def _python_with_pip() -> Path:
     st.text(st.characters(codec="utf-8"), max_size=20),
     st.sampled_from(["pypi.example/simple/", "127.0.0.1:8080/a/b", "[::1]/x?sig=SECRET", "h.example#token=SECRET"]),
 )
-def test_a_shown_address_never_holds_the_password_whatever_it_is_made_of(user, password, rest):
+def test_no_printed_address_contains_the_password(user, password, rest):
     shown = redacted(f"https://{user}:<{password}>@{rest}")
     assert f"<{password}>" not in shown
     assert "SECRET" not in shown
     assert shown.startswith("https://***@" + rest.partition("?")[0].partition("#")[0])
 
 
-def test_the_query_of_a_signed_address_is_not_shown():
+def test_the_query_of_a_signed_address_is_not_printed():
     assert redacted("https://s3.example/file?signature=x") == "https://s3.example/file?***"
 
 
 @pytest.mark.parametrize("address", ["https://pypi.example/simple/", "file:///srv/simple", "/srv/wheels", "C@D"])
-def test_an_address_without_credentials_is_shown_as_it_is(address):
+def test_an_address_without_credentials_is_printed_unchanged(address):
     assert redacted(address) == address
 
 
@@ -195,7 +195,7 @@ def test_a_file_is_found_on_a_json_index_with_its_hash(server):
     assert (link.url, link.sha256) == (f"{server.url}/files/{SDIST}", HASH)
 
 
-def test_an_index_that_gives_no_hashes_is_good_enough(server):
+def test_an_index_without_hashes_is_accepted(server):
     assert Indexes(server.project("small", SDIST, hashes=False)).find("small", SDIST).sha256 is None
 
 
@@ -209,7 +209,7 @@ def test_a_file_is_found_on_an_index_on_disk(tmp_path, server):
     assert link.sha256 == HASH
 
 
-def test_find_links_come_first_whether_folder_or_page(tmp_path, server):
+def test_find_links_precede_indexes(tmp_path, server):
     indexes = Indexes(server.project("small", SDIST), find_links=(f"{server.url}/wheels.html",))
     server.files["/wheels.html"] = f'<a href="mine/{SDIST}">download</a>'.encode()
     assert indexes.find("small", SDIST).url == f"{server.url}/mine/{SDIST}"
@@ -218,13 +218,13 @@ def test_find_links_come_first_whether_folder_or_page(tmp_path, server):
     assert urls.local_path(indexes.find("small", SDIST).url) == tmp_path / SDIST
 
 
-def test_an_extra_index_is_asked_when_the_default_one_does_not_know_the_project(server, other):
+def test_an_extra_index_is_asked_if_the_default_index_does_not_have_the_project(server, other):
     indexes = Indexes(f"{server.url}/simple/", extra=(other.project("small", SDIST),))
     assert indexes.find("small", SDIST).place == indexes.extra[0]
     assert server.paths() == ["/simple/small/"]
 
 
-def test_an_index_that_stumbles_is_asked_again_and_one_that_falls_is_passed_by(server, other):
+def test_a_temporary_index_error_is_retried_and_a_lasting_one_skips_the_index(server, other):
     server.project("small", SDIST)
     server.faults["/simple/small/"] = [Fault(503)]
     indexes = Indexes(f"{server.url}/simple/", extra=(other.project("small", SDIST),))
@@ -234,7 +234,7 @@ def test_an_index_that_stumbles_is_asked_again_and_one_that_falls_is_passed_by(s
     assert indexes.find("small", SDIST, session).place == indexes.extra[0]
 
 
-def test_what_is_nowhere_is_said_of_every_place_and_without_passwords(tmp_path, server, other):
+def test_the_error_for_a_missing_file_names_every_index_without_passwords(tmp_path, server, other):
     server.password = "right"
     other.files["/simple/small/"], other.types["/simple/small/"] = b"\x00", "image/png"
     indexes = Indexes(
@@ -254,13 +254,13 @@ def test_what_is_nowhere_is_said_of_every_place_and_without_passwords(tmp_path, 
     assert "wrong" not in str(caught.value)
 
 
-def test_a_page_from_the_network_cannot_point_at_a_file_of_this_machine(server):
+def test_a_page_from_the_network_cannot_link_to_a_local_file(server):
     server.project("small", SDIST, base="file:///etc/")
     with pytest.raises(NotOnIndexError, match="neither http nor https"):
         Indexes(f"{server.url}/simple/").find("small", SDIST)
 
 
-def test_credentials_go_with_a_link_to_the_same_server_and_to_no_other(server, other):
+def test_credentials_are_sent_to_their_own_server_only(server, other):
     server.password = "p@ss"
     for base in (f"{server.url}/files/", f"{other.url}/files/"):
         server.project("small", SDIST, base=base)
@@ -314,7 +314,7 @@ def paged(liar: Server, body: bytes, kind: str, fault: Fault | None = None) -> s
     return liar.url
 
 
-def test_the_pages_that_are_damaged_below_are_whole(liar, room):
+def test_undamaged_pages_are_read(liar, room):
     assert fetched(paged(liar, HTML.encode(), "text/html"), room) == []
     assert fetched(paged(liar, json.dumps(JSON).encode(), JSON_TYPE), room) == []
 
@@ -328,7 +328,7 @@ def test_the_pages_that_are_damaged_below_are_whole(liar, room):
 @example(b'<a class="a b" data-yanked href="x">' * 2 + b"<a data-gpg-sig=1 data-gpg-sig href=//[>", "text/html")
 @example(b"<a>" * 50_000, "text/html")
 @example(HTML.replace(HASH, "\x1b[2J" * 99).encode(), "text/html")
-def test_a_damaged_page_of_html_is_refused_or_read(liar, room, counted, page, kind):
+def test_a_damaged_html_page_is_refused_or_read(liar, room, counted, page, kind):
     fetched(paged(liar, page, kind), room)
     counted(ANSWERS_COUNTED)
 
@@ -351,7 +351,7 @@ ODD = st.sampled_from(
 @example(b'{"a":' * 100_000)
 @example([("size", -1)])
 @example([("yanked", True), ("size", 10**400)])
-def test_a_damaged_page_of_json_is_refused_or_read(liar, room, counted, damage):
+def test_a_damaged_json_page_is_refused_or_read(liar, room, counted, damage):
     if isinstance(damage, list):
         page = json.loads(json.dumps(JSON))
         for key, value in damage:
@@ -394,7 +394,7 @@ HEADERS = st.dictionaries(
 @example(503, {"Retry-After": "Mon, 99 Nov 99999 99:99:99 GMT"}, b"", "/simple/small/")
 @example(None, {"Content-Length": "9" * 5000}, b"x", f"/files/{SDIST}")
 @example(206, {"Content-Range": f"bytes 0-{'9' * 5000}/*"}, b"x", f"/files/{SDIST}")
-def test_odd_headers_are_refused_or_survived(liar, room, counted, status, headers, body, path):
+def test_strange_headers_are_refused_or_ignored(liar, room, counted, status, headers, body, path):
     paged(liar, HTML.encode(), "text/html")
     liar.faults[path] = [Fault(status, headers=headers, body=body)] * 9
     fetched(liar.url, room)
@@ -421,7 +421,7 @@ ef=x
 @example(ANSWER.replace(b"5\r", b"f" * 5000 + b"\r"))
 @example(b"HTTP/1.1 100 Continue\r\n\r\n" * 99 + ANSWER)
 @example(b"")
-def test_what_is_hardly_http_is_refused_or_survived(room, counted, answer):
+def test_malformed_http_is_refused_or_ignored(room, counted, answer):
     with saying(lambda path: [answer]) as url:
         fetched(url, room)
     counted(ANSWERS_COUNTED)
@@ -447,23 +447,23 @@ def test_what_is_hardly_http_is_refused_or_survived(room, counted, answer):
         ),
     ],
 )
-def test_a_page_that_cannot_be_used_is_said_to_be_so(liar, room, page, kind, words):
+def test_an_unusable_page_is_reported(liar, room, page, kind, words):
     [outcome] = fetched(paged(liar, page, kind), room)
     assert outcome.startswith(words)
 
 
-def test_a_file_is_taken_by_its_hash_though_the_index_takes_it_back_or_lies_about_its_size(liar, room):
+def test_a_yanked_file_or_one_with_a_wrong_size_is_still_found_by_its_hash(liar, room):
     for key, value in (("yanked", True), ("size", -1), ("size", 10**300)):
         page = {**JSON, "files": [{**LISTED, key: value}]}
         fetched(paged(liar, json.dumps(page).encode(), JSON_TYPE), room)
         assert (room.out / HASH[:16] / SDIST).exists() == (key == "yanked" or value == -1 or value > 0)
 
 
-def test_a_hash_that_is_none_counts_as_none_and_is_never_shown(liar, room):
+def test_a_malformed_hash_on_a_page_is_ignored_and_never_printed(liar, room):
     assert fetched(paged(liar, HTML.replace(HASH, "\x1b[2J").encode(), "text/html"), room) == []
 
 
-def test_words_of_a_server_are_never_shown(room):
+def test_text_of_a_server_is_never_printed(room):
     with saying(lambda path: [b"HTTP/1.1 404 \x1b[2Jcleared\r\nContent-Length: 0\r\n\r\n"]) as url:
         assert fetched(url, room) == ["does not have it"]
     with saying(lambda path: [b"HTTP/1.1 403 \x1b[2Jcleared\r\nContent-Length: 0\r\n\r\n"]) as url:
@@ -484,26 +484,26 @@ def endless(status: bytes, block: bytes, pause: float = 0.0):
         time.sleep(pause)
 
 
-def test_a_page_without_end_is_given_up_at_its_bound(room):
+def test_an_endless_page_fails_at_the_limit(room):
     with saying(lambda path: endless(b"200 OK", b"<a href=x>y</a>" * 4000)) as url:
         assert fetched(url, room) == ["sends a page of more than 16.0 MB"]
 
 
-def test_a_page_that_inflates_without_end_is_given_up_at_its_bound(room):
+def test_a_page_that_inflates_endlessly_fails_at_the_limit(room):
     packed = gzip.compress(bytes(300_000_000))
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
     with saying(lambda path: [head % len(packed), packed]) as url:
         assert fetched(url, room) == ["sends a page of more than 16.0 MB"]
 
 
-def test_a_page_that_comes_by_the_byte_is_given_up_in_time(room, monkeypatch):
+def test_a_page_that_arrives_byte_by_byte_fails_in_time(room, monkeypatch):
     monkeypatch.setattr(index, "PAGE_TIME", 0.2)
     with saying(lambda path: endless(b"200 OK", b" ", 0.01)) as url:
         assert fetched(url, room) == ["did not send its page in 0 s"]
 
 
 @pytest.mark.parametrize("status", [b"302 Found", b"503 Service Unavailable"])
-def test_the_endless_body_of_a_redirect_or_of_a_refusal_is_not_waited_for(room, status):
+def test_an_endless_body_of_a_redirect_or_error_is_not_read(room, status):
     with saying(lambda path: endless(status, b"x" * 60_000)) as url:
         words = "redirects without end" if status.startswith(b"302") else "answered 503 Service Unavailable"
         assert fetched(url, room) == [words]
@@ -520,7 +520,7 @@ def test_the_endless_body_of_a_redirect_or_of_a_refusal_is_not_waited_for(room, 
     ],
 )
 @pytest.mark.parametrize("path", ["/simple/small/", f"/files/{SDIST}"])
-def test_a_redirect_that_leads_nowhere_is_said_to(liar, room, path, location, words):
+def test_a_redirect_without_a_usable_target_is_reported(liar, room, path, location, words):
     paged(liar, HTML.encode(), "text/html")
     liar.faults[path] = [Fault(302, headers={"Location": location.replace("/simple/small/", path)})] * 99
     [outcome] = fetched(liar.url, room)
@@ -544,16 +544,14 @@ def private(tmp_path):
         yield one
 
 
-def test_the_configured_certificates_are_trusted_even_where_requests_own_variable_names_others(
-    private, tmp_path, monkeypatch
-):
+def test_configured_certificates_override_the_variable_of_requests(private, tmp_path, monkeypatch):
     trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "other.pem"))
     indexes = Indexes(f"{private.url}/simple/", certificate=str(tmp_path / "ca.pem"), certificate_from="PIP_CERT")
     assert indexes.find("small", SDIST).sha256 == HASH
 
 
-def test_a_certificate_that_is_not_trusted_is_said_with_the_setting_that_decides(private, tmp_path):
+def test_an_untrusted_certificate_is_reported_with_the_setting(private, tmp_path):
     trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
     for name, words in (("other.pem", "is not trusted by"), ("none.pem", "cannot be checked:")):
         indexes = Indexes(f"{private.url}/simple/", certificate=str(tmp_path / name), certificate_from="SSL_CERT_FILE")
@@ -561,7 +559,7 @@ def test_a_certificate_that_is_not_trusted_is_said_with_the_setting_that_decides
             indexes.find("small", SDIST)
 
 
-def test_without_a_setting_the_sentence_says_which_variable_to_set(private, monkeypatch):
+def test_without_a_certificate_setting_the_error_names_the_variable_to_set(private, monkeypatch):
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(NotOnIndexError, match="set SSL_CERT_FILE"):
@@ -603,7 +601,7 @@ def installed(indexes: Indexes, tmp_path: Path) -> bool:
     return (tmp_path / "target" / "small.py").exists()
 
 
-def test_uv_installs_from_an_index_on_disk_though_an_earlier_index_knows_another_version(wheel, tmp_path, server):
+def test_uv_installs_from_an_index_on_disk_if_an_earlier_index_has_another_version(wheel, tmp_path, server):
     server.files["/files/small-0.9-py3-none-any.whl"] = b""
     (tmp_path / "simple" / "small").mkdir(parents=True)
     page = f'<a href="../../files/{wheel.name}">{wheel.name}</a>'
@@ -613,12 +611,12 @@ def test_uv_installs_from_an_index_on_disk_though_an_earlier_index_knows_another
     assert installed(indexes, tmp_path)
 
 
-def test_uv_installs_from_a_find_links_folder_with_no_index_at_all(wheel, tmp_path):
+def test_uv_installs_from_a_find_links_folder_without_any_index(wheel, tmp_path):
     assert installed(Indexes(None, find_links=(str(wheel.parent),)), tmp_path)
 
 
 @pytest.mark.parametrize("role", ["default", "extra", "find_links"])
-def test_uv_gets_credentials_in_every_role_and_never_on_its_command_line(wheel, tmp_path, server, other, role):
+def test_uv_gets_credentials_for_every_index_but_never_as_arguments(wheel, tmp_path, server, other, role):
     server.password = "secret/@:"
     server.files[f"/files/{wheel.name}"] = wheel.read_bytes()
     server.project("small", wheel.name, base=f"{server.url}/files/")
@@ -638,12 +636,12 @@ def test_uv_trusts_the_configured_certificates(wheel, tmp_path, private):
     assert installed(indexes, tmp_path)
 
 
-def test_uv_is_not_told_a_second_time_what_its_arguments_say():
+def test_variables_of_uv_that_its_arguments_replace_are_removed():
     environ = {"UV_INDEX": "https://a.example/simple", "UV_FIND_LINKS": "/wheels", "UV_NO_INDEX": "1", "LANG": "C"}
     assert Indexes().uv_environment(environ) == {"LANG": "C"}
 
 
 @pytest.mark.slow
-def test_the_index_of_this_machine_has_a_file_that_is_on_every_index():
+def test_the_configured_index_has_a_file_that_every_index_has():
     link = configured().find("six", "six-1.16.0-py2.py3-none-any.whl")
     assert link.sha256 in (None, "8abb2f1d86890a2dfb989f9a77cfcfd3e47c2a354b01111771326f8aa26e0254")

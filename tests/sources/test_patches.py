@@ -32,13 +32,13 @@ def test_a_patch_is_applied(tmp_path, source):
     assert sorted(path.name for path in source.iterdir()) == ["file.txt", "other.txt"]
 
 
-def test_a_patch_is_applied_where_its_lines_have_moved_to(tmp_path, source):
+def test_a_patch_is_applied_to_moved_lines(tmp_path, source):
     (source / "file.txt").write_text("".join(["new\n"] * 7 + LINES))
     patches.apply(patch(tmp_path / "patches", HEADER + diff(LINES, changed(LINES, 20))), source)
     assert (source / "file.txt").read_text() == "".join(["new\n"] * 7 + changed(LINES, 20))
 
 
-def test_a_patch_may_add_and_remove_files(tmp_path, source):
+def test_a_patch_can_add_and_remove_files(tmp_path, source):
     added = diff([], ["new\n"], "added.txt").replace("a/added.txt", "/dev/null")
     removed = diff(LINES, [], "other.txt").replace("b/other.txt", "/dev/null")
     patches.apply(patch(tmp_path / "patches", HEADER + added + removed), source)
@@ -46,7 +46,7 @@ def test_a_patch_may_add_and_remove_files(tmp_path, source):
 
 
 @pytest.mark.parametrize("number", [17, 18, 19, 21, 22, 23])
-def test_a_patch_whose_surroundings_differ_by_one_line_is_refused(tmp_path, source, number):
+def test_a_patch_with_one_different_context_line_is_refused(tmp_path, source, number):
     """patch(1) by itself would guess, which it calls fuzz, at the outer ones."""
     one = patch(tmp_path / "patches", HEADER + diff(LINES, changed(LINES, 20)))
     (source / "file.txt").write_text("".join(changed(LINES, number, "different\n")))
@@ -57,7 +57,7 @@ def test_a_patch_whose_surroundings_differ_by_one_line_is_refused(tmp_path, sour
     assert content(source) == before
 
 
-def test_a_patch_that_fails_names_every_file_and_hunk_and_changes_nothing(tmp_path, source):
+def test_a_failing_patch_changes_nothing_and_names_every_file_and_hunk(tmp_path, source):
     new = changed(changed(LINES, 5), 35)
     text = HEADER + diff(LINES, new) + diff(LINES, new, "other.txt") + diff(LINES, new, "gone.txt")
     (source / "file.txt").write_text("".join(changed(LINES, 35, "different\n")))
@@ -73,7 +73,7 @@ def test_a_patch_that_fails_names_every_file_and_hunk_and_changes_nothing(tmp_pa
     assert content(source) == before
 
 
-def test_a_patch_that_fails_says_what_of_its_upstream_to_look_at_again(tmp_path, source, repository):
+def test_a_failing_patch_names_its_upstream_change(tmp_path, source, repository):
     """With the words of its header, on a newer tree; here with one of vLLM's own patches."""
     [ours] = (repository / "patches" / "vllm").glob("*-window-maximum.patch")
     upstream = source / "vllm/attention/ops/triton_unified_attention.py"
@@ -88,7 +88,7 @@ def test_a_patch_that_fails_says_what_of_its_upstream_to_look_at_again(tmp_path,
     assert "check these places in the source: the places that it names" in caught.value.hint
 
 
-def test_a_patch_that_is_applied_already_is_refused(tmp_path, source):
+def test_an_already_applied_patch_is_refused(tmp_path, source):
     one = patch(tmp_path / "patches", HEADER + diff(LINES, changed(LINES, 20)))
     patches.apply(one, source)
     before = content(source)
@@ -97,7 +97,7 @@ def test_a_patch_that_is_applied_already_is_refused(tmp_path, source):
     assert content(source) == before
 
 
-def test_a_patch_cannot_reach_outside(tmp_path, source):
+def test_a_patch_cannot_write_outside_the_tree(tmp_path, source):
     (tmp_path / "file.txt").write_text("".join(LINES))
     text = diff(LINES, changed(LINES, 20)).replace("a/file.txt", "a/../file.txt").replace("b/file.txt", "b/../file.txt")
     with pytest.raises(PatchError):
@@ -119,7 +119,7 @@ def test_the_users_settings_for_patch_do_not_matter(tmp_path, source, monkeypatc
     assert not (source / "other.txt").exists()
 
 
-def test_without_patch_it_says_what_to_install(tmp_path, source, monkeypatch):
+def test_without_patch_the_error_names_the_package_to_install(tmp_path, source, monkeypatch):
     one = patch(tmp_path / "patches", HEADER + diff(LINES, changed(LINES, 20)))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(VoltforgeError) as caught:
@@ -127,7 +127,7 @@ def test_without_patch_it_says_what_to_install(tmp_path, source, monkeypatch):
     assert (caught.value.what, caught.value.hint) == ("GNU patch is not installed", "apt-get install patch")
 
 
-def test_a_series_is_in_the_order_of_its_numbers(tmp_path):
+def test_a_series_is_sorted_by_number(tmp_path):
     body = diff(LINES, changed(LINES, 20))
     for name in ("0010-c", "0002-b", "0001-a"):
         patch(tmp_path / "patches", f"Subject: {name}\n---\n{body}", f"{name}.patch")
@@ -136,7 +136,7 @@ def test_a_series_is_in_the_order_of_its_numbers(tmp_path):
     assert len({one.sha256 for one in series(tmp_path / "patches")}) == 3
 
 
-def test_no_folder_is_an_empty_series(tmp_path):
+def test_a_missing_folder_is_an_empty_series(tmp_path):
     assert series(tmp_path / "none") == ()
 
 
@@ -157,7 +157,7 @@ def test_a_patch_without_a_subject_or_without_a_diff_is_refused(tmp_path, text):
     assert "Subject: …" in caught.value.what
 
 
-def test_a_patch_to_a_file_that_is_not_utf_8_is_read_all_the_same(tmp_path, source):
+def test_a_patch_to_a_file_that_is_not_utf_8_is_read(tmp_path, source):
     (source / "file.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "0001-a.patch").write_bytes(
         HEADER.encode() + b"--- a/file.txt\n+++ b/file.txt\n@@ -1 +1 @@\n-caf\xe9\n+caf\xe8\n"

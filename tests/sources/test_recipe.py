@@ -95,7 +95,7 @@ def test_a_recipe_is_read(folder):
     assert one.beside(one.build.lock) == folder / "locks" / "build.txt"
 
 
-def test_the_placeholders_are_filled_in(folder):
+def test_placeholders_are_filled_in(folder):
     one = load(written(folder, GOOD))
     filled = one.build.variables(cuda="cu124", environment="/env", site="/site", cudaflags="", **one.variables)
     assert filled == {"ARCH": "7.0;8.6", "VERSION": "1.2.3+sm70.cu124", "JSON": "{}", "LIB": "/site/lib"}
@@ -107,7 +107,7 @@ def test_a_recipe_cannot_be_changed(folder):
         one.version = "2"
 
 
-def test_what_is_left_out_has_a_default(folder):
+def test_omitted_keys_have_defaults(folder):
     lines = GOOD.splitlines(keepends=True)
     needed = ("name", "version", "[", "index", "file", "sha256", "lock")
     one = load(written(folder, "".join(line for line in lines if line.startswith(needed) and "finish" not in line)))
@@ -214,20 +214,20 @@ def test_sizes_have_a_unit(folder, text, size):
         ),
     ],
 )
-def test_a_rule_that_is_broken_is_named_with_its_key(folder, old, new, problem):
+def test_each_broken_rule_is_reported_with_its_key(folder, old, new, problem):
     [found] = problems(written(folder, edited((old, new))))
     assert found.startswith(problem)
     assert len(found) < 400
 
 
-def test_all_problems_are_named_at_once(folder):
+def test_all_problems_are_reported_at_once(folder):
     changes = [('version = "1.2.3"\n', ""), ('"8.6"', '"x"'), ("ab" * 32, "short"), ('"{arch}"', '"{x}"')]
     found = problems(written(folder, edited(*changes, ('"{version}+sm70.{cuda}"', '"{y}"'), ('"20 MB"', '"x"'))))
     keys = ["version", "arch.1", "expect.max_size", "source.sha256", "build.env.ARCH", "build.env.VERSION"]
     assert [line.split(":")[0] for line in found] == keys
 
 
-def test_absent_files_and_a_wrong_name_are_named_at_once(folder):
+def test_missing_files_and_a_wrong_name_are_reported_together(folder):
     shutil.rmtree(folder / "locks")
     found = problems(written(folder, GOOD, "other"))
     assert found[0] == "name: is 'thing', but the file is called other.toml"
@@ -238,12 +238,12 @@ def test_absent_files_and_a_wrong_name_are_named_at_once(folder):
     ]
 
 
-def test_a_whole_table_that_is_missing_is_named(folder):
+def test_a_missing_table_is_reported(folder):
     text = GOOD[: GOOD.index("[expect]")]
     assert problems(written(folder, text)) == ["expect: is missing"]
 
 
-def test_the_place_of_the_file_is_no_key(folder):
+def test_the_path_of_the_file_is_not_a_key(folder):
     assert problems(written(folder, f'path = "/etc"\n{GOOD}')) == ["path: is not a key of a recipe"]
 
 
@@ -251,14 +251,14 @@ def test_the_place_of_the_file_is_no_key(folder):
     "content",
     [b"name = ", b"\xff\xfe", b"[a]\n[a]", b"a = " + b"[" * 3000, b"a = " + b"9" * 5000, b"a = 2000-13-45", b"\0"],
 )
-def test_what_is_not_toml_is_said_to_be_none(folder, content):
+def test_invalid_toml_is_reported(folder, content):
     path = folder / "thing.toml"
     path.write_bytes(content)
     [problem] = problems(path)
     assert problem.startswith("is not TOML: ")
 
 
-def test_a_file_that_is_not_there_is_said_to_be(folder):
+def test_a_missing_recipe_file_is_reported(folder):
     assert problems(folder / "none.toml") == ["cannot be read: No such file or directory"]
     assert problems(folder / "locks") == ["cannot be read: Is a directory"]
 
@@ -291,7 +291,7 @@ lock = "locks/run.txt"
 """.format(sha="cd" * 32)
 
 
-def test_a_recipe_with_wheels_has_no_build_but_what_is_to_be_changed(folder):
+def test_a_recipe_with_wheels_lists_changes_and_has_no_build(folder):
     one = load(written(folder, THIN, "thing-thin"))
     assert (one.name, one.variant, one.wheels[0].artifact.index) == ("thing", "thin", "thing")
     assert one.thin.stubs["libodd.so.3"].answers == {"oddInit": 10}
@@ -308,7 +308,7 @@ def test_a_recipe_with_wheels_has_no_build_but_what_is_to_be_changed(folder):
         ('why = "which is left out"\n', "", "thin.stubs.libodd.so.3.why: is missing"),
     ],
 )
-def test_the_rules_of_wheels_are_checked_too(folder, old, new, problem):
+def test_the_rules_for_wheels_are_checked(folder, old, new, problem):
     [found] = problems(written(folder, THIN.replace(old, new), "thing-thin"))
     assert found.startswith(problem)
 
@@ -323,7 +323,7 @@ build.env.ARCH = "none"
 """
 
 
-def test_what_a_choice_changes_is_laid_over_the_recipe(folder):
+def test_a_choice_overrides_keys_of_the_recipe(folder):
     path = written(folder, GOOD + WHEN)
     plain, without = load(path), load(path, {"cudnn": "0"})
     assert (plain.expect.max_size, without.expect.max_size) == (20_000_000, 10_000_000)
@@ -339,7 +339,7 @@ def torch_folder(folder: Path) -> Path:
     return folder
 
 
-def test_a_choice_picks_the_variant_of_a_package(folder):
+def test_a_choice_selects_the_variant_of_a_package(folder):
     torch_folder(folder)
     assert {name: one.variant for name, one in load_all(folder).items()} == {"thing": "source", "torch": "thin"}
     assert load_all(folder, {"torch": "source", "cudnn": "1"})["torch"].variant == "source"
@@ -347,7 +347,7 @@ def test_a_choice_picks_the_variant_of_a_package(folder):
 
 
 @pytest.mark.parametrize("choices", [{"torch": "thick"}, {"torch": "thin", "cudnn": "0"}, {"cudnn": "2"}])
-def test_a_choice_that_changes_nothing_is_refused_with_those_there_are(folder, choices):
+def test_a_choice_without_effect_is_refused_with_the_valid_ones(folder, choices):
     with pytest.raises(VoltforgeError, match="changes no recipe") as caught:
         load_all(torch_folder(folder), choices)
     assert caught.value.hint == "torch=thin, torch=source, cudnn=0 with torch=source"
@@ -356,21 +356,21 @@ def test_a_choice_that_changes_nothing_is_refused_with_those_there_are(folder, c
 # --- folders of recipes ---
 
 
-def test_every_recipe_of_a_folder_is_read_by_name_but_not_the_toolkits(folder):
+def test_all_recipes_of_a_folder_are_loaded_by_name_except_the_toolkits(folder):
     for name in ("thing", "another"):
         written(folder, GOOD.replace('name = "thing"', f'name = "{name}"'), name)
     written(folder, "", "cuda")
     assert list(load_all(folder)) == ["another", "thing"]
 
 
-def test_a_broken_recipe_stops_the_folder(folder):
+def test_an_invalid_recipe_stops_loading_the_folder(folder):
     written(folder, GOOD)
     written(folder, "oh", "broken")
     with pytest.raises(RecipeError, match=r"broken\.toml"):
         load_all(folder)
 
 
-def test_the_recipes_of_this_repository_can_be_read(repository):
+def test_the_recipes_of_this_repository_are_valid(repository):
     assert "vllm" in load_all(repository / "recipes")
     toolkits = load_cuda(repository / "recipes" / "cuda.toml")
     assert toolkits.redist.archives[0].artifact.url
@@ -387,7 +387,7 @@ def test_the_recipes_of_this_repository_can_be_read(repository):
         ("[distro]", "[distro]\nurl = 1", "distro.url: is not a key of a recipe"),
     ],
 )
-def test_the_rules_of_the_toolkits_are_checked_too(tmp_path, repository, old, new, problem):
+def test_the_rules_for_toolkits_are_checked(tmp_path, repository, old, new, problem):
     shutil.copytree(repository / "recipes", tmp_path / "recipes")
     path = tmp_path / "recipes" / "cuda.toml"
     path.write_text(path.read_text().replace(old, new))
@@ -414,7 +414,7 @@ def outcome(raw: bytes) -> Recipe | CudaRecipe | RecipeError:
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_recipe_or_a_recipe_error(raw):
+def test_any_bytes_give_a_recipe_or_a_recipe_error(raw):
     assert isinstance(outcome(raw), (Recipe, RecipeError))
 
 
@@ -434,7 +434,7 @@ ANY_VALUE = SCALARS | st.lists(SCALARS, max_size=3).map(lambda items: f"[{', '.j
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.data())
-def test_a_recipe_with_any_value_anywhere_is_a_recipe_or_a_recipe_error(data):
+def test_any_value_of_any_key_gives_a_recipe_or_a_recipe_error(data):
     lines = GOOD.splitlines()
     for _ in range(data.draw(st.integers(1, 4))):
         number = data.draw(st.integers(0, len(lines) - 1))
@@ -444,7 +444,7 @@ def test_a_recipe_with_any_value_anywhere_is_a_recipe_or_a_recipe_error(data):
 
 
 @given(st.text())
-def test_any_text_in_a_variable_is_filled_in_or_refused(text):
+def test_any_text_of_a_variable_is_filled_in_or_refused(text):
     try:
         build = recipe.BuildSettings(lock="a", env={"A": text})
     except ValueError:
@@ -497,7 +497,7 @@ def test_the_reference_lists_every_key_and_no_other(repository, heading, model):
         ("### `[thin.stubs", recipe.Stub),
     ],
 )
-def test_the_reference_says_which_keys_may_be_left_out(repository, heading, model):
+def test_the_reference_names_the_optional_keys(repository, heading, model):
     text = (repository / "docs" / "recipes.md").read_text()
     text = text[text.index(heading) :]
     for name, field in keys(model).items():

@@ -18,11 +18,11 @@ def ours() -> list[threading.Thread]:
 
 
 @given(st.lists(st.integers(), max_size=12), st.integers(1, 5))
-def test_every_item_comes_once_with_its_own_result(items, at_once):
+def test_every_item_is_returned_once_with_its_own_result(items, at_once):
     assert sorted(each(lambda item: item * 2, items, at_once, Halt())) == sorted((item, item * 2) for item in items)
 
 
-def test_no_more_than_so_many_are_at_work_at_once_and_so_many_are():
+def test_exactly_the_given_number_of_threads_work_at_once():
     at_work, most, lock, all_there = 0, 0, threading.Lock(), threading.Barrier(3)
 
     def work(_: int) -> None:
@@ -38,7 +38,7 @@ def test_no_more_than_so_many_are_at_work_at_once_and_so_many_are():
     assert most == 3
 
 
-def test_what_is_ready_is_given_while_the_others_are_still_at_work():
+def test_a_finished_result_is_returned_while_others_are_computed():
     go_on = threading.Event()
     coming = each(lambda item: item == "quick" or go_on.wait(20), ["slow", "quick"], 2, Halt())
     assert next(coming) == ("quick", True)
@@ -50,7 +50,7 @@ def test_a_single_item_needs_no_thread():
     assert list(each(lambda _: threading.current_thread(), [1], 4, Halt())) == [(1, threading.current_thread())]
 
 
-def test_what_one_raises_is_raised_and_ends_the_others():
+def test_the_error_of_one_item_is_raised_and_ends_the_others():
     halt = Halt()
 
     def work(item: int) -> None:
@@ -63,7 +63,7 @@ def test_what_one_raises_is_raised_and_ends_the_others():
     assert ours() == []
 
 
-def test_nothing_new_is_begun_when_the_rest_is_not_wanted():
+def test_no_item_is_started_after_the_caller_stops():
     begun, halt = [], Halt()
 
     def work(item: int) -> int:
@@ -78,7 +78,7 @@ def test_nothing_new_is_begun_when_the_rest_is_not_wanted():
     assert len(begun) <= 3
 
 
-def test_a_wait_that_is_woken_ends_and_one_that_begins_too_late_does_not_begin():
+def test_a_woken_wait_ends_and_a_late_one_does_not_start():
     halt, woken = Halt(), threading.Event()
     with halt.waking(woken.set):
         halt.set()
@@ -89,7 +89,7 @@ def test_a_wait_that_is_woken_ends_and_one_that_begins_too_late_does_not_begin()
         halt.pause(1000)
 
 
-def test_a_pause_that_nobody_ends_is_as_long_as_it_says():
+def test_an_uninterrupted_pause_has_its_full_length():
     start = time.monotonic()
     Halt().pause(0.05)
     assert time.monotonic() - start >= 0.05

@@ -27,7 +27,7 @@ from voltforge.sources.patches import PatchError, series
 from voltforge.sources.tree import create, sync
 
 
-def test_a_grown_tree_is_unpacked_and_patched_in_order(tmp_path):
+def test_a_tree_is_unpacked_and_patched_in_order(tmp_path):
     archive = tar(
         tmp_path / "a-1.0.tar.gz", member("a-1.0/file.txt", "".join(LINES).encode()), member("a-1.0/setup.py", b"")
     )
@@ -39,7 +39,7 @@ def test_a_grown_tree_is_unpacked_and_patched_in_order(tmp_path):
     assert (grown.path / "file.txt").read_text() == "".join(second)
 
 
-def test_a_tree_that_does_not_grow_leaves_the_old_one(tmp_path):
+def test_a_failed_tree_leaves_the_old_one(tmp_path):
     archive = tar(tmp_path / "a-1.0.tar.gz", member("a-1.0/file.txt", "".join(LINES).encode()))
     create(archive, (), tmp_path / "tree")
     bad = patch(tmp_path / "patches", HEADER + diff(changed(LINES, 1), changed(LINES, 2)))
@@ -84,7 +84,7 @@ def test_unchanged_sources_keep_their_times_and_changed_ones_do_not(tmp_path):
     assert content(work) == {"a.cu": b"1", "b/c.cu": b"3"}
 
 
-def test_what_is_gone_from_the_tree_goes_and_what_a_build_made_stays(tmp_path):
+def test_removed_sources_are_removed_and_files_of_the_build_stay(tmp_path):
     work = tmp_path / "work"
     sync(write(tmp_path / "tree", {"a.cu": "1", "old/b.cu": "2", "mixed/c.cu": "3"}), work)
     write(work / "build", {"a.o": "object"})
@@ -94,7 +94,7 @@ def test_what_is_gone_from_the_tree_goes_and_what_a_build_made_stays(tmp_path):
     assert not (work / "old").exists()
 
 
-def test_a_source_that_a_build_changed_is_put_right(tmp_path):
+def test_a_source_that_a_build_changed_is_restored(tmp_path):
     work = tmp_path / "work"
     sync(write(tmp_path / "tree", {"version.py": "0"}), work)
     (work / "version.py").write_text("1")
@@ -102,7 +102,7 @@ def test_a_source_that_a_build_changed_is_put_right(tmp_path):
     assert content(work) == {"version.py": b"0"}
 
 
-def test_a_file_that_becomes_a_program_is_one(tmp_path):
+def test_a_file_that_becomes_executable_is_updated(tmp_path):
     work = tmp_path / "work"
     sync(write(tmp_path / "tree", {"tool": "#!/bin/sh\n"}), work)
     (tmp_path / "tree" / "tool").chmod(0o755)
@@ -121,14 +121,14 @@ def test_a_file_that_becomes_a_program_is_one(tmp_path):
         ({"a": "->b", "b": "x"}, {"a": "x", "b": "x"}),
     ],
 )
-def test_files_folders_and_links_may_change_places(tmp_path, old, new):
+def test_files_folders_and_links_can_replace_each_other(tmp_path, old, new):
     work = tmp_path / "work"
     sync(write(tmp_path / "tree", old), work)
     sync(write(tmp_path / "tree", new), work)
     assert content(work) == content(tmp_path / "tree")
 
 
-def test_a_sync_that_was_killed_is_made_good_by_the_next(tmp_path, monkeypatch):
+def test_the_next_sync_completes_a_killed_one(tmp_path, monkeypatch):
     work = tmp_path / "work"
     sync(write(tmp_path / "tree", {"a": "1", "b/c": "2", "z": "3"}), work)
     copy, left = shutil.copy, [1]
@@ -155,7 +155,7 @@ TREES = st.dictionaries(NAMES, st.sampled_from(["", "1", "22", "->c", "->d/b"]),
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(TREES, min_size=1, max_size=4))
-def test_after_any_history_the_sources_are_those_of_the_tree_and_syncing_again_changes_nothing(history):
+def test_after_any_history_sync_gives_the_tree_and_a_second_sync_changes_nothing(history):
     with tempfile.TemporaryDirectory() as room:
         source, work = Path(room, "tree"), Path(room, "work")
         work.mkdir()

@@ -62,7 +62,7 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize("text", TRICKY)
-def test_text_that_looks_like_markup_or_an_emoji_is_printed_as_it_is(paper, text):
+def test_text_that_looks_like_markup_or_an_emoji_is_printed_unchanged(paper, text):
     console.step(text)
     console.note(text)
     console.warn(text)
@@ -102,7 +102,7 @@ def test_colours_follow_the_environment(tmp_path, variable, coloured):
     assert "x no" in done.stdout
 
 
-def test_a_table_shows_every_cell_whole(paper):
+def test_a_table_truncates_no_cell(paper):
     console.table("", ("name", "[what]"), [("a", "[3/4] \\"), ("b", "long/" * 60)])
     assert "[what]" in paper.text
     assert "[3/4] \\" in paper.text
@@ -118,7 +118,7 @@ def until(paper: Paper, text: str) -> None:
         time.sleep(0.01)
 
 
-def test_a_download_on_a_terminal_is_a_bar_that_is_wiped_when_it_is_done(terminal):
+def test_a_download_on_a_terminal_is_a_bar_that_is_removed_at_the_end(terminal):
     with console.download("file [x].whl", 1000) as advance:
         advance(500)
         until(terminal, "0.5/1.0 kB")
@@ -138,7 +138,7 @@ def test_download_without_terminal_prints_a_line_every_few_seconds(paper, clock)
     ]
 
 
-def test_a_download_of_unknown_size_does_not_invent_one(paper, clock):
+def test_a_download_of_unknown_size_shows_no_total(paper, clock):
     with console.download("file.whl", None) as advance:
         clock[0] += 20
         advance(1_000_000)
@@ -198,7 +198,7 @@ def log(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["paper", "terminal"])
-def test_the_log_has_everything_once_with_its_time_and_without_colours(request, kind, log, monkeypatch):
+def test_the_log_holds_every_line_once_with_its_time_and_without_colours(request, kind, log, monkeypatch):
     request.getfixturevalue(kind)
     monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
     console.step("build [x]")
@@ -229,7 +229,7 @@ def test_unwritable_log_is_skipped(paper, tmp_path, monkeypatch):
 STAMPED = re.compile(r"\d\d:\d\d:\d\d ")
 
 
-def test_in_ci_every_line_begins_with_the_time(paper, clock, monkeypatch):
+def test_in_ci_every_line_starts_with_the_time(paper, clock, monkeypatch):
     monkeypatch.setenv("CI", "true")
     console.step("build vllm")
     console.note("one\n  - two")
@@ -259,7 +259,7 @@ def test_times_are_local(paper, monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["", "0", "false", "no"])
-def test_without_ci_no_line_begins_with_the_time(paper, monkeypatch, value):
+def test_outside_ci_no_line_starts_with_the_time(paper, monkeypatch, value):
     monkeypatch.setenv("CI", value)
     console.step("build vllm")
     assert paper.text == "* build vllm\n"
@@ -271,7 +271,7 @@ def test_a_table_has_no_times(paper, monkeypatch):
     assert not re.search(r"\d\d:\d\d", paper.text)
 
 
-def test_a_step_on_a_terminal_has_no_time_in_ci_either(terminal, monkeypatch):
+def test_a_step_on_a_terminal_has_no_time_in_ci(terminal, monkeypatch):
     monkeypatch.setenv("CI", "true")
     console.step("build vllm")
     assert "build vllm" in terminal.text

@@ -106,7 +106,7 @@ def test_failed_block_leaves_the_old_folder_and_no_other(tmp_path):
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_the_old_folder_is_moved_aside_whole_before_any_of_it_is_removed(tmp_path, monkeypatch):
+def test_the_old_folder_is_moved_away_whole_before_it_is_removed(tmp_path, monkeypatch):
     path, seen = tmp_path / "folder", []
     for _ in range(2):
         with files.replacing_folder(path) as beside:
@@ -127,7 +127,7 @@ def test_the_old_folder_is_moved_aside_whole_before_any_of_it_is_removed(tmp_pat
 # --- removing ---
 
 
-def test_remove_takes_files_folders_and_links_but_not_what_links_lead_to(tmp_path):
+def test_remove_deletes_files_folders_and_links_but_not_the_targets_of_links(tmp_path):
     kept = tmp_path / "kept"
     (kept / "inner").mkdir(parents=True)
     (tmp_path / "gone").mkdir()
@@ -142,7 +142,7 @@ def test_remove_takes_files_folders_and_links_but_not_what_links_lead_to(tmp_pat
     files.remove(kept)
 
 
-def test_remove_takes_folders_that_their_owner_may_neither_read_nor_write():
+def test_remove_deletes_folders_without_permissions():
     with ordinary_user(), tempfile.TemporaryDirectory() as room:
         path = Path(room, "folder")
         (path / "a" / "b").mkdir(parents=True)
@@ -157,7 +157,7 @@ def test_remove_takes_folders_that_their_owner_may_neither_read_nor_write():
 
 
 @given(JSON)
-def test_what_is_written_as_json_is_read_again(value):
+def test_json_is_read_as_it_was_written(value):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "value.json")
         files.write_json(path, value)
@@ -165,7 +165,7 @@ def test_what_is_written_as_json_is_read_again(value):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"half": ', b"\xff\xfe"])
-def test_a_broken_json_file_is_none(tmp_path, content):
+def test_a_broken_json_file_reads_as_none(tmp_path, content):
     (tmp_path / "broken").write_bytes(content)
     assert files.read_json(tmp_path / "broken") is None
     assert files.read_json(tmp_path / "absent") is None
@@ -192,7 +192,7 @@ def repr_of(value: object) -> str:
     return f"list {[repr_of(item) for item in value]}" if isinstance(value, list) else repr(value)
 
 
-def test_a_name_that_is_not_utf_8_has_a_digest_and_can_be_kept(tmp_path):
+def test_a_name_that_is_not_utf_8_has_a_digest_and_can_be_stored(tmp_path):
     name = os.fsdecode(b"/opt/cud\xe4")
     files.write_json(tmp_path / "record", {"CUDA_HOME": name})
     assert files.read_json(tmp_path / "record") == {"CUDA_HOME": name}

@@ -48,7 +48,7 @@ def mark(request, tmp_path):
 # --- what it prints ---
 
 
-def test_both_streams_come_back_in_order():
+def test_both_streams_are_returned_in_order():
     assert run(["sh", "-c", "echo one; echo two >&2; printf three"]).output == "one\ntwo\nthree"
 
 
@@ -81,7 +81,7 @@ def test_the_log_holds_the_command_and_every_line_as_it_was(tmp_path):
     assert log.read_bytes() == rb"$ printf 'a\r\nb\377\n\nc'" + b"\na\r\nb\xff\n\nc"
 
 
-def test_a_second_program_goes_on_in_the_same_log(tmp_path):
+def test_a_second_program_appends_to_the_same_log(tmp_path):
     for word in ("one", "two"):
         run(["echo", word], log=tmp_path / "log")
     assert (tmp_path / "log").read_text() == "$ echo one\none\n$ echo two\ntwo\n"
@@ -94,7 +94,7 @@ def test_with_a_log_only_the_last_lines_are_kept_in_memory(tmp_path):
     assert log.read_text().splitlines()[1:] == [str(number) for number in range(1, many + 1)]
 
 
-def test_large_output_comes_back_whole():
+def test_large_output_is_returned_whole():
     lines = run(["seq", "300000"]).output.splitlines()
     assert (len(lines), lines[0], lines[-1]) == (300000, "1", "300000")
 
@@ -114,7 +114,7 @@ def test_program_has_no_standard_input():
     assert run(["cat"]).output == ""
 
 
-def test_folder_and_environment_are_those_asked_for(tmp_path, monkeypatch):
+def test_the_program_gets_the_given_folder_and_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("LEAK", "1")
     seen = run(["sh", "-c", "pwd; env"], cwd=tmp_path, env={"PATH": os.environ["PATH"], "ONLY": "this"}).output
     assert seen.splitlines()[0] == str(tmp_path)
@@ -125,7 +125,7 @@ def test_folder_and_environment_are_those_asked_for(tmp_path, monkeypatch):
 # --- how it fails ---
 
 
-def test_a_failure_holds_the_status_the_words_and_the_last_lines(tmp_path):
+def test_a_failure_holds_the_status_the_command_and_the_last_lines(tmp_path):
     with pytest.raises(ProgramFailed) as caught:
         run(["sh", "-c", "echo because; exit 7"], log=tmp_path / "log")
     failed = caught.value
@@ -134,7 +134,7 @@ def test_a_failure_holds_the_status_the_words_and_the_last_lines(tmp_path):
     assert failed.what == f"sh failed with status 7; its log is {tmp_path / 'log'}"
 
 
-def test_a_status_that_is_allowed_is_no_failure():
+def test_an_allowed_status_is_not_a_failure():
     assert run(["sh", "-c", "echo no; exit 1"], ok=(0, 1)).output == "no"
 
 
@@ -161,14 +161,14 @@ def test_program_that_cannot_start_is_an_error_with_the_reason(words, folder, wh
     assert caught.value.what == f"{Path(words[0]).name} {why}"
 
 
-def test_a_program_that_takes_too_long_is_ended_with_its_children(mark):
+def test_a_program_is_ended_with_its_children_after_the_timeout(mark):
     with pytest.raises(ProgramFailed, match=r"was ended after 0\.6 s") as caught:
         run(["sh", "-c", 'echo begun; sh -c "sleep 600; :" "$0" & sleep 600', mark], timeout=0.6)
     assert (caught.value.status, caught.value.output) == (None, "begun")
     assert marked(mark) == []
 
 
-def test_a_program_that_closes_its_output_and_goes_on_is_ended_too():
+def test_a_program_that_closes_its_output_is_ended_after_the_timeout():
     with pytest.raises(ProgramFailed, match="was ended after"):
         run(["sh", "-c", "exec >&- 2>&-; sleep 600"], timeout=0.6)
 
@@ -238,7 +238,7 @@ def test_second_ctrl_c_ends_every_child(tmp_path, mark):
     assert marked(mark) == []
 
 
-def test_a_child_has_a_moment_to_tidy_up(tmp_path):
+def test_a_child_can_clean_up_before_it_is_killed(tmp_path):
     tidy = tmp_path / "tidy"
     with pytest.raises(ProgramFailed):
         run(["sh", "-c", "trap \"touch '$0'; exit\" TERM; sleep 600 & wait", str(tidy)], timeout=1)
@@ -259,13 +259,13 @@ def test_usage_is_measured_over_all_processes():
     assert 160_000_000 < usage.peak < 300_000_000
 
 
-def test_the_memory_of_this_process_is_not_taken_for_the_programs():
+def test_the_memory_of_this_process_is_not_counted_as_the_programs():
     ballast = bytearray(200_000_000)
     usage = run(["sleep", "0.8"]).usage
     assert len(ballast) > usage.peak > 0
 
 
-def test_a_short_peak_between_two_looks_is_still_seen():
+def test_a_short_peak_between_two_samples_is_counted():
     ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # what a child is charged with from fork(2) on
     size = max(ours, 10**8) + 200_000_000
     usage = run(python(f"x = bytearray({size})")).usage

@@ -67,7 +67,7 @@ def shown(moments: list[list[str]], label: str) -> list[str]:
     return list(dict.fromkeys(row for rows in moments for row in rows if re.match(rf"{label}( |$)", row)))
 
 
-def test_a_narrow_terminal_loses_no_label_and_no_count(watched):
+def test_a_narrow_terminal_shows_every_label_and_count(watched):
     width, moments, _ = watched
     rows = shown(moments, "vllm")
     assert rows
@@ -76,7 +76,7 @@ def test_a_narrow_terminal_loses_no_label_and_no_count(watched):
     assert any("2.0/4.0 MB" in row for row in counts)
 
 
-def test_downloads_and_builds_stand_on_the_terminal_at_the_same_time(watched):
+def test_downloads_and_builds_are_shown_together(watched):
     _, moments, _ = watched
     assert any(sum(row.startswith(("vllm ", "torch")) for row in rows) == 2 for rows in moments)
 
@@ -122,7 +122,7 @@ class Paper(io.StringIO):
             time.sleep(0.01)
 
 
-def test_a_row_never_vanishes_between_two_prints_or_two_drawings():
+def test_a_row_stays_visible_between_prints():
     paper, board = Paper(), Board()
     with board.row(paper.console, "vllm") as row:
         row.tell(BUSY)
@@ -183,7 +183,7 @@ def test_failed_block_removes_its_row_and_restores_the_cursor():
     assert not paper.terminal.screen.cursor.hidden
 
 
-def test_more_rows_than_the_terminal_has_lines_do_not_spoil_what_stands_above():
+def test_more_rows_than_lines_do_not_damage_earlier_output():
     paper, board = Paper(), Board()
     paper.console.print("said before")
     with board.row(paper.console, "row 0"):
@@ -210,13 +210,13 @@ def test_stage_is_shown_while_no_task_in_it_has_a_row():
         paper.wait_for("tree:vllm")
 
 
-def test_a_stage_that_took_a_minute_is_half_done_after_half_of_it():
+def test_the_bar_of_a_stage_follows_its_last_duration():
     row = Row("check:vllm", usual=60.0, start=100.0)
     cells = row.cells(130.0)
     assert (cells["bar"], cells["elapsed"], cells["left"]) == ("0.5000", "0:30", "0:30 left")
 
 
-def test_a_part_of_a_stage_without_a_count_takes_the_time_of_the_stage():
+def test_a_task_without_a_count_uses_the_duration_of_its_stage():
     row = Row("vllm-build", around=Row("environment:vllm", usual=60.0, start=100.0), start=110.0)
     assert row.cells(130.0)["left"] == "0:30 left"
     row.tell(ProgressState("x.o", 1, 4))
@@ -230,7 +230,7 @@ def test_time_left_is_hidden_without_history_or_beyond_it(usual):
     assert set(cells) == {"label", "elapsed"}
 
 
-def test_a_download_says_both_sizes_in_one_unit_its_speed_and_the_time_left():
+def test_a_download_shows_sizes_in_one_unit_speed_and_time_left():
     row = Row("a.whl", bytes=True, work=ProgressState(done=30_000_000, total=87_200_000), before=10_000_000, start=0.0)
     cells = row.cells(10.0)
     assert (cells["count"], cells["speed"], cells["left"]) == ("30.0/87.2 MB", "2.0 MB/s", "0:28 left")
@@ -253,7 +253,7 @@ def test_line_for_other_outputs_holds_the_same_state(work, line):
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0, "0:00"), (59.9, "0:59"), (3599, "59:59"), (7265, "2:01:05"), (-1, "0:00")]
 )
-def test_times_are_minutes_and_seconds_and_hours_where_there_are_any(seconds, said):
+def test_times_show_minutes_and_seconds_and_hours_if_needed(seconds, said):
     assert clock(seconds) == said
 
 

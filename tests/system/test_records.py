@@ -47,7 +47,7 @@ def test_a_value_survives_json(value):
     assert records.decode(Whole, json.loads(text), ROOT) == value
 
 
-def test_a_record_of_a_moved_checkout_names_the_new_place():
+def test_a_record_of_a_moved_checkout_names_the_new_paths():
     before = Whole("w", (Part(Path("/checkout/build/a"), 1),), home=Path("/usr/local/cuda"))
     after = records.decode(Whole, records.encode(before, Path("/checkout")), Path("/elsewhere"))
     assert after.parts[0].path == Path("/elsewhere/build/a")
@@ -55,6 +55,6 @@ def test_a_record_of_a_moved_checkout_names_the_new_place():
 
 
 @pytest.mark.parametrize("value", [None, 3, [], "x", {}, {"name": 3}, {"name": "w", "parts": [{"path": 1, "size": 1}]}])
-def test_a_value_of_another_shape_is_refused(value):
+def test_a_value_of_another_type_is_refused(value):
     with pytest.raises(ValueError, match="Whole"):
         records.decode(Whole, value, ROOT)

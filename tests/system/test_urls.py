@@ -22,7 +22,7 @@ def test_a_printed_url_has_no_credentials(url: str, printed: str) -> None:
     assert redacted(url) == printed
 
 
-def test_a_long_url_is_cut_and_control_characters_are_quoted() -> None:
+def test_a_long_url_is_shortened_and_control_characters_are_quoted() -> None:
     assert redacted("https://host/" + "a" * 1000).endswith("a…")
     assert "\x1b" not in redacted("https://host/\x1b[2J")
 
