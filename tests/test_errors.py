@@ -30,9 +30,11 @@ def test_problems_are_listed_one_a_line():
 @pytest.mark.parametrize("module", [module.name for module in pkgutil.walk_packages(voltforge.__path__, "voltforge.")])
 def test_public_errors_are_voltforge_errors(module):
     defined = vars(importlib.import_module(module)).values()
-    errors = [one for one in defined if inspect.isclass(one) and issubclass(one, Exception)]
-    ours = [one for one in errors if one.__module__.startswith("voltforge") and not one.__name__.startswith("_")]
-    assert all(issubclass(one, VoltforgeError) for one in ours)
+    errors = [error for error in defined if inspect.isclass(error) and issubclass(error, Exception)]
+    ours = [
+        error for error in errors if error.__module__.startswith("voltforge") and not error.__name__.startswith("_")
+    ]
+    assert all(issubclass(error, VoltforgeError) for error in ours)
 
 
 def test_system_errors_have_hints_and_others_the_default():

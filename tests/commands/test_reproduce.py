@@ -76,7 +76,7 @@ def seen(pipeline: Pipeline, second: Second) -> dict:
 
 
 def by_name(second: Second) -> dict[str, Variation]:
-    return {one.what: one for one in second.variations}
+    return {variation.what: variation for variation in second.variations}
 
 
 # --- the conditions ---
@@ -154,7 +154,7 @@ def test_an_unchanged_user_is_reported(saxpy: Pipeline, monkeypatch) -> None:
     second = prepare(saxpy, "saxpy", made=FIRST)
     assert by_name(second)["user"].same_because == "unshare(1) cannot make another here"
     assert "unshare" not in second.around
-    same = [one.what for one in second.variations if one.same_because]
+    same = [variation.what for variation in second.variations if variation.same_because]
     assert second.varied == len(second.variations) - len(same)
     assert {"user", "jobs"} <= set(same)
 
@@ -204,7 +204,7 @@ def test_a_reproducible_package_is_identical_and_the_second_build_is_removed(
     said = capsys.readouterr().out
     assert "the same, bit for bit" in said
     assert "time zone" in said
-    varied = [one["what"] for one in record["variations"] if not one["same_because"]]
+    varied = [variation["what"] for variation in record["variations"] if not variation["same_because"]]
     assert {"user", "umask", "locale", "time zone", "home", "hash seed", "jobs", "length of the path"} <= set(varied)
     counted("variations under which the hashes agreed", len(varied))
     log = (kept.scratch / "logs" / "reproduce-saxpy.log").read_text()
@@ -331,7 +331,7 @@ def test_equal_wheels_give_equal_image_archives(images: RuntimeImage, counted: T
     compared = reproduce.image(pipeline, images)
     assert compared.tier == "identical"
     record = json.loads((pipeline.scratch / "reproduce" / "image.json").read_text())
-    told = {one["what"]: one["same_because"] for one in record["variations"]}
+    told = {variation["what"]: variation["same_because"] for variation in record["variations"]}
     assert told["user"] == "the engine uses its own user namespace"
     assert not told["umask"]
     counted("variations under which the hashes agreed", sum(not why for why in told.values()))

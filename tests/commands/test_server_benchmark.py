@@ -296,8 +296,10 @@ def test_the_table_compares_with_the_earlier_project(tmp_path, paper):
     assert "100 decisions/s" in said
     kept = json.loads((tmp_path / "serve.json").read_text())
     assert (kept["url"], kept["model"], kept["server"]) == (server.url, "small", "vllm 0.0.test")
-    assert [one["name"] for one in kept["measurements"]] == ["text", "alone", "decisions"]
-    assert [one["tokens_per_second"] for one in kept["measurements"]] == [one.tokens_per_second for one in done]
+    assert [measurement["name"] for measurement in kept["measurements"]] == ["text", "alone", "decisions"]
+    assert [measurement["tokens_per_second"] for measurement in kept["measurements"]] == [
+        one.tokens_per_second for one in done
+    ]
     assert kept["measurements"][0]["whole"]["p99"] == done[0].whole.p99
     assert (tmp_path / "serve.png").read_bytes().startswith(PNG)
 
@@ -307,7 +309,9 @@ def test_results_before_a_failure_are_printed_and_stored(tmp_path, paper):
         with pytest.raises(ServeError, match=r"answers no request \(decisions\)"):
             server_benchmark.check(server.url, tmp_path, loads=[TEXT, DECISIONS])
     assert "40 answers in" in paper.getvalue()
-    assert [one["ended_well"] for one in json.loads((tmp_path / "serve.json").read_text())["measurements"]] == [40]
+    assert [
+        measurement["ended_well"] for measurement in json.loads((tmp_path / "serve.json").read_text())["measurements"]
+    ] == [40]
     assert (tmp_path / "serve.png").exists()
 
 

@@ -172,7 +172,9 @@ def test_ctrl_c_ends_every_compiler_and_the_next_run_resumes(saxpy: Pipeline, ki
     compilers: list[psutil.Process] = []
     while not compilers and time.monotonic() < deadline:
         time.sleep(0.05)
-        compilers = [one for one in child.children(recursive=True) if one.name() in ("cicc", "cudafe++", "cc1plus")]
+        compilers = [
+            process for process in child.children(recursive=True) if process.name() in ("cicc", "cudafe++", "cc1plus")
+        ]
     assert compilers, "the build never came to compile"
     family = child.children(recursive=True)
     child.send_signal(signal.SIGINT)

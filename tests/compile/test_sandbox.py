@@ -206,7 +206,7 @@ def test_processes_inside_end_with_the_program_that_started_them(kind, user, mon
     child = subprocess.Popen(["sh", "-c", '"$@"; :', "sh", *words], **rights)
 
     def alive() -> int:
-        return sum(mark in (one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"]))
+        return sum(mark in (process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
 
     assert in_time(lambda: alive() >= 5)  # the starter, bwrap twice or unshare, and the shells
     child.kill()
@@ -299,7 +299,7 @@ def test_only_bubblewrap_shows_declared_inputs_alone():
 
 
 def test_a_folder_has_the_same_path_in_every_sandbox_that_can_map_it(tmp_path):
-    places = [one.place("tree", tmp_path) for one in (Sandbox("bubblewrap"), Sandbox("no network"))]
+    places = [kind.place("tree", tmp_path) for kind in (Sandbox("bubblewrap"), Sandbox("no network"))]
     assert [*places, Sandbox("none", moves=True).place("tree", tmp_path)] == [Path("/build/tree")] * 3
     assert Sandbox("none").place("tree", tmp_path) == tmp_path
 

@@ -215,18 +215,18 @@ def pair() -> Iterator[list[Backend]]:
     """Two running servers."""
     both = [Backend("vllm-0"), Backend("vllm-1")]
     try:
-        for one in both:
-            one.start()
+        for server in both:
+            server.start()
         yield both
     finally:
-        for one in both:
-            one.kill()
+        for server in both:
+            server.kill()
 
 
 @pytest.fixture
 def front(tmp_path, pair) -> Iterator[Front]:
     """nginx in front of both servers."""
-    with running(tmp_path / "nginx", [one.address for one in pair]) as nginx:
+    with running(tmp_path / "nginx", [server.address for server in pair]) as nginx:
         yield nginx
 
 
@@ -240,7 +240,7 @@ def sessions_of(front: Front, backend: Backend, count: int) -> list[str]:
 
 
 def asked(*backends: Backend) -> list[str]:
-    return [user for one in backends for user in one.seen()["asked"]]
+    return [user for backend in backends for user in backend.seen()["asked"]]
 
 
 # --- who answers ---
@@ -254,7 +254,7 @@ def test_a_session_stays_with_its_server_and_a_thousand_sessions_are_shared_even
 
     def ask(mine: list[str]) -> list[tuple[str, str]]:
         with front.connect() as connection:
-            return [(one, request(connection, "POST", CHAT, prompt(), **of(one)).server) for one in mine]
+            return [(user, request(connection, "POST", CHAT, prompt(), **of(user)).server) for user in mine]
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = [one for part in pool.map(ask, (order[start::8] for start in range(8))) for one in part]
@@ -270,13 +270,13 @@ def test_a_session_stays_with_its_server_and_a_thousand_sessions_are_shared_even
 
 def test_a_session_keeps_its_server_after_nginx_restarts(tmp_path, front, pair):
     before = {f"session {number}": front.chat(f"session {number}").server for number in range(40)}
-    with running(tmp_path / "again", [one.address for one in pair]) as again:
+    with running(tmp_path / "again", [server.address for server in pair]) as again:
         assert {session: again.chat(session).server for session in before} == before
 
 
 def test_requests_without_a_session_go_to_the_server_with_fewer_of_them(front, pair):
-    for one in pair:
-        one.behave(pace=0.2)
+    for server in pair:
+        server.behave(pace=0.2)
     streams = [Stream(front, max_tokens=10) for _ in range(40)]
     for stream in streams:
         stream.read()
@@ -315,8 +315,8 @@ def test_a_slow_server_does_not_delay_the_other(front, pair):
 
 @pytest.mark.parametrize("chunked", [1, 0], ids=["in chunks", "until the connection ends"])
 def test_every_token_is_passed_on_before_the_next_is_sent(front, pair, chunked):
-    for one in pair:
-        one.behave(pace=0.3, chunked=chunked)
+    for server in pair:
+        server.behave(pace=0.3, chunked=chunked)
     stream = Stream(front, max_tokens=6)
     stream.read()
     stream.close()
@@ -329,20 +329,20 @@ def test_every_token_is_passed_on_before_the_next_is_sent(front, pair, chunked):
 
 
 def test_a_client_that_hangs_up_stops_the_generation(front, pair):
-    for one in pair:
-        one.behave(pace=0.05)
+    for server in pair:
+        server.behave(pace=0.05)
     stream = Stream(front, max_tokens=1000)
     stream.read(2)
     stream.close()
-    within(5, lambda: sum(one.seen()["gone"] for one in pair) == 1)
+    within(5, lambda: sum(server.seen()["gone"] for server in pair) == 1)
 
 
 @pytest.mark.slow
 def test_a_killed_server_cuts_its_stream_and_its_sessions_move_and_return(front, pair):
     dies, stays = pair
     mine, others = sessions_of(front, dies, 5), sessions_of(front, stays, 5)
-    for one in pair:
-        one.behave(pace=0.1)
+    for server in pair:
+        server.behave(pace=0.1)
     cut, whole = Stream(front, mine[0], max_tokens=30, user="cut"), Stream(front, others[0], max_tokens=30)
     cut.read(5)
     dies.kill()
@@ -460,19 +460,19 @@ def test_the_pair_is_healthy_while_one_server_hangs(front, pair):
 @pytest.mark.slow
 def test_nginx_starts_and_reports_that_both_servers_are_down(tmp_path):
     both = [Backend("vllm-0"), Backend("vllm-1")]
-    with running(tmp_path / "nginx", [one.address for one in both]) as front:
+    with running(tmp_path / "nginx", [server.address for server in both]) as front:
         for session in ("", "", "mine", "mine"):  # the first request finds out, the second skips the server
             answer = front.chat(session)
             assert answer.status == 503
             assert answer.error["message"] == "No server is ready."
         try:
-            for one in both:
-                one.start()
+            for server in both:
+                server.start()
             assert front.ask("GET", "/health").status == 200
             within(LEFT_OUT + 5, lambda: front.chat("mine").status == 200 and front.chat().status == 200)
         finally:
-            for one in both:
-                one.kill()
+            for server in both:
+                server.kill()
 
 
 def test_a_body_of_the_limit_goes_through_and_a_byte_more_is_refused_in_json(front, pair):
@@ -505,7 +505,7 @@ def test_the_access_log_names_the_server_and_the_duration(front, pair):
     pair[1].behave(delay=0.3)
     server = front.chat("somebody's own words").server
     (line,) = front.log(1)
-    assert line["upstream"] == {one.name: one.address for one in pair}[server]
+    assert line["upstream"] == {backend.name: backend.address for backend in pair}[server]
     assert (line["request"], line["status"], line["upstream_status"]) == (f"POST {CHAT}", 200, "200")
     assert line["seconds"] >= 0.3
     assert float(line["header_seconds"]) >= 0.3

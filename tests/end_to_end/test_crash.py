@@ -233,7 +233,7 @@ class Place:
 
 def end_family() -> None:
     """End what the killed runs left running, by id."""
-    while family := [one for one in psutil.Process().children(recursive=True) if one.name() != HOLDER]:
+    while family := [process for process in psutil.Process().children(recursive=True) if process.name() != HOLDER]:
         for process in family:
             with contextlib.suppress(psutil.Error):
                 process.kill()

@@ -37,7 +37,7 @@ def receipt(vllm: Pipeline) -> dict[str, dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def made(vllm: Pipeline) -> wheelfile.Wheel:
-    (found,) = [one for one in vllm.wheelhouse.wheels() if one.name == "vllm"]
+    (found,) = [wheel for wheel in vllm.wheelhouse.wheels() if wheel.name == "vllm"]
     return found
 
 
@@ -152,7 +152,7 @@ def test_build_for_7_0_downloads_nothing(patched: Tree) -> None:
 
 
 def test_requirements_unusable_on_sm_70_are_removed(made: wheelfile.Wheel) -> None:
-    always = {one.name for one in made.requires if not one.marker or one.marker.evaluate({"extra": ""})}
+    always = {require.name for require in made.requires if not require.marker or require.marker.evaluate({"extra": ""})}
     assert {"torch", "triton", "numba", "torchvision"} <= always
     assert not {"flashinfer-python", "ray", "torchaudio"} & always
 

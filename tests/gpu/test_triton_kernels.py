@@ -105,16 +105,16 @@ def test_missing_wheel_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.build
 def test_attention_of_every_head_size_fits_registers_and_48_kib(vllm: Pipeline, installed: Environment) -> None:
     rows = triton_kernels.compile_kernels(vllm, installed, "--tiles")
-    assert {one["case"].split("head_size=")[1].split()[0] for one in rows} == {"64", "80", "96", "128", "256"}
-    for one in rows:
-        assert one["after"]["spill"] <= 8, one
-        assert one["after"]["shared"] <= 48 << 10, one
-        assert one["after"]["instructions"]["HMMA"] == 0
+    assert {row["case"].split("head_size=")[1].split()[0] for row in rows} == {"64", "80", "96", "128", "256"}
+    for row in rows:
+        assert row["after"]["spill"] <= 8, row
+        assert row["after"]["shared"] <= 48 << 10, row
+        assert row["after"]["instructions"]["HMMA"] == 0
     table = tables.markdown(
-        tables.TILES, tables.tiles([(one["attention"], one["before"], one["after"]) for one in rows])
+        tables.TILES, tables.tiles([(row["attention"], row["before"], row["after"]) for row in rows])
     )
     assert table in (ROOT / "docs" / "kernels.md").read_text()
-    spilled = [one["before"]["spill"] for one in rows]
+    spilled = [row["before"]["spill"] for row in rows]
     assert max(spilled) > 8000
     assert sum(spill > 500 for spill in spilled) >= 4
 
@@ -124,10 +124,10 @@ def test_every_kernel_is_within_the_limits_and_documented(vllm: Pipeline) -> Non
     output = doit("verify:triton")
     assert re.search(r"\d{3} cases", output)
     rows = json.loads((vllm.root / "build" / "triton.json").read_text())
-    assert not [one["problem"] for one in rows if one["problem"]]
-    assert max(one["shared"] for one in rows) <= 96 << 10
-    assert max(one["registers"] for one in rows) <= 255
-    assert not [one for one in rows if one["instructions"]["HMMA"]]
+    assert not [row["problem"] for row in rows if row["problem"]]
+    assert max(row["shared"] for row in rows) <= 96 << 10
+    assert max(row["registers"] for row in rows) <= 255
+    assert not [row for row in rows if row["instructions"]["HMMA"]]
     written = (ROOT / "docs" / "kernels.md").read_text()
     assert tables.markdown(tables.HEADINGS, tables.summary(rows)) in written
     assert tables.counted(rows) in written
@@ -311,7 +311,7 @@ Place = tuple[str, str]
 
 
 def not_covered() -> dict[str, str]:
-    (found,) = [one.value for one in CASES if isinstance(one, ast.Assign) and "NOT_COVERED" in ast.unparse(one)]
+    (found,) = [case.value for case in CASES if isinstance(case, ast.Assign) and "NOT_COVERED" in ast.unparse(case)]
     read: dict[str, str] = ast.literal_eval(found)
     return read
 
@@ -326,7 +326,9 @@ def kernels_of_cases() -> set[str]:
         if (isinstance(one, ast.FunctionDef) and one.name == "kernels")
         or (isinstance(one, ast.Assign) and ast.unparse(one.targets[0]) == "kernels")
     ]
-    constants = [node.value for one in definitions for node in ast.walk(one) if isinstance(node, ast.Constant)]
+    constants = [
+        node.value for definition in definitions for node in ast.walk(definition) if isinstance(node, ast.Constant)
+    ]
     return {value for value in constants if isinstance(value, str)}
 
 
@@ -335,7 +337,7 @@ def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             decorators = [one.func if isinstance(one, ast.Call) else one for one in node.decorator_list]
-            if {"triton.jit", "jit"} & {ast.unparse(one) for one in decorators}:
+            if {"triton.jit", "jit"} & {ast.unparse(decorator) for decorator in decorators}:
                 yield node
 
 
@@ -348,17 +350,19 @@ def called(tree: ast.Module, file: str) -> dict[Place, set[Place]]:
         for name in node.names
     }
     found: dict[Place, set[Place]] = {}
-    for one in functions(tree):
+    for function in functions(tree):
         names = {
-            node.func.id for node in ast.walk(one) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            node.func.id
+            for node in ast.walk(function)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
-        found[file, one.name] = {origin.get(name, (file, name)) for name in names}
+        found[file, function.name] = {origin.get(name, (file, name)) for name in names}
     return found
 
 
 @pytest.mark.build
 def test_every_triton_kernel_of_the_wheel_has_a_case_or_is_listed_as_not_covered(vllm: Pipeline) -> None:
-    (kept,) = [one for one in vllm.wheelhouse.wheels() if one.name == "vllm"]
+    (kept,) = [wheel for wheel in vllm.wheelhouse.wheels() if wheel.name == "vllm"]
     calls: dict[Place, set[Place]] = {}
     with zipfile.ZipFile(kept.path) as archive:
         for file in archive.namelist():
@@ -367,7 +371,7 @@ def test_every_triton_kernel_of_the_wheel_has_a_case_or_is_listed_as_not_covered
     wanted = kernels_of_cases()
     covered = {place for place in calls if place[1] in wanted}
     assert sorted(name for _, name in covered) == sorted(wanted), "each name is of one kernel"
-    while helpers := {one for place in covered for one in calls[place] if one in calls} - covered:
+    while helpers := {call for place in covered for call in calls[place] if call in calls} - covered:
         covered |= helpers
     words = [word for key in not_covered() for word in key.split(", ") if "'s" not in word]
     left = {place: [word for word in words if word in "/".join(place)] for place in calls.keys() - covered}

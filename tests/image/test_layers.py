@@ -35,7 +35,7 @@ def settled(tmp_path: Path) -> Environment:
         ("small", {"small.py": ""}, ["quick; extra == 'fast'"]),
         ("quick", quick, []),
     ):
-        metadata = "".join(f"Requires-Dist: {one}\n" for one in requires)
+        metadata = "".join(f"Requires-Dist: {require}\n" for require in requires)
         environment.install_wheel(made, wheel(tmp_path / name, content, name=name, metadata=metadata))
     return made
 

@@ -102,7 +102,7 @@ def test_pytorchs_recipe_makes_a_checked_and_reproducible_wheel(
     monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
     assert reproduce.wheel(checkout, "torch").tier == "identical"
     varied = files.read_json(checkout.scratch / "reproduce/torch.json")["variations"]
-    counted("variations under which the hashes agreed", sum(not one["same_because"] for one in varied))
+    counted("variations under which the hashes agreed", sum(not variation["same_because"] for variation in varied))
 
 
 def run_again(pipeline: Pipeline) -> list[str]:

@@ -89,7 +89,7 @@ def test_a_stock_wheel_is_thinned_checked_and_kept_reproducibly(
     monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
     assert reproduce.wheel(pipeline, "torch").tier == "identical"
     varied = files.read_json(pipeline.scratch / "reproduce/torch.json")["variations"]
-    counted("variations under which the hashes agreed", sum(not one["same_because"] for one in varied))
+    counted("variations under which the hashes agreed", sum(not variation["same_because"] for variation in varied))
     assert run(rewritten(pipeline, '"torch/lib/*.so" = ["$ORIGIN"]', '"torch/lib/*.so" = ["$ORIGIN/.."]')) == [
         "build", "check", "wheels",
     ]  # fmt: skip

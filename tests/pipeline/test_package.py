@@ -70,7 +70,7 @@ def test_a_cached_wheel_with_a_trusted_signature_is_used(ours: Pipeline, cache: 
     assert kept["cache"] == str(ours.root.parent / "cache")
     assert kept["hermetic"] is True
     assert kept["linked"] == {"saxpy/_C.abi3.so": 2}
-    assert [one["severity"] for one in kept["findings"]].count("fail") == 0
+    assert [finding["severity"] for finding in kept["findings"]].count("fail") == 0
     told = capsys.readouterr().out
     assert f"* {kept['file']} from {ours.root.parent / 'cache'}" in told.replace("\n", "")
     assert told.count("saxpy._C") == 1  # it was examined once
@@ -83,7 +83,7 @@ def test_a_cached_wheel_is_checked_again_for_other_expectations(ours: Pipeline) 
     path = ours.root / "recipes" / "saxpy.toml"
     path.write_text(path.read_text().replace("100 kB", "90 kB"))
     stricter = Pipeline.load(ours.root, ours.settings)
-    sizes = [one["detail"] for one in receipt(stricter)["results"]["findings"] if one["check"] == "size"]
+    sizes = [finding["detail"] for finding in receipt(stricter)["results"]["findings"] if finding["check"] == "size"]
     assert "90.0 kB" in sizes[0]
     assert not was_compiled(stricter)
 

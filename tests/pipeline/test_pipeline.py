@@ -225,14 +225,14 @@ def test_sbom_and_provenance_list_every_input_with_its_hash(saxpy: Pipeline) -> 
     ]
     said = provenance.read(signing.unverified_payload(house.beside(kept.path, PROVENANCE).read_bytes()))
     assert said.sbom == {"file": f"{kept.path.name}{SBOM}", "sha256": files.sha256_bytes(document)}
-    assert all(one.sha256 for one in said.materials)
-    hashes = {(one.kind, one.name): one.sha256 for one in said.materials}
+    assert all(material.sha256 for material in said.materials)
+    hashes = {(material.kind, material.name): material.sha256 for material in said.materials}
     assert hashes["source", "saxpy"] == (recipe.source.sha256,)
     assert hashes["patch", patch.name] == (files.sha256(patch),)
     lock, *entries = of_lock(recipe.beside(recipe.build.lock))
     assert hashes["lock", lock.name] == lock.sha256
     assert entries
-    assert {("package", one.name): one.sha256 for one in entries}.items() <= hashes.items()
+    assert {("package", entry.name): entry.sha256 for entry in entries}.items() <= hashes.items()
     home = saxpy.toolchain.result().home
     assert {name: hashes.get(("compiler", name)) for name in COMPILERS} == {
         name: (files.sha256(home / name),) for name in COMPILERS

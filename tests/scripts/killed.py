@@ -180,9 +180,9 @@ class Watch:
 
 def runs(program: str, parent: psutil.Process) -> bool:
     """Return True if a program of this name is a descendant of a process."""
-    for one in parent.children(recursive=True):
+    for process in parent.children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if one.name() == program:
+            if process.name() == program:
                 return True
     return False
 

@@ -633,7 +633,7 @@ def wait_until(condition) -> None:
 
 def test_at_most_four_files_are_downloaded_at_once(tmp_path, server):
     wanted, hold = several(server, 9), threading.Event()
-    server.faults = {f"/{one.file}": [Fault(hold=hold)] for one in wanted}
+    server.faults = {f"/{artifact.file}": [Fault(hold=hold)] for artifact in wanted}
     paths: list[Path] = []
     fetching = threading.Thread(target=lambda: paths.extend(store(tmp_path).get_all(wanted)))
     fetching.start()
@@ -642,13 +642,13 @@ def test_at_most_four_files_are_downloaded_at_once(tmp_path, server):
     assert len(server.asked) == fetch.AT_ONCE == 4
     hold.set()
     fetching.join()
-    assert [path.name for path in paths] == [one.file for one in wanted]
-    assert [path.read_bytes() for path in paths] == [server.files[f"/{one.file}"] for one in wanted]
+    assert [path.name for path in paths] == [artifact.file for artifact in wanted]
+    assert [path.read_bytes() for path in paths] == [server.files[f"/{artifact.file}"] for artifact in wanted]
 
 
 def test_a_file_is_returned_while_others_are_downloaded(tmp_path, server):
     wanted, hold = several(server, 3), threading.Event()
-    server.faults = {f"/{one.file}": [Fault(hold=hold)] for one in wanted[:2]}
+    server.faults = {f"/{artifact.file}": [Fault(hold=hold)] for artifact in wanted[:2]}
     arriving = store(tmp_path).arriving(wanted)
     assert next(arriving) == (wanted[2], tmp_path / wanted[2].sha256[:16] / "file-2")
     hold.set()
@@ -664,11 +664,11 @@ def test_a_file_named_twice_is_downloaded_once(tmp_path, server, said):
 
 def test_missing_files_are_named_in_the_requested_order(tmp_path, server):
     wanted = several(server, 12)
-    for one in wanted[::2]:
-        del server.files[f"/{one.file}"]
+    for artifact in wanted[::2]:
+        del server.files[f"/{artifact.file}"]
     error = problem(store(tmp_path), *wanted)
     assert [missing.artifact for missing in error.missing] == wanted[::2]
-    assert all(store(tmp_path).holds(one) for one in wanted[1::2])
+    assert all(store(tmp_path).holds(artifact) for artifact in wanted[1::2])
 
 
 def test_the_indexes_are_looked_up_once_for_many_files(tmp_path, server):
@@ -701,7 +701,9 @@ def test_a_write_error_ends_all_downloads_and_the_next_run_resumes_each(tmp_path
     with pytest.raises(NotKeptError):
         store(tmp_path).get_all([stalls, fails])
     blocking.join()
-    assert [one for one in threading.enumerate() if one not in before and one.name.startswith("together")] == []
+    assert [
+        thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("together")
+    ] == []
     assert store(tmp_path).get(stalls).read_bytes() == server.files[f"/{stalls.file}"]
     assert (f"/{stalls.file}", 50_000, 50_000) in server.sent
 
@@ -723,16 +725,16 @@ except KeyboardInterrupt:
 
 def test_ctrl_c_ends_all_downloads_and_the_next_run_resumes_each(tmp_path, server):
     wanted = several(server, 3)
-    server.faults = {f"/{one.file}": [Fault(cut=40_000, stall=True)] for one in wanted}
-    argv = [sys.executable, "-c", FETCH_ALL, str(tmp_path), server.url, *(one.sha256 for one in wanted)]
-    parts = [part_of(tmp_path, one) for one in wanted]
+    server.faults = {f"/{artifact.file}": [Fault(cut=40_000, stall=True)] for artifact in wanted}
+    argv = [sys.executable, "-c", FETCH_ALL, str(tmp_path), server.url, *(artifact.sha256 for artifact in wanted)]
+    parts = [part_of(tmp_path, artifact) for artifact in wanted]
     with subprocess.Popen(argv, cwd=ROOT) as child:
         wait_until(lambda: all(part.exists() and part.stat().st_size == 40_000 for part in parts))
         child.send_signal(signal.SIGINT)
         # 130: interrupted, and no thread was left; a stalled server is otherwise waited for a minute.
         assert child.wait(20) == 130
     paths = store(tmp_path).get_all(wanted)
-    assert [path.read_bytes() for path in paths] == [server.files[f"/{one.file}"] for one in wanted]
+    assert [path.read_bytes() for path in paths] == [server.files[f"/{artifact.file}"] for artifact in wanted]
     assert sorted(server.sent[-3:]) == [(f"/file-{number}", 40_000, 60_000) for number in range(3)]
 
 

@@ -59,24 +59,27 @@ def test_pins_for_another_platform_are_left_out(tmp_path):
         f"fork==1 ; python_full_version < '3.10' \\\n    --hash=sha256:{A}\n"
         f"fork==2 ; {now} and {HERE} \\\n    --hash=sha256:{B}\n",
     )
-    assert [(one.name, one.version) for one in materials.of_lock(path)[1:]] == [("here", "1"), ("fork", "2")]
+    assert [(material.name, material.version) for material in materials.of_lock(path)[1:]] == [
+        ("here", "1"),
+        ("fork", "2"),
+    ]
 
 
 def test_packages_have_the_kind_that_is_passed(tmp_path):
     path = lock(tmp_path, f"nvcc==12 --hash=sha256:{A}\n")
-    assert [one.kind for one in materials.of_lock(path, "compiler")] == ["lock", "compiler"]
+    assert [material.kind for material in materials.of_lock(path, "compiler")] == ["lock", "compiler"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "locks").glob("*.txt")), ids=lambda path: path.stem)
 def test_each_lock_of_the_recipes_names_a_project_once(path):
     first, *entries = materials.of_lock(path)
     assert first == Material(path.name, "lock", sha256=(files.sha256(path),))
-    names = [one.name for one in entries]
+    names = [entry.name for entry in entries]
     assert sorted(set(names)) == sorted(names)
     assert names
     text = path.read_text()
-    assert all(f"\n{one.name}=={one.version} " in text for one in entries)
-    assert all(text.count(f"sha256:{value}") >= 1 for one in entries for value in one.sha256)
+    assert all(f"\n{entry.name}=={entry.version} " in text for entry in entries)
+    assert all(text.count(f"sha256:{value}") >= 1 for entry in entries for value in entry.sha256)
 
 
 def test_purls_name_project_and_version(tmp_path):
@@ -121,7 +124,9 @@ def test_source_is_named_by_its_place_of_publication(place, file, expected):
 
 def test_sources_of_the_recipes_have_names_independent_of_mirrors():
     loaded = [recipe.load(path) for path in sorted((ROOT / "recipes").glob("[!c]*.toml"))]
-    for source in [source for one in loaded for source in (getattr(one, "wheels", None) or [one.source])]:
+    for source in [
+        source for material in loaded for source in (getattr(material, "wheels", None) or [material.source])
+    ]:
         made = materials.of_source(source)
         assert made.sha256 == (source.sha256,)
         assert made.uri == source.url or PackageURL.from_string(made.uri).name == source.index

@@ -132,8 +132,8 @@ def test_a_series_is_sorted_by_number(tmp_path):
     for name in ("0010-c", "0002-b", "0001-a"):
         patch(tmp_path / "patches", f"Subject: {name}\n---\n{body}", f"{name}.patch")
     (tmp_path / "patches" / "README.md").write_text("not a patch")
-    assert [one.subject for one in series(tmp_path / "patches")] == ["0001-a", "0002-b", "0010-c"]
-    assert len({one.sha256 for one in series(tmp_path / "patches")}) == 3
+    assert [serie.subject for serie in series(tmp_path / "patches")] == ["0001-a", "0002-b", "0010-c"]
+    assert len({serie.sha256 for serie in series(tmp_path / "patches")}) == 3
 
 
 def test_a_missing_folder_is_an_empty_series(tmp_path):
@@ -169,4 +169,4 @@ def test_a_patch_to_a_file_that_is_not_utf_8_is_read(tmp_path, source):
 
 def test_the_series_of_this_repository_can_be_read(repository):
     for folder in (repository / "patches").iterdir():
-        assert all(one.subject for one in series(folder))
+        assert all(serie.subject for serie in series(folder))

@@ -85,4 +85,4 @@ def changed(lines: list[str], number: int, text: str = "changed\n") -> list[str]
 def patch(folder: Path, text: str, name: str = "0001-say-more.patch") -> Patch:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(text)
-    return next(one for one in series(folder) if one.path.name == name)
+    return next(serie for serie in series(folder) if serie.path.name == name)

@@ -29,9 +29,9 @@ def python(code: str) -> list[str]:
 def marked(mark: str) -> list[psutil.Process]:
     """The living processes that have ``mark`` among their words."""
     found = []
-    for one in psutil.process_iter(["cmdline", "status"]):
-        if mark in (one.info["cmdline"] or []) and one.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(one)
+    for living in psutil.process_iter(["cmdline", "status"]):
+        if mark in (living.info["cmdline"] or []) and living.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(living)
     return found
 
 
@@ -40,9 +40,9 @@ def mark(request, tmp_path):
     """A word by which a test finds its processes again; whatever has it in the end is killed."""
     word = str(tmp_path / "mark")
     yield word
-    for one in marked(word):
+    for living in marked(word):
         with contextlib.suppress(psutil.Error):
-            one.kill()
+            living.kill()
 
 
 # --- what it prints ---

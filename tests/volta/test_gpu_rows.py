@@ -136,7 +136,7 @@ def rows(images: dict[str, Image]) -> list[Row]:
 
 
 def launches(rows: Sequence[Row]) -> list[tuple[str, Row, Launch]]:
-    return [(row.name, row, one) for row in rows for one in row.launches]
+    return [(row.name, row, launche) for row in rows for launche in row.launches]
 
 
 def declared(text: str, symbol: str) -> list[int]:
@@ -204,9 +204,9 @@ def test_addresses_are_inside_their_buffers_and_aligned(rows: list[Row]) -> None
 @pytest.mark.slow
 def test_arrays_are_small_and_have_guards(rows: list[Row]) -> None:
     for row in rows:
-        assert sum(one.nbytes for one in row.buffers) < LARGEST, row.name
-        for one in row.buffers:
-            flat = one.reshape(-1).view(np.uint8)
+        assert sum(buffer.nbytes for buffer in row.buffers) < LARGEST, row.name
+        for buffer in row.buffers:
+            flat = buffer.reshape(-1).view(np.uint8)
             assert (flat[: builder.GUARD] == gpu.FRESH).all(), row.name
             assert (flat[-builder.GUARD :] == gpu.FRESH).all(), row.name
 
@@ -215,17 +215,17 @@ def test_arrays_are_small_and_have_guards(rows: list[Row]) -> None:
 def test_references_are_finite_and_bounds_small(rows: list[Row]) -> None:
     for row in rows:
         assert 0 <= row.bound <= 5 * builder.HALF, row.name
-        for one in row.results:
-            if one.right.dtype.kind == "f":
-                assert not np.isinf(one.right).any(), row.name
-                assert np.abs(one.right[~np.isnan(one.right)]).max() < builder.LARGEST, row.name
+        for result in row.results:
+            if result.right.dtype.kind == "f":
+                assert not np.isinf(result.right).any(), row.name
+                assert np.abs(result.right[~np.isnan(result.right)]).max() < builder.LARGEST, row.name
 
 
 @pytest.mark.slow
 def test_no_result_passes_before_the_launch(rows: list[Row]) -> None:
     for row in rows:
-        for one in row.results:
-            assert gpu.error(one, row.buffers[one.buffer].tobytes()) > max(10 * row.bound, 1e-3), row.name
+        for result in row.results:
+            assert gpu.error(result, row.buffers[result.buffer].tobytes()) > max(10 * row.bound, 1e-3), row.name
 
 
 @pytest.mark.slow
@@ -241,7 +241,7 @@ def test_rows_are_reproducible_and_survive_a_bundle(images: dict[str, Image], ro
     bundle = Bundle.open(packed[0])
     for number, row in enumerate(rows):
         back = bundle.row(number)
-        assert [one.arguments for one in back.launches] == [list(one.arguments) for one in row.launches]
+        assert [launche.arguments for launche in back.launches] == [list(launche.arguments) for launche in row.launches]
         assert all(np.array_equal(a, b) for a, b in zip(back.buffers, row.buffers, strict=True))
 
 
@@ -258,19 +258,19 @@ def on_cpu(vllm: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
 
 
 def values(arguments: Sequence[Pointer | Number]) -> list[int]:
-    return [int(one.value) for one in arguments if isinstance(one, Number)]
+    return [int(argument.value) for argument in arguments if isinstance(argument, Number)]
 
 
 def executed(kernels: Kernels, row: Row) -> NDArray[np.float16]:
     """Return the results of gptq_shuffle and gptq_gemm for a row's buffers, on the CPU."""
-    products = [one for one in row.launches if "gemm_half" in one.symbol]
-    shuffles = [one for one in row.launches if "shuffle" in one.symbol]
+    products = [launche for launche in row.launches if "gemm_half" in launche.symbol]
+    shuffles = [launche for launche in row.launches if "shuffle" in launche.symbol]
     exllama = bool(shuffles)
     bits = 4 if "4bit" in products[0].symbol else 8
     a, words, second, third, fourth = products[0].arguments[:5]
     if exllama:  # a, words, zeros, scales, result, rows, outputs, inputs, groups, v2, order
         zeros, scales, order = second, third, products[0].arguments[10]
-        counts = [values(one.arguments) for one in products]
+        counts = [values(product.arguments) for product in products]
         rows, (_, outputs, inputs, groups, v2) = sum(count[0] for count in counts), counts[0][:5]
         words = row.launches[0].arguments[0]
     else:  # a, words, result, scales, zeros, groups, rows, words along the inputs, outputs, v2
@@ -304,7 +304,7 @@ def executed(kernels: Kernels, row: Row) -> NDArray[np.float16]:
 @pytest.mark.slow
 def test_gptq_products_on_the_cpu_are_within_half_of_their_bounds(rows: list[Row], on_cpu: Kernels) -> None:
     """The references are right, and the bounds allow for a card that sums in another order."""
-    tried = [row for row in rows if any("gemm_half" in one.symbol for one in row.launches)]
+    tried = [row for row in rows if any("gemm_half" in launche.symbol for launche in row.launches)]
     assert len(tried) == 34
     for row in tried:
         (result,) = row.results
@@ -320,12 +320,12 @@ def test_gptq_products_write_each_row_once(rows: list[Row]) -> None:
     for row in rows:
         if match := re.fullmatch(r"gptq_gemm bits=\d rows=(\d+)", row.name):
             covered: list[int] = []
-            for one in row.launches[1:]:
-                result, count = one.arguments[4], int(re.search(r"ILb1ELi(\d)EE", one.symbol)[1])
+            for launche in row.launches[1:]:
+                result, count = launche.arguments[4], int(re.search(r"ILb1ELi(\d)EE", launche.symbol)[1])
                 assert isinstance(result, Pointer)
-                width = values(one.arguments)[1]
+                width = values(launche.arguments)[1]
                 first = result.offset // 2 // width
-                covered += range(first, first + count * one.grid[1])
+                covered += range(first, first + count * launche.grid[1])
             assert np.diff(covered).tolist() == [1] * (int(match[1]) - 1)
 
 

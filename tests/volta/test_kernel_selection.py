@@ -52,7 +52,7 @@ def test_experts_never_use_marlin(answers: Answers) -> None:
     """0007-moe-without-marlin."""
     assert of(answers, "AWQ", "Mixtral")["experts"] == "MoeWNA16Method"
     assert of(answers, "compressed-tensors W4A16", "Qwen3 MoE")["experts"] == "CompressedTensorsWNA16MoEMethod"
-    assert not [one for one in answers.values() if "Marlin" in one["experts"] + one["linear"]]
+    assert not [answer for answer in answers.values() if "Marlin" in answer["experts"] + answer["linear"]]
 
 
 def test_awq_layers_use_triton(answers: Answers) -> None:
@@ -156,10 +156,10 @@ def test_compressed_tensors_act_order_needs_one_card_or_a_pipeline(answers: Answ
 
 
 def test_no_other_case_fails_while_layers_are_built(answers: Answers) -> None:
-    late = {one["refused"] for one in answers.values() if one["when"] == "building"}
+    late = {answer["refused"] for answer in answers.values() if answer["when"] == "building"}
     assert all("install bitsandbytes" in sentence for sentence in late), late
-    assert not [one for one in answers.values() if one["dtype"] == "bfloat16"]
-    assert {one["attention"] for one in answers.values() if not one["refused"]} == {"TRITON_ATTN"}
+    assert not [answer for answer in answers.values() if answer["dtype"] == "bfloat16"]
+    assert {answer["attention"] for answer in answers.values() if not answer["refused"]} == {"TRITON_ATTN"}
 
 
 def stock(site_packages: Path, series: Path, folder: Path) -> Path:

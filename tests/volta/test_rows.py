@@ -68,7 +68,7 @@ def test_uninitialized_memory_is_not_stored_and_shared_arrays_are_stored_once() 
     noise = np.random.default_rng(7).integers(0, 255, 50_000).astype(np.uint8)
     row = Row("row", "kernel", [noise, rows.fresh(1 << 24)], [], [Result(0, noise, "|u1", measure="equal")], 0)
     bundle = kept([row, row, row])
-    assert sum(one.compress_size for one in bundle.archive.infolist()) < 52_000
+    assert sum(member.compress_size for member in bundle.archive.infolist()) < 52_000
 
 
 @given(arrays.arrays(np.float16, (4, 8), elements=st.floats(-1000, 1000, width=16)))

@@ -53,7 +53,7 @@ def ran(path: Path, *words: str | Path, driver: Path | None = STAND_IN, **preten
 def verdicts(path: Path, told: Path, *words: str | Path, **pretended: str) -> dict[str, dict[str, object]]:
     """Return the verdict of each row by name; later rows replace earlier ones of the same name."""
     ran(path, "--json", told, *words, **pretended)
-    return {one["name"]: one for one in json.loads(told.read_text())["rows"]}
+    return {row["name"]: row for row in json.loads(told.read_text())["rows"]}
 
 
 def test_passing_rows_give_a_table_and_status_0(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_parameters_are_read_in_every_form_of_ptx() -> None:
 
 def test_check_reports_a_damaged_bundle(bad: Path) -> None:
     with zipfile.ZipFile(bad) as archive:
-        member = next(one for one in archive.infolist() if one.filename.startswith("arrays/"))
+        member = next(member for member in archive.infolist() if member.filename.startswith("arrays/"))
     data = bytearray(bad.read_bytes())
     data[member.header_offset + 30 + len(member.filename) + member.compress_size // 2] ^= 0xFF
     bad.write_bytes(data)

@@ -45,7 +45,7 @@ RECEIPT = {
         "sandbox": "bubblewrap",
         "build_key": C,
         "build": {"linked": {"vllm/_C.abi3.so": 27}, "commit": None, "usage": {"cpu": 643.89553, "peak": 1998819328}},
-        "materials": [as_json(one) for one in (SOURCE, CMAKE, TOOL)],
+        "materials": [as_json(material) for material in (SOURCE, CMAKE, TOOL)],
         "sbom": {"file": "vllm-0.12.0+sm70-cp38-abi3-manylinux_2_34_x86_64.whl.cdx.json", "sha256": D},
         "findings": [{"check": "wheel", "detail": "1589 files", "severity": "pass"}],
         "linked": {"vllm/_C.abi3.so": 27},

@@ -215,7 +215,7 @@ def test_sbom_is_the_same_in_another_process_and_environment(folder, tmp_path):
     copy = tmp_path / "another"
     shutil.copytree(folder, copy)
     elsewhere = {**os.environ, "TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "LC_ALL": "C", "HOME": "/nonexistent"}
-    values = [str(copy), EPOCH, *(materials.as_json(one) for one in sorted(MATERIALS, reverse=True))]
+    values = [str(copy), EPOCH, *(materials.as_json(material) for material in sorted(MATERIALS, reverse=True))]
     words = [sys.executable, "-W", "error::UserWarning", "-c", work, *map(json.dumps, values)]
     done = subprocess.run(words, cwd=ROOT, env=elsewhere, capture_output=True, check=True)
     assert done.stdout == sbom.describe(folder, name="vllm", version="1", materials=MATERIALS, epoch=EPOCH)

@@ -78,9 +78,9 @@ class Place:
 
     def files(self) -> dict[str, bytes]:
         return {
-            str(one.relative_to(self.folder)): one.read_bytes()
-            for one in sorted(self.folder.rglob("*.*"))
-            if one.is_file()
+            str(path.relative_to(self.folder)): path.read_bytes()
+            for path in sorted(self.folder.rglob("*.*"))
+            if path.is_file()
         }
 
 
