@@ -564,7 +564,7 @@ def test_full_disk_is_reported_and_recovered_at(
     assert re.search(r"^  try: .*\b(room|space)\b", said, re.MULTILINE), said
     assert state.split()[0] not in small.finished()
     recovered(small, good, ended)
-    counted("other faults met with a sentence and recovered")
+    counted("other faults explained and recovered (full disk, read-only wheelhouse, clock, two runs, changed files)")
 
 
 def test_read_only_wheelhouse_is_reported_and_the_build_is_kept(place: Place, good: dict[str, str], counted) -> None:
@@ -579,7 +579,7 @@ def test_read_only_wheelhouse_is_reported_and_the_build_is_kept(place: Place, go
     assert (again.status, again.ran) == (0, {"wheels"}), again.output
     assert place.picture() != good
     place.settle(good)
-    counted("other faults met with a sentence and recovered")
+    counted("other faults explained and recovered (full disk, read-only wheelhouse, clock, two runs, changed files)")
 
 
 # --- the clock, the others, and what is changed under a run's feet ---
@@ -603,7 +603,7 @@ def test_changed_source_is_compiled_after_the_clock_was_set_back(place: Place, g
     assert place.run().status == 0
     assert place.picture() == made
     place.settle(good)
-    counted("other faults met with a sentence and recovered")
+    counted("other faults explained and recovered (full disk, read-only wheelhouse, clock, two runs, changed files)")
 
 
 def code(place: Place) -> list[tuple[int, str, str]]:
@@ -644,7 +644,7 @@ def test_second_concurrent_run_waits_and_then_reuses_everything(place: Place, go
     assert Ended(0, output).ran == {"build", "check", "wheels"}
     assert place.picture() == good
     place.sound = True
-    counted("other faults met with a sentence and recovered")
+    counted("other faults explained and recovered (full disk, read-only wheelhouse, clock, two runs, changed files)")
 
 
 def changed_while_compiling(place: Place, path: Path, old: str, new: str) -> str:
@@ -672,7 +672,7 @@ def test_patch_changed_during_compilation_is_reported_and_used_next(
     assert code(place) != before
     assert files.sha256(patch) in place.receipt()
     place.settle(good)
-    counted("other faults met with a sentence and recovered")
+    counted("other faults explained and recovered (full disk, read-only wheelhouse, clock, two runs, changed files)")
 
 
 def test_source_changed_during_compilation_is_reported_and_unpacked_again(
@@ -683,7 +683,7 @@ def test_source_changed_during_compilation_is_reported_and_unpacked_again(
     again = place.run()
     assert (again.status, place.picture()) == (0, good), again.output
     place.sound = True
-    counted("other faults met with a sentence and recovered")
+    counted("other faults explained and recovered (full disk, read-only wheelhouse, clock, two runs, changed files)")
 
 
 def test_recipe_changed_during_compilation_is_used_by_the_next_run(place: Place, good: dict[str, str], counted) -> None:
@@ -698,4 +698,4 @@ def test_recipe_changed_during_compilation_is_used_by_the_next_run(place: Place,
     assert new in place.receipt()
     recipe.write_text(recipe.read_text().replace("cuda_runtime/../", ""))
     place.settle(good)
-    counted("other faults met with a sentence and recovered")
+    counted("other faults explained and recovered (full disk, read-only wheelhouse, clock, two runs, changed files)")

@@ -105,7 +105,7 @@ def test_comments_and_blank_lines_of_a_recipe_do_not_change_the_key(
         text.insert(at % (len(text) + 1), line if line.strip() == "" else f"#{line}")
     with holding(recipe(grown), "\n".join(text).encode()):
         assert keys(grown) == before
-    counted("edits that change nothing and did not change the key")
+    counted("edits without effect that did not change the key")
 
 
 OPTIONS = {
@@ -203,7 +203,7 @@ def test_inputs_that_cannot_change_a_wheel_do_not_change_its_key(
     assert keys(grown) == before
     shutil.copytree(grown.root, tmp_path / "a" / "longer name", symlinks=True)
     assert keys(Pipeline.load(tmp_path / "a" / "longer name", grown.settings)) == before
-    counted("edits that change nothing and did not change the key", 9)
+    counted("edits without effect that did not change the key", 9)
 
 
 def test_recipe_of_these_tests_has_every_option() -> None:

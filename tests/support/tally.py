@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -22,12 +23,21 @@ class Tally:
         self.rows[row] += count
 
     def keep(self, folder: Path) -> None:
-        """Replace the rows in ``trust.json`` with those of this session, and write the table to ``trust.md``."""
+        """Write the rows of this run to ``tally.json``, and the table to ``trust.md``.
+
+        The workers of a run add their counts; rows of an earlier run are replaced.
+        """
         if not self.rows:
             return
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(os.getpid())
         folder.mkdir(exist_ok=True)
         with (folder / "trust.lock").open("w") as other_worker:
             fcntl.flock(other_worker, fcntl.LOCK_EX)
-            rows = {**(files.read_json(folder / "trust.json") or {}), **self.rows}
-            files.write_json(folder / "trust.json", rows)
-            files.write(folder / "trust.md", HEAD + "".join(f"| {row} | {rows[row]} |\n" for row in sorted(rows)))
+            rows = files.read_json(folder / "tally.json") or {}
+            for row, count in self.rows.items():
+                earlier = rows.get(row, {})
+                others = earlier["count"] if earlier.get("run") == run else 0
+                rows[row] = {"run": run, "count": others + count}
+            files.write_json(folder / "tally.json", rows)
+            table = "".join(f"| {row} | {rows[row]['count']} |\n" for row in sorted(rows))
+            files.write(folder / "trust.md", HEAD + table)
