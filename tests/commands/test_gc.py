@@ -212,7 +212,7 @@ def test_unneeded_files_are_listed_by_kind_and_removed(made, name, listed, kind)
         "build/stages/gpu-bundle.json",
         "build/triton.json",
         "build/bench/serve/",
-        "build/tally.json",
+        "build/trust.counts",
         "build/doit.sqlite",
         "build/.run-lock",
         home(VLLM.sha256, VLLM.file),

@@ -23,7 +23,7 @@ class Tally:
         self.rows[row] += count
 
     def keep(self, folder: Path) -> None:
-        """Write the rows of this run to ``tally.json``, and the table to ``trust.md``.
+        """Write the rows of this run to ``trust.counts``, and the table to ``trust.md``.
 
         The workers of a run add their counts; rows of an earlier run are replaced.
         """
@@ -33,11 +33,11 @@ class Tally:
         folder.mkdir(exist_ok=True)
         with (folder / "trust.lock").open("w") as other_worker:
             fcntl.flock(other_worker, fcntl.LOCK_EX)
-            rows = files.read_json(folder / "tally.json") or {}
+            rows = files.read_json(folder / "trust.counts") or {}
             for row, count in self.rows.items():
                 earlier = rows.get(row, {})
                 others = earlier["count"] if earlier.get("run") == run else 0
                 rows[row] = {"run": run, "count": others + count}
-            files.write_json(folder / "tally.json", rows)
+            files.write_json(folder / "trust.counts", rows)
             table = "".join(f"| {row} | {rows[row]['count']} |\n" for row in sorted(rows))
             files.write(folder / "trust.md", HEAD + table)
