@@ -12,8 +12,9 @@ from tests.support.samples import EPOCH, compiled, container, image, wheel, with
 from voltforge.binary import elf
 from voltforge.errors import VoltforgeError
 from voltforge.system import console
-from voltforge.wheel import checks
-from voltforge.wheel.checks import Expectation, Finding, InstalledPython
+from voltforge.wheel import checks, file_checks
+from voltforge.wheel.examined_wheel import Expectation, InstalledPython
+from voltforge.wheel.findings import Finding, failed, report
 from voltforge.wheel.wheelfile import finish, unpack
 
 TAG = "cp38-abi3-linux_x86_64"
@@ -85,7 +86,7 @@ def test_good_wheel_passes_every_check(tmp_path, extension, environment):
     findings = checks.verify(
         path, expect, linked={"sample/_C.abi3.so": 2}, forbidden_paths=[str(tmp_path)], environment=environment
     )  # fmt: skip
-    assert checks.failed(findings) == []
+    assert failed(findings) == []
     assert {finding.check for finding in findings if finding.severity == "pass"} == {
         "wheel", "tag", "requirements", "size", "extensions", "device code", "absent", "build paths", "RUNPATH",
         "stripped", "symbols", "imports",
@@ -137,7 +138,7 @@ def test_tags_that_differ_between_file_name_and_wheel_file_are_reported(tmp_path
     ],
 )
 def test_tag_must_not_allow_older_platforms_than_the_binaries(tag, holds):
-    assert checks._covers(tag, "manylinux_2_34_x86_64") == holds
+    assert file_checks._covers(tag, "manylinux_2_34_x86_64") == holds
 
 
 def test_wheel_with_an_unlisted_library_must_not_be_tagged_manylinux(tmp_path):
@@ -198,7 +199,7 @@ def test_extensions_that_are_missing_or_not_shared_objects_are_reported(tmp_path
 def test_device_code_must_match_the_recipe(tmp_path, code, arch, linked, problems):
     path = stripped(with_device_code(tmp_path / "_C.so", container(*code)))
     given = {"linked": {"a/_C.so": linked}} if linked is not None else {}
-    findings = checks.failed(examined(tmp_path, {"a/_C.so": path}, Expectation(arch=arch), **given))
+    findings = failed(examined(tmp_path, {"a/_C.so": path}, Expectation(arch=arch), **given))
     assert len(findings) == len(problems)
     for finding, problem in zip(findings, problems, strict=True):
         assert finding.check == "device code"
@@ -429,5 +430,5 @@ def test_values_that_differ_from_the_recipe_are_reported(tmp_path, environment):
 def test_report_shows_every_finding(monkeypatch):
     shown = []
     monkeypatch.setattr(console, "table", lambda title, columns, rows: shown.extend(rows))
-    checks.report([Finding("size", "pass", "1 MB"), Finding("tag", "fail", "wrong"), Finding("tag", "note", "glibc")])
+    report([Finding("size", "pass", "1 MB"), Finding("tag", "fail", "wrong"), Finding("tag", "note", "glibc")])
     assert shown == [("ok", "size", "1 MB"), ("FAIL", "tag", "wrong"), ("note", "tag", "glibc")]

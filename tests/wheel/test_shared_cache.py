@@ -35,8 +35,9 @@ from voltforge.sources import index
 from voltforge.sources.fetch import Store
 from voltforge.sources.index import Indexes, Patience
 from voltforge.system import console, files
-from voltforge.wheel import provenance, shared_cache, signing
-from voltforge.wheel.shared_cache import CachedWheel, CacheError, CacheMiss, SharedCache
+from voltforge.wheel import cache_limits, provenance, signing
+from voltforge.wheel.cache_limits import CacheError
+from voltforge.wheel.shared_cache import CachedWheel, CacheMiss, SharedCache
 from voltforge.wheel.signing import Signer, Trust
 
 KEY = "ab" + "0" * 62
@@ -663,8 +664,8 @@ def scripted(answers: Callable[[str], Iterator[bytes]]) -> Iterator[str]:
 def hurried(monkeypatch):
     """The same limits in time, but shorter."""
     monkeypatch.setattr(index, "TIMEOUT", (5, 0.3))
-    monkeypatch.setattr(shared_cache, "ANSWER", 1.0)
-    monkeypatch.setattr(shared_cache, "WINDOW", 0.4)
+    monkeypatch.setattr(cache_limits, "ANSWER", 1.0)
+    monkeypatch.setattr(cache_limits, "WINDOW", 0.4)
 
 
 def missed(one: SharedCache, built: Built, trust: Trust, folder: Path) -> str:
@@ -777,7 +778,7 @@ SCRIPTED: dict[str, tuple[str, Callable[[], Iterator[bytes]], str]] = {
 @pytest.mark.parametrize("name", SCRIPTED)
 def test_invalid_or_endless_answer_is_a_miss_in_time(tmp_path, built, signer, hurried, counted, monkeypatch, name):
     which, parts, words = SCRIPTED[name]
-    monkeypatch.setattr(shared_cache, "LARGEST_WHEEL", 9_000_000)
+    monkeypatch.setattr(cache_limits, "LARGEST_WHEEL", 9_000_000)
 
     def answers(path: str) -> Iterator[bytes]:
         right = answer(built.laid_out()[path])

@@ -8,6 +8,7 @@ from voltforge.errors import VoltforgeError
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.system import console
 from voltforge.wheel import checks
+from voltforge.wheel.findings import Finding, failed, report
 
 
 def verify_wheels(pipeline: Pipeline) -> None:
@@ -25,12 +26,12 @@ def verify_wheels(pipeline: Pipeline) -> None:
         console.step(f"verify {path.name}")
         findings = pipeline.examined(path)
         findings += [] if file else checks.check_in_wheelhouse(pipeline.wheelhouse, path, pipeline.trust)
-        checks.report(findings)
-        if failures := checks.failed(findings):
+        report(findings)
+        if failures := failed(findings):
             problems.append(f"{path.name} fails {len(failures)} checks")
     if strangers := [] if file else pipeline.wheelhouse.index_problems():
         console.step("verify the index and the receipts")
-        checks.report(checks.Finding("wheelhouse", "fail", sentence) for sentence in strangers)
+        report(Finding("wheelhouse", "fail", sentence) for sentence in strangers)
         problems.append(f"the wheelhouse fails {len(strangers)} checks")
     if problems:
         raise VoltforgeError("; ".join(problems), hint="the tables above list each failure")

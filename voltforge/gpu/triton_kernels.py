@@ -18,7 +18,7 @@ from voltforge.sources import environment
 from voltforge.sources.environment import Environment
 from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
-from voltforge.wheel.checks import DRIVER
+from voltforge.wheel.examined_wheel import DRIVER
 from voltforge.wheel.wheelfile import Wheel
 
 TIMEOUT = 3600.0

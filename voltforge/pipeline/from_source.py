@@ -27,7 +27,7 @@ from voltforge.sources.recipe import Source, SourceRecipe
 from voltforge.sources.tree import Tree
 from voltforge.system import console, files
 from voltforge.wheel import sbom, wheelfile
-from voltforge.wheel.checks import Expectation
+from voltforge.wheel.examined_wheel import Expectation
 
 
 @dataclass(frozen=True)

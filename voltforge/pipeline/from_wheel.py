@@ -23,7 +23,7 @@ from voltforge.sources.recipe import Source, ThinRecipe
 from voltforge.system import console, files, programs
 from voltforge.system.process import run
 from voltforge.wheel import sbom, thin
-from voltforge.wheel.checks import Expectation
+from voltforge.wheel.examined_wheel import Expectation
 
 TOOLS = ("gcc", "strip", "patchelf")
 """The programs that write a part of the wheel."""

@@ -21,7 +21,8 @@ from voltforge.sources.recipe import Recipe, Source
 from voltforge.sources.transfer import FetchError
 from voltforge.system import console, files, records
 from voltforge.wheel import checks, provenance
-from voltforge.wheel.checks import Expectation, Finding
+from voltforge.wheel.examined_wheel import Expectation
+from voltforge.wheel.findings import Finding, failed, report
 from voltforge.wheel.shared_cache import CacheMiss
 
 STATED = ("commit", "linked", "sandbox", "hermetic")
@@ -167,7 +168,7 @@ class Package:
         except (VoltforgeError, KeyError, TypeError, ValueError) as error:
             console.warn(f"{stated.file} of the shared cache cannot be used: {error}")
             return None
-        if failures := checks.failed(findings):
+        if failures := failed(findings):
             first = f"{failures[0].check}: {failures[0].detail}"
             console.warn(f"{stated.file} of the shared cache fails {len(failures)} checks and is not used; {first}")
             return None
@@ -180,8 +181,8 @@ class Package:
             findings = wheel.checked.findings
         else:
             findings = self.findings(wheel.path, wheel.linked)
-        checks.report(findings)
-        if failures := checks.failed(findings):
+        report(findings)
+        if failures := failed(findings):
             raise VoltforgeError(
                 f"{wheel.path.name} fails {len(failures)} checks and was not kept: "
                 + "; ".join(f"{failure.check}: {failure.detail}" for failure in failures),

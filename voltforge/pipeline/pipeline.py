@@ -27,6 +27,8 @@ from voltforge.sources.fetch import Artifact, NotFetchedError
 from voltforge.sources.recipe import CudaRecipe, SourceRecipe, Thin, ThinRecipe, byte_count, load, load_all, load_cuda
 from voltforge.system import console, files, programs
 from voltforge.wheel import checks, wheelfile
+from voltforge.wheel.examined_wheel import Expectation
+from voltforge.wheel.findings import Finding
 
 STAGES = ("fetch", "tree", "toolchain", "environment", "build", "driver-stub", "check", "wheels")
 """The kinds of stages, in the order of the data."""
@@ -179,7 +181,7 @@ class Pipeline(Checkout):
             unless=lambda: all(self.package(recipe).wheels.current() for recipe in self.recipes.values()),
         )
 
-    def examined(self, path: Path) -> list[checks.Finding]:
+    def examined(self, path: Path) -> list[Finding]:
         """Return the findings of all checks on any wheel, by the recipe of its project if there is one.
 
         Raises:
@@ -190,7 +192,7 @@ class Pipeline(Checkout):
         name = wheelfile.Wheel.read(path).name
         if name not in self.recipes:
             console.note(f"no recipe is called {name}: only the general checks run")
-            return checks.verify(path, checks.Expectation())
+            return checks.verify(path, Expectation())
         return list(self.package(self.recipes[name]).findings(path, None))
 
 

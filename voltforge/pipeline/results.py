@@ -9,7 +9,7 @@ from typing import Any
 from voltforge.compile.cache_stats import CacheStats
 from voltforge.system.process import Usage
 from voltforge.system.records import CheckoutPath
-from voltforge.wheel.checks import Finding
+from voltforge.wheel.findings import Finding
 
 
 @dataclass(frozen=True)
