@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import http.client
 import io
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import requests
 import urllib3
@@ -25,8 +23,9 @@ from urllib3.response import BaseHTTPResponse
 from urllib3.util import Retry
 
 from voltforge.errors import VoltforgeError, listed
+from voltforge.sources import index_settings
+from voltforge.sources.index_settings import IndexSettings
 from voltforge.system.files import BLOCK, size
-from voltforge.system.process import ProgramFailed, run
 from voltforge.system.urls import local_path, redacted
 
 if TYPE_CHECKING:
@@ -165,24 +164,16 @@ class _Adapter(HTTPAdapter):
 
 
 @dataclass(frozen=True)
-class Indexes:
-    """The package indexes of this machine. The addresses can hold credentials: print them with ``redacted``."""
+class Indexes(IndexSettings):
+    """The package indexes of this machine, which can be asked for files."""
 
     default: str | None = field(default_factory=lambda: _usual())
-    """The default index (simple repository API, PEP 503 or 691); ``None`` if pip or uv is configured to use none."""
-    extra: tuple[str, ...] = ()
-    """Further indexes, on the web or as file:// URLs."""
-    find_links: tuple[str, ...] = ()
-    """Folders, or URLs of pages, that hold or link files of any project."""
-    certificate: str | None = None
-    """A file with the trusted certificate authorities (PEM)."""
-    certificate_from: str = ""
-    """The setting that named ``certificate``."""
+    """The default index; ``None`` if pip or uv is configured to use none."""
 
     @property
     def places(self) -> tuple[str, ...]:
         """All locations, nearest first: find-links, the default index, the others."""
-        return (*self.find_links, *self._indexes())
+        return (*self.find_links, *self.indexes)
 
     def find(self, project: str, file: str, session: requests.Session | None = None) -> Link:
         """Find ``file`` of ``project``.
@@ -227,77 +218,11 @@ class Indexes:
             session.mount(scheme, adapter)
         return session
 
-    def uv_arguments(self) -> list[str]:
-        """Return uv's options for these indexes; credentials go through ``uv_environment``, because command lines are
-        logged.
-        """
-        # By default uv takes a project from the first index that has it, as a protection against dependency confusion.
-        # Here every install is locked by hash, which protects as well, and an extra index often holds only some
-        # versions of a project.
-        arguments = ["--index-strategy", "unsafe-best-match"]
-        arguments += ["--default-index", _named(0, self.default)] if self.default else ["--no-index"]
-        for number, url in enumerate(self.extra if self.default else (), 1):
-            arguments += ["--index", _named(number, url)]
-        if not any(_credentials(place) for place in self.find_links):
-            for place in self.find_links:
-                arguments += ["--find-links", place]
-        return arguments
-
-    def uv_environment(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-        """Return the whole environment for uv: ``environ``, the certificates, and credentials if there are any."""
-        replaced = (
-            "UV_DEFAULT_INDEX",
-            "UV_INDEX_URL",
-            "UV_INDEX",
-            "UV_EXTRA_INDEX_URL",
-            "UV_FIND_LINKS",
-            "UV_NO_INDEX",
-        )
-        variables = {name: value for name, value in environ.items() if name not in replaced}
-        if self.certificate:
-            variables["SSL_CERT_FILE"] = self.certificate
-        for number, url in enumerate(self._indexes()):
-            if pair := _credentials(url):
-                variables[f"UV_INDEX_{NAME}{number}_USERNAME"] = pair[0]
-                variables[f"UV_INDEX_{NAME}{number}_PASSWORD"] = pair[1]
-        if any(_credentials(place) for place in self.find_links):
-            variables["UV_FIND_LINKS"] = ",".join(self.find_links)
-        return variables
-
-    def _indexes(self) -> tuple[str, ...]:
-        return (self.default, *self.extra) if self.default else ()
-
 
 def configured(environ: Mapping[str, str] = os.environ, python: str | Path | None = None) -> Indexes:
-    """Return the package indexes that uv and pip are configured for.
-
-    uv's variables override pip's, and pip's override its configuration files, which pip itself prints: the pip of
-    ``python``, of the running interpreter, or of ``PATH``. Without pip the files are skipped. Extra indexes and
-    find-links locations of both tools are combined.
-    """
-    pip = _pip_configuration(environ, python)
-
-    def setting(variable: str, key: str) -> str:
-        return environ.get(variable) or pip.get(key, "")
-
-    default = environ.get("UV_DEFAULT_INDEX") or environ.get("UV_INDEX_URL") or setting("PIP_INDEX_URL", "index-url")
-    extra = [environ.get("UV_INDEX", ""), environ.get("UV_EXTRA_INDEX_URL", "")]
-    extra.append(setting("PIP_EXTRA_INDEX_URL", "extra-index-url"))
-    links = [*environ.get("UV_FIND_LINKS", "").split(","), *setting("PIP_FIND_LINKS", "find-links").split()]
-    without = any(_true(value) for value in (environ.get("UV_NO_INDEX", ""), setting("PIP_NO_INDEX", "no-index")))
-    certificate, source = None, ""
-    for variable in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
-        if not certificate and environ.get(variable):
-            certificate, source = environ[variable], variable
-    if not certificate and pip.get("cert"):
-        certificate, source = pip["cert"], "pip's setting `cert`"
-    return Indexes(
-        default=None if without else _index(default or _usual(), environ),
-        extra=_unique(_index(value, environ) for value in " ".join(extra).split()),
-        find_links=_unique(_absolute(value.strip()) for value in links if value.strip()),
-        certificate=certificate,
-        certificate_from=source,
-    )
+    """Return the configured indexes as :func:`index_settings.configured` does, with the usual index as the default."""
+    settings = index_settings.configured(environ, python)
+    return Indexes(**{**vars(settings), "default": _usual() if settings.default == "" else settings.default})
 
 
 def explained(error: Exception, indexes: Indexes) -> str:
@@ -345,27 +270,6 @@ _WORDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = 
     ((requests.exceptions.InvalidURL, requests.exceptions.MissingSchema), "is not a valid address"),
     (requests.exceptions.InvalidHeader, "sends an invalid header, or redirects to an invalid address"),
 )
-
-
-NAME = "VOLTFORGE"
-"""The prefix of index names for uv: uv reads an index's credentials from variables with its name."""
-
-
-def _named(number: int, url: str) -> str:
-    return f"{NAME.lower()}{number}={_without_credentials(url)}" if _credentials(url) else url
-
-
-def _credentials(url: str) -> tuple[str, str] | None:
-    if local_path(url) is not None:
-        return None
-    user, at, _ = urlsplit(url).netloc.rpartition("@")
-    name, _, password = user.partition(":")
-    return (unquote(name), unquote(password)) if at else None
-
-
-def _without_credentials(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _with_credentials_of(place: str, url: str) -> str:
@@ -459,55 +363,3 @@ def _on_disk(file: Path) -> DistributionPackage:
     from pypi_simple import DistributionPackage
 
     return DistributionPackage(file.name, file.absolute().as_uri(), None, None, None, {}, None, None)
-
-
-def _pip_configuration(environ: Mapping[str, str], python: str | Path | None) -> dict[str, str]:
-    """Return pip's configuration by long option name, as `pip config list` prints it."""
-    pythons = [str(python)] if python else [sys.executable, "python3", "python"]
-    for argv in [*([name, "-m", "pip"] for name in pythons), ["pip"]]:
-        try:
-            printed = run([*argv, "config", "list"], env=environ, timeout=60).output
-        except ProgramFailed:
-            continue
-        return _parsed(printed)
-    return {}
-
-
-def _parsed(printed: str) -> dict[str, str]:
-    found: dict[str, dict[str, str]] = {}
-    for line in printed.splitlines():
-        # name='value', with the value as Python's repr; `:env:` lines are variables, read elsewhere.
-        if match := re.fullmatch(r"(global|install|download)\.([\w-]+)=(['\"].*['\"])", line.strip()):
-            section, key, value = match.groups()
-            try:
-                found.setdefault(section, {})[key] = str(ast.literal_eval(value))
-            except (SyntaxError, ValueError):
-                continue
-    return {**found.get("global", {}), **found.get("download", {}), **found.get("install", {})}
-
-
-def _index(value: str, environ: Mapping[str, str]) -> str:
-    """Return an index's URL, from uv's ``name=URL`` with the credentials of that name's variables, or from a URL or
-    path.
-    """
-    match = re.fullmatch(r"([\w.-]+)=(.+)", value)
-    if not match:
-        return value if "://" in value else Path(_absolute(value)).as_uri()
-    name, url = re.sub(r"\W", "_", match[1]).upper().replace(".", "_"), match[2]
-    user, password = (environ.get(f"UV_INDEX_{name}_{what}", "") for what in ("USERNAME", "PASSWORD"))
-    if not (user or password) or "@" in urlsplit(url).netloc:
-        return _index(url, {})
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=f"{quote(user, safe='')}:{quote(password, safe='')}@{parts.netloc}"))
-
-
-def _absolute(value: str) -> str:
-    return value if "://" in value else str(Path(value).expanduser().absolute())
-
-
-def _unique(values: Iterator[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(values))
-
-
-def _true(value: str) -> bool:
-    return value.strip().lower() in ("1", "true", "yes", "on", "y", "t")
