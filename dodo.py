@@ -7,6 +7,7 @@ from doit import get_var
 from voltforge.commands import (
     bench,
     command_line,
+    dev_packages,
     doctor,
     farm,
     gc,
@@ -121,7 +122,9 @@ def task_doctor():
 
 def task_test():
     """run linter, type checker and all tests, slow ones included"""
-    return tasks.action(test.run_tests, ROOT)
+    packages = "install the packages of tests and benchmarks into .venv, and run nothing"
+    yield {**tasks.action(test.run_tests, ROOT), "basename": "test"}
+    yield {**tasks.action(dev_packages.install, ROOT), "basename": "test:packages", "doc": packages}
 
 
 def task_lock():

@@ -6,19 +6,18 @@ import os
 import re
 import shutil
 import signal
-import site
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from doit.task import Task
 
 from tests.support import samples
 from tests.support.checkouts import ROOT, pack
+from tests.support.command_checkout import CommandCheckout
 from tests.support.servers import Fault, Server, serving
 from tests.support.terminal import seen
 from voltforge.commands import tasks
@@ -29,59 +28,6 @@ from voltforge.system import files
 
 RED = "\x1b[1;31m"
 FAILED, MISUSED, INTERRUPTED = 1, 3, 130
-RECIPE = """\
-name = "thing"
-version = "1.0"
-summary = "a thing"
-
-[source]
-url = "{url}"
-file = "thing-1.0.tar.gz"
-sha256 = "{sha256}"
-
-[build]
-lock = "locks/thing.txt"
-
-[expect]
-lock = "locks/thing.txt"
-"""
-
-
-class Checkout:
-    """A copy of the files that git knows, with an environment that borrows the packages of this one."""
-
-    def __init__(self, root: Path, repository: Path) -> None:
-        self.root = root
-        known = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-        wanted = re.compile(
-            r"voltforge/|dodo\.py|doit$|recipes/cuda|recipes/locks/(cuda|driver)|requirements\.txt|pyproject\.toml"
-        )
-        for name in subprocess.run(
-            known, cwd=repository, capture_output=True, text=True, check=True
-        ).stdout.splitlines():
-            if wanted.match(name) and (repository / name).is_file():
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(repository / name, root / name)
-        self.env = {key: value for key, value in os.environ.items() if not key.startswith(("VOLTFORGE_", "PYTHONPATH"))}
-        self.env |= {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "100"}
-
-    def settle(self) -> None:
-        """Make `.venv` as the script would, but with the packages that run these tests, so that nothing is fetched."""
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.root / ".venv"], check=True)
-        [packages] = (self.root / ".venv" / "lib").glob("python*/site-packages")
-        (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()))
-        shutil.copy(self.root / "requirements.txt", self.root / ".venv")
-
-    def doit(self, *words: str, script: str = "./doit") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [script, *words], cwd=self.root, env=self.env, capture_output=True, text=True, check=False, timeout=120
-        )
-
-    def recipe(self, url: str, sha256: str, name: str = "thing") -> Path:
-        (self.root / "recipes" / "locks" / "thing.txt").touch()
-        path = self.root / "recipes" / f"{name}.toml"
-        path.write_text(RECIPE.format(url=url, sha256=sha256))
-        return path
 
 
 @pytest.fixture
@@ -91,13 +37,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def bare(tmp_path, repository) -> Checkout:
-    """A fresh clone, more or less."""
-    return Checkout(tmp_path / "a checkout", repository)
-
-
-@pytest.fixture
-def checkout(bare, server, tmp_path) -> Checkout:
+def checkout(bare, server, tmp_path) -> CommandCheckout:
     """One that has its environment, and a recipe whose sdist a server on loopback has."""
     bare.settle()
     source = samples.tree(tmp_path / "thing", {"setup.py": "", "thing.py": "1\n"})
@@ -282,7 +222,7 @@ def test_an_interrupted_run_exits_130_and_the_next_resumes(checkout, server, num
 
 
 @pytest.fixture
-def two(checkout, server, tmp_path) -> Checkout:
+def two(checkout, server, tmp_path) -> CommandCheckout:
     """A checkout with another recipe beside the thing's."""
     sdist = pack(samples.tree(tmp_path / "other", {"other.py": "2\n"}), tmp_path / "other-1.0.tar.gz").read_bytes()
     server.files["/other-1.0.tar.gz"] = sdist
@@ -450,110 +390,7 @@ def test_an_invalid_setting_is_refused_before_any_download(checkout, server, set
     assert server.asked == []
 
 
-# --- the script ---
-
-
-def fake_python(folder: Path, version: str) -> Path:
-    """A program that says that it is another Python. A fake: not every machine has an old one."""
-    folder.mkdir(exist_ok=True)
-    (folder / "python3").write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "Python {version}" || exit 1\n')
-    (folder / "python3").chmod(0o755)
-    return folder
-
-
-def only(folder: Path, *programs: str) -> Path:
-    """A folder for PATH with these programs of the machine."""
-    folder.mkdir(exist_ok=True)
-    for program in programs:
-        (folder / program).symlink_to(shutil.which(program) or program)
-    return folder
-
-
-def test_unsupported_pythons_are_listed_with_a_remedy(bare, tmp_path):
-    tools = only(fake_python(tmp_path / "bin", "3.8.20"), "dirname", "readlink", "cmp", "cp")
-    bare.env["PATH"] = str(tools)
-    done = bare.doit("list")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "needs Python 3.10 to 3.13" in done.stderr
-    assert f"{tools / 'python3'}: Python 3.8.20" in done.stderr
-    assert "try: apt-get install" in done.stderr
-    assert not (bare.root / ".venv").exists()
-
-
-def test_a_requested_python_is_never_replaced_silently(bare, tmp_path):
-    wrong = fake_python(tmp_path / "bin", "3.14.1") / "python3"
-    bare.env["VOLTFORGE_PYTHON"] = str(wrong)
-    done = bare.doit("list")
-    assert done.returncode == 1
-    assert f"{wrong}: Python 3.14.1" in done.stderr
-    assert not (bare.root / ".venv").exists()
-
-
-@pytest.fixture
-def stocked(bare, tmp_path) -> Checkout:
-    """One whose requirements are a single wheel on the disk: a doit that says so. A fake, for the real are many MB."""
-    entry = bare.root / "voltforge" / "commands" / "__main__.py"
-    entry.write_text("import sys, doit; print('doit was given', sys.argv[1:])\n")
-    shelf = tmp_path / "shelf"
-    path = samples.wheel(shelf, {"doit/__init__.py": ""}, name="doit", version="0.37.0")
-    (bare.root / "requirements.txt").write_text(f"doit==0.37.0 --hash=sha256:{files.sha256(path)}\n")
-    own = ("PIP_", "UV_")
-    bare.env = {key: value for key, value in bare.env.items() if not key.startswith(own)}
-    bare.env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(shelf)}
-    bare.env["VOLTFORGE_PYTHON"] = sys.executable
-    return bare
-
-
-@pytest.mark.slow
-def test_the_first_call_makes_the_environment_and_the_second_only_runs(stocked):
-    first = stocked.doit("list", "two words")
-    assert (first.returncode, first.stdout) == (0, "doit was given ['list', 'two words']\n")
-    assert first.stderr.startswith("* making .venv with Python 3.")
-    stocked.env |= {"PIP_FIND_LINKS": "/nowhere", "VOLTFORGE_PYTHON": "/nowhere"}
-    second = stocked.doit("list")
-    assert (second.returncode, second.stdout, second.stderr) == (0, "doit was given ['list']\n", "")
-    link = stocked.root.parent / "link"
-    link.symlink_to(stocked.root / "doit")
-    assert stocked.doit(script=str(link)).stdout == "doit was given []\n"
-    (stocked.root / ".venv" / "bin" / "python").unlink()  # as when the machine's Python is upgraded
-    third = stocked.doit("list")
-    assert "no /nowhere" in third.stderr
-
-
-@pytest.mark.slow
-def test_requirements_with_another_hash_are_not_installed(stocked):
-    requirements = stocked.root / "requirements.txt"
-    good = requirements.read_text()
-    requirements.write_text(re.sub(r"sha256:\w{8}", "sha256:00000000", good))
-    bad = stocked.doit("list")
-    assert bad.returncode != 0
-    assert "hash" in bad.stderr.lower()
-    assert bad.stdout == ""
-    assert not (stocked.root / ".venv" / "requirements.txt").exists()
-    requirements.write_text(good)
-    assert stocked.doit("list").returncode == 0
-
-
-@pytest.mark.slow
-def test_two_simultaneous_first_calls_make_one_environment(stocked):
-    calls = [
-        subprocess.Popen(["./doit", "list"], cwd=stocked.root, env=stocked.env, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]  # fmt: skip
-    said = [call.communicate(timeout=120) for call in calls]
-    assert [call.returncode for call in calls] == [0, 0]
-    assert [out for out, _ in said] == ["doit was given ['list']\n"] * 2
-    told = "".join(err for _, err in said)
-    assert (told.count("* making .venv"), told.count("* waiting for the .venv")) == (1, 1)
-
-
-def test_the_script_is_plain_posix_shell(repository):
-    script = (repository / "doit").read_text()
-    assert script.startswith("#!/bin/sh\n")
-    assert os.access(repository / "doit", os.X_OK)
-    shell = shutil.which("dash") or "/bin/sh"
-    assert subprocess.run([shell, "-n", repository / "doit"], check=False).returncode == 0
+# --- the graph ---
 
 
 def test_offline_every_missing_file_is_listed_in_one_run(checkout, server):

@@ -14,7 +14,9 @@ def write_locks(pipeline: Pipeline) -> None:
         InstallError: the requirements of a file have no solution.
     """
     root = pipeline.root
+    # By stem: requirements-dev.in is constrained by requirements.txt, which is written first.
     folders = root, root / "recipes" / "locks", root / "tests" / "packages"
-    for requirements in [path for folder in folders for path in sorted(folder.glob("*.in"))]:
+    wanted = [path for folder in folders for path in sorted(folder.glob("*.in"), key=lambda path: path.stem)]
+    for requirements in wanted:
         console.step(f"lock {requirements.relative_to(root)}")
         environment.lock(root, requirements, requirements.with_suffix(".txt"), pipeline.store.indexes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from voltforge.commands import dev_packages
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.pipeline import Pipeline
 
@@ -12,9 +13,10 @@ def check_server(pipeline: Pipeline) -> None:
     Raises:
         VoltforgeError: no address was given, the server cannot be measured, or requests failed.
     """
-    from voltforge.commands import server_benchmark  # aiohttp is slow to import: every ./doit would wait for it
-
     url = pipeline.settings.url
     if not url:
         raise VoltforgeError("no server address was given", hint="./doit serve:check url=http://127.0.0.1:8000")
+    dev_packages.install(pipeline.root)
+    from voltforge.commands import server_benchmark  # needs aiohttp, which may have been installed just now
+
     server_benchmark.check(url, pipeline.scratch / "bench" / "serve")

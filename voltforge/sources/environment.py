@@ -83,8 +83,21 @@ def create(lock: Path, path: Path, indexes: Indexes, *, offline: bool = False) -
                 beside,
             ],
         )
-        _install(lock, ["--python", Environment(beside).python], indexes, offline)
+        install(lock, Environment(beside), indexes, offline=offline)
     return Environment(path)
+
+
+def install(
+    lock: Path, environment: Environment, indexes: Indexes, *, offline: bool = False, sdists: bool = False
+) -> None:
+    """Install the packages of ``lock`` into an environment.
+
+    With ``sdists`` a package without a wheel is built from its sdist, by a setuptools that the environment has.
+
+    Raises:
+        InstallError: as :func:`create`.
+    """
+    _install(lock, ["--python", environment.python], indexes, offline, sdists=sdists)
 
 
 def install_into(lock: Path, folder: Path, indexes: Indexes, *, offline: bool = False, python: str = "") -> None:
@@ -148,8 +161,9 @@ def run_uv(
             raise InstallError(lock, error.output or error.what) from error
 
 
-def _install(lock: Path, where: Sequence[str | Path], indexes: Indexes, offline: bool) -> None:
-    words: list[str | Path] = ["pip", "install", "--no-deps", "--require-hashes", "--only-binary", ":all:", *where]
+def _install(lock: Path, where: Sequence[str | Path], indexes: Indexes, offline: bool, *, sdists: bool = False) -> None:
+    kinds = ["--no-build-isolation"] if sdists else ["--only-binary", ":all:"]
+    words: list[str | Path] = ["pip", "install", "--no-deps", "--require-hashes", *kinds, *where]
     words += [*indexes.uv_arguments(), *(["--offline"] if offline else [])]
     try:
         run_uv(lock, [*words, "--requirements", lock], indexes)

@@ -1,0 +1,106 @@
+"""Make .venv with the packages of requirements.txt. Runs before they are installed, so it imports no package.
+
+pip installs uv, by hash, and uv installs the other packages, which takes a fraction of pip's time. If pip finds no uv
+for this machine, pip installs all packages.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from importlib import metadata
+from pathlib import Path
+
+from voltforge.sources import index_settings
+
+HERE = (22, 3)
+"""The first pip that can install into another environment (``pip --python``)."""
+
+
+def main(root: Path) -> int:
+    """Make ``.venv`` in ``root`` and return the exit status.
+
+    A copy of the lock in ``.venv`` marks it as complete; ``python.txt`` holds the value of VOLTFORGE_PYTHON.
+    """
+    start, lock, folder = time.monotonic(), root / "requirements.txt", root / ".venv"
+    _tell(f"* making .venv with Python {sys.version.split()[0]}: a minute or less, once")
+    venv.EnvBuilder(clear=True, symlinks=True).create(folder)
+    python = folder / "bin" / "python"
+    pip = [*_pip(python), "--disable-pip-version-check", "install", "--quiet", "--require-hashes", "--requirement"]
+    own = folder / "uv.txt"
+    own.write_text(requirement("uv", lock.read_text()))
+    uv = folder / "bin" / "uv"
+    if not own.stat().st_size or _run([*pip, own, "--only-binary", ":all:"], quiet=True):
+        reason = "no uv was found for this machine"
+    elif _run([uv, "--version"], quiet=True):
+        reason = "uv does not run on this machine"
+    else:
+        reason = ""
+    if reason:
+        _tell(f"* {reason}: pip installs the packages, which takes longer")
+        status = _run([*pip, lock])
+    else:
+        settings = index_settings.configured(python=sys.executable)
+        words: list[str | Path] = [uv, "pip", "install", "--require-hashes", "--python", python]
+        status = _run([*words, *settings.uv_arguments(), "--requirement", lock], settings.uv_environment())
+    if status:
+        _tell(f"x the packages of {lock.name} could not be installed: the lines above are the reason")
+        _tell("  try: python3 -m pip config list, which prints the package index; the next call starts again")
+        return 1
+    (folder / "python.txt").write_text(os.environ.get("VOLTFORGE_PYTHON", ""))
+    shutil.copyfile(lock, folder / lock.name)
+    _tell(f"* .venv is ready after {time.monotonic() - start:.0f} s")
+    return 0
+
+
+def requirement(name: str, lock: str) -> str:
+    """Return the lines of one package in a lock: its pin and its hashes; empty if the lock does not have it."""
+    match = re.search(rf"^{re.escape(name)}==.*\n(?:[ \t].*\n?)*", lock, re.MULTILINE)
+    return match[0] if match else ""
+
+
+def _pip(python: Path) -> list[str | Path]:
+    """Return the command of a pip that installs into the environment of ``python``.
+
+    The pip of this Python does it if it is new enough: a pip of the environment's own takes seconds to install.
+    """
+    try:
+        version = tuple(int(number) for number in re.findall(r"\d+", metadata.version("pip"))[:2])
+    except metadata.PackageNotFoundError:
+        version = ()
+    if version >= HERE:
+        return [sys.executable, "-m", "pip", "--python", python]
+    subprocess.run([python, "-m", "ensurepip", "--default-pip"], stdout=subprocess.DEVNULL, check=True)
+    return [python, "-m", "pip"]
+
+
+def _run(words: list[str | Path], environ: dict[str, str] | None = None, *, quiet: bool = False) -> int:
+    """Run a program and print its lines, without uv's list of the installed packages; return its status."""
+    with subprocess.Popen(
+        words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as child:
+        assert child.stdout
+        for line in child.stdout:
+            if not quiet and not re.match(r" [+-] ", line):
+                _tell(f"  {line.strip()}")
+    return child.returncode
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(Path.cwd()))
+    except KeyboardInterrupt:
+        _tell("! interrupted: the next call starts again")
+        sys.exit(130)
+    except (OSError, subprocess.CalledProcessError) as error:
+        _tell(f"x .venv cannot be made: {error}")
+        sys.exit(1)

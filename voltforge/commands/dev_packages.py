@@ -1,0 +1,31 @@
+"""Install the packages that tests and benchmarks need, the first time that one of them runs."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from voltforge.sources import environment, index
+from voltforge.sources.environment import Environment
+from voltforge.system import console
+
+
+def install(root: Path) -> None:
+    """Install requirements-dev.txt into ``.venv``; a copy of the lock there marks that it is done.
+
+    A Python that is not that of ``.venv`` is left alone: its packages belong to the person who chose it.
+
+    Raises:
+        InstallError: a file of the lock cannot be downloaded, or its hash does not match.
+    """
+    own, lock = root / ".venv", root / "requirements-dev.txt"
+    if Path(sys.prefix).resolve() != own.resolve() or _same(lock, own / lock.name):
+        return
+    console.step(f"install the packages of tests and benchmarks ({lock.name})")
+    environment.install(lock, Environment(own), index.configured(), sdists=True)
+    shutil.copyfile(lock, own / lock.name)
+
+
+def _same(lock: Path, installed: Path) -> bool:
+    return installed.is_file() and installed.read_bytes() == lock.read_bytes()
