@@ -136,7 +136,7 @@ def compare(stock, thin):
     """
     same, varying, different = [], [], []
     for name, before in stock.items():
-        after = thin.get(name, {"verdict": "failed", "said": "not run", "bits": ""})
+        after = thin.get(name, {"verdict": "failed", "reason": "not run", "bits": ""})
         fine = {before["verdict"], after["verdict"]} <= {"right", "left out"}
         if before["verdict"] == after["verdict"] == "left out":
             continue
@@ -151,7 +151,7 @@ def compare(stock, thin):
 
 def describe(row):
     """Describe the result of an operation."""
-    return row["said"] if row.get("error") is None else f"{row['verdict']}, error {row['error']:.1e}, {row['bits']}"
+    return row["reason"] if row.get("error") is None else f"{row['verdict']}, error {row['error']:.1e}, {row['bits']}"
 
 
 def table(headings, rows):

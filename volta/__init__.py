@@ -1,1 +1,1 @@
-"""Examine what vLLM does on a Volta; runs where vLLM's wheel is installed, or on the card."""
+"""Check vLLM for compute capability 7.0; runs where vLLM's wheel is installed, or on the card."""

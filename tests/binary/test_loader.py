@@ -25,7 +25,7 @@ def test_library_is_found_through_runpath_as_by_the_dynamic_linker(tmp_path, lib
     without = compiled(tmp_path / "pkg" / "without.so", source, base)
 
     resolution = Loader(tmp_path).resolve("pkg/with.so")
-    assert (resolution.missing, resolution.lent, resolution.unresolved) == ((), (), ())
+    assert (resolution.missing, resolution.preloaded, resolution.unresolved) == ((), (), ())
     assert loads(with_runpath)
 
     resolution = Loader(tmp_path).resolve("pkg/without.so")
@@ -36,8 +36,8 @@ def test_library_is_found_through_runpath_as_by_the_dynamic_linker(tmp_path, lib
 
 def test_library_loaded_before_is_reported_as_lent(tmp_path, library):
     compiled(tmp_path / "pkg" / "user.so", "int base(void); int use(void) { return base(); }", str(library))
-    resolution = Loader(tmp_path, lent=(tmp_path,)).resolve("pkg/user.so")
-    assert (resolution.missing, resolution.lent, resolution.unresolved) == ((), ("libbase.so.1",), ())
+    resolution = Loader(tmp_path, preloaded=(tmp_path,)).resolve("pkg/user.so")
+    assert (resolution.missing, resolution.preloaded, resolution.unresolved) == ((), ("libbase.so.1",), ())
 
 
 @pytest.mark.parametrize(("dtags", "reaches"), [("--disable-new-dtags", True), ("--enable-new-dtags", False)])
@@ -56,7 +56,7 @@ def test_rpath_applies_to_dependencies_of_dependencies_and_runpath_does_not(tmp_
     subprocess.run([programs.find("patchelf"), "--replace-needed", str(middle), "libmiddle.so", top], check=True)
     resolution = Loader(tmp_path).resolve("top.so")
     assert resolution.missing == ()
-    assert resolution.beyond == (() if reaches else (("libmiddle.so", "libbase.so.1"),))
+    assert resolution.missing_indirect == (() if reaches else (("libmiddle.so", "libbase.so.1"),))
     assert (not resolution.unresolved) == reaches
     assert loads(top) == reaches
 

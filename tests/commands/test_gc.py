@@ -541,7 +541,7 @@ def test_the_list_states_files_reasons_and_the_next_command(made, capsys):
     for words in (
         "files that no recipe needs", "trees, 1.0 MB", "build/trees/gone",
         "no recipe compiles a source of this name",
-        "build/logs/gone.log", "│ all", "not made by voltforge, never removed", f"wheelhouse/{WHEEL.format('brought')}",
+        "build/logs/gone.log", "│ all", "files that gc never removes", f"wheelhouse/{WHEEL.format('brought')}",
         "./doit gc gc=delete removes",
     ):  # fmt: skip
         assert words in said

@@ -18,7 +18,7 @@ from tests.support.samples import compiled, wheel
 from tests.support.tally import Tally
 from voltforge.commands import reproduce
 from voltforge.commands.build_conditions import Variation
-from voltforge.commands.reproduce import NotReproducible, Second, prepare
+from voltforge.commands.reproduce import NotReproducible, SecondCheckout, prepare
 from voltforge.compile.toolchain import Toolchain
 from voltforge.errors import VoltforgeError
 from voltforge.gpu import triton_kernels
@@ -67,7 +67,7 @@ def built(pipeline: Pipeline) -> Pipeline:
     return pipeline
 
 
-def seen(pipeline: Pipeline, second: Second) -> dict:
+def seen(pipeline: Pipeline, second: SecondCheckout) -> dict:
     """Return the environment of a program that runs under the conditions of the second build."""
     log = pipeline.scratch / "logs" / "probe.log"
     probe = PROBE.format(sha256=pipeline.recipes["saxpy"].source.sha256)
@@ -75,7 +75,7 @@ def seen(pipeline: Pipeline, second: Second) -> dict:
     return json.loads(log.read_text().splitlines()[-1])
 
 
-def by_name(second: Second) -> dict[str, Variation]:
+def by_name(second: SecondCheckout) -> dict[str, Variation]:
     return {variation.what: variation for variation in second.variations}
 
 
@@ -108,7 +108,7 @@ def test_conditions_of_the_first_build_are_inverted(saxpy: Pipeline, monkeypatch
     told = by_name(second)
     assert [told[what].second for what in ("umask", "time zone", "hash seed", "jobs")] == ["0022", "CST+6", "2424", "2"]
     assert told["locale"].second == "C"
-    assert "umask 0022" in " ".join(second.around)
+    assert "umask 0022" in " ".join(second.prefix)
 
 
 def test_downloads_are_reused_but_not_the_shared_cache_and_the_key(
@@ -146,14 +146,14 @@ def test_another_home_keeps_index_credentials_and_uv_cache(
     assert really["index"] == str(named)
     assert really["environ"]["UV_CACHE_DIR"] == str(home / ".cache" / "uv")
     assert really["environ"]["NETRC"] == str(home / ".netrc")
-    assert "word" not in " ".join(second.around) + (saxpy.scratch / "logs" / "probe.log").read_text().splitlines()[0]
+    assert "word" not in " ".join(second.prefix) + (saxpy.scratch / "logs" / "probe.log").read_text().splitlines()[0]
 
 
 def test_an_unchanged_user_is_reported(saxpy: Pipeline, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     second = prepare(saxpy, "saxpy", made=FIRST)
-    assert by_name(second)["user"].same_because == "unshare(1) cannot make another here"
-    assert "unshare" not in second.around
+    assert by_name(second)["user"].same_because == "unshare(1) cannot map another user on this machine"
+    assert "unshare" not in second.prefix
     same = [variation.what for variation in second.variations if variation.same_because]
     assert second.varied == len(second.variations) - len(same)
     assert {"user", "jobs"} <= set(same)
@@ -327,7 +327,7 @@ def test_equal_wheels_give_equal_image_archives(images: RuntimeImage, counted: T
         images.image.run()
     except VoltforgeError as error:
         pytest.skip(f"no engine can build an image on this machine: {error.what}")
-    pipeline = images.checkout
+    pipeline = images.pipeline
     compared = reproduce.image(pipeline, images)
     assert compared.tier == "identical"
     record = json.loads((pipeline.scratch / "reproduce" / "image.json").read_text())

@@ -8,7 +8,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from tests.commands.test_tasks import Checkout, problem
+from tests.commands.test_tasks import problem
+from tests.support.command_checkout import CommandCheckout
 from tests.support.ninja_logs import HEADER, line, run_ninja, write_log
 from voltforge.compile import build_chart, build_profile, ninja_log
 from voltforge.compile.command_graph import graph_of
@@ -81,7 +82,7 @@ def test_profile_without_a_build_is_an_error_with_a_hint(tmp_path):
 
 
 def test_doit_draws_the_chart_and_reports_errors_without_a_traceback(tmp_path, repository, built):
-    checkout = Checkout(tmp_path / "a checkout", repository)
+    checkout = CommandCheckout(tmp_path / "a checkout", repository)
     checkout.settle()
     assert "no build log under" in problem(checkout.doit("bench:profile"))
     folder = checkout.root / "build" / "work" / "thing-0123456789ab" / "tree" / "build" / "temp"

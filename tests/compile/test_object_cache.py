@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.support.checkouts import edited, small_checkout
 from voltforge.compile import cache_stats, object_cache
 from voltforge.compile.cache_stats import CacheStats
-from voltforge.compile.object_cache import CacheServer, ObjectCache
+from voltforge.compile.object_cache import ObjectCache, ObjectServer
 from voltforge.compile.scheduler import socket_address
 from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Settings
@@ -221,7 +221,9 @@ def test_a_full_server_or_broken_objects_do_not_change_the_wheel(tmp_path, toolc
 def test_a_compiler_may_take_longer_than_the_server_timeout(tmp_path, monkeypatch):
     monkeypatch.setattr(object_cache, "TIMEOUT", 0.3)
     with redis(tmp_path) as port, socket.socket(socket.AF_UNIX) as asks:
-        ObjectCache(Path("/usr/bin/ccache"), tmp_path, CacheServer.parse(f"redis://127.0.0.1:{port}")).forward(tmp_path)
+        ObjectCache(Path("/usr/bin/ccache"), tmp_path, ObjectServer.parse(f"redis://127.0.0.1:{port}")).forward(
+            tmp_path
+        )
         with socket_address(tmp_path, object_cache.SOCKET) as address:
             asks.connect(address)
         for _ in range(2):
@@ -232,7 +234,7 @@ def test_a_compiler_may_take_longer_than_the_server_timeout(tmp_path, monkeypatc
 
 def test_an_unreachable_server_is_reported_and_the_local_cache_is_used(tmp_path, capsys):
     port = free_port()
-    made = ObjectCache(Path("/usr/bin/ccache"), tmp_path, CacheServer.parse(f"redis://:secret@127.0.0.1:{port}"))
+    made = ObjectCache(Path("/usr/bin/ccache"), tmp_path, ObjectServer.parse(f"redis://:secret@127.0.0.1:{port}"))
     assert not made.reachable()
     assert capsys.readouterr().out == (
         f"! redis://***@127.0.0.1:{port} cannot be reached (Connection refused): only the cache on this disk is used\n"
@@ -257,7 +259,7 @@ def test_an_unwritable_cache_folder_is_reported_and_everything_is_compiled(tmp_p
 
 
 def test_an_invalid_host_name_is_reported(tmp_path, capsys):
-    assert not ObjectCache(Path("/usr/bin/ccache"), tmp_path, CacheServer.parse("redis://cache..lan")).reachable()
+    assert not ObjectCache(Path("/usr/bin/ccache"), tmp_path, ObjectServer.parse("redis://cache..lan")).reachable()
     assert "cannot be reached" in capsys.readouterr().out
 
 
@@ -289,17 +291,17 @@ def test_an_unsupported_address_fails_with_a_sentence(address, tmp_path):
 @given(st.text())
 def test_any_address_is_parsed_or_refused_with_a_sentence(address):
     with contextlib.suppress(VoltforgeError):
-        assert CacheServer.parse(address).port > 0
+        assert ObjectServer.parse(address).port > 0
 
 
 def test_user_and_folder_of_a_server_survive_the_tunnel():
-    assert {CacheServer.parse(f"redis://{user}secret@cache").address for user in ("", ":", "default:")} == {
+    assert {ObjectServer.parse(f"redis://{user}secret@cache").address for user in ("", ":", "default:")} == {
         "redis://default:secret@cache"  # as ccache and redis both understand it
     }
-    one = CacheServer.parse("redis://me:secret@cache.example")
+    one = ObjectServer.parse("redis://me:secret@cache.example")
     assert (one.host, one.port) == ("cache.example", 6379)
     assert one.remote_storage("127.0.0.1", 4226) == "redis://me:secret@127.0.0.1:4226"
-    assert CacheServer.parse("http://a:8080/x/y").remote_storage("127.0.0.1", 4226) == "http://127.0.0.1:4226/x/y"
+    assert ObjectServer.parse("http://a:8080/x/y").remote_storage("127.0.0.1", 4226) == "http://127.0.0.1:4226/x/y"
     assert "secret" not in str(one)
 
 

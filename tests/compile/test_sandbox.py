@@ -368,7 +368,7 @@ def test_an_unknown_choice_is_refused_with_the_valid_ones(choice):
     with pytest.raises(VoltforgeError) as caught:
         choose(choice)
     assert caught.value.what == f"sandbox={choice} is not a valid choice"
-    assert caught.value.hint == "one of auto, require, off"
+    assert caught.value.hint == "sandbox=auto or sandbox=require or sandbox=off"
 
 
 @needs_bubblewrap

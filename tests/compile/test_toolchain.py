@@ -123,7 +123,7 @@ def test_a_too_new_host_compiler_is_refused_with_the_one_to_install(tmp_path: Pa
     header = tmp_path / "include/crt/host_config.h"
     header.parent.mkdir(parents=True)
     header.write_text("#if __GNUC__ > 4\n#error unsupported GNU version\n#endif\n")
-    with pytest.raises(ToolchainError, match=r"newest C\+\+ compiler is g\+\+ 4 .*apt-get install g\+\+-4"):
+    with pytest.raises(ToolchainError, match=r"it needs g\+\+ 4 or older .*apt-get install g\+\+-4"):
         module.host_compiler(tmp_path)
     with pytest.raises(ToolchainError, match=r"no g\+\+ on PATH"):
         module.host_compiler(tmp_path, {"PATH": str(tmp_path)})

@@ -105,10 +105,10 @@ def test_coarse_clocks_and_dangling_links_are_tolerated(tmp_path: Path) -> None:
     os.utime(tmp_path / "now", (time.time() + 1,) * 2)
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "up").symlink_to(tmp_path)
-    assert work_folder.from_the_future(tmp_path) is None
+    assert work_folder.newer_than_clock(tmp_path) is None
     os.utime(tmp_path / "now", (time.time() + 60,) * 2)
-    assert work_folder.from_the_future(tmp_path) == tmp_path / "now"
-    assert work_folder.from_the_future(tmp_path / "work") is None
+    assert work_folder.newer_than_clock(tmp_path) == tmp_path / "now"
+    assert work_folder.newer_than_clock(tmp_path / "work") is None
 
 
 def test_objects_of_a_tree_at_another_path_are_discarded(

@@ -656,7 +656,7 @@ def changed_while_compiling(place: Place, path: Path, old: str, new: str) -> str
         path.write_text(text.replace(old, new))
         output = run.communicate(timeout=60)[0]
     said = Ended(run.returncode, output).sentence()
-    assert "changed while" in said
+    assert "changed during the run" in said
     assert "build" not in place.finished()
     assert not [*(place.root / "wheelhouse").glob("*.whl")]
     return said

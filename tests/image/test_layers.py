@@ -24,7 +24,7 @@ def settled(tmp_path: Path) -> Environment:
     """A real environment with small wheels in it: vllm needs torch, torch an NVIDIA library, other nobody."""
     lock = tmp_path / "empty.txt"
     lock.write_text("")
-    made = environment.create(lock, tmp_path / "environment", Indexes(()), offline=True)
+    made = environment.create(lock, tmp_path / "environment", Indexes(None), offline=True)
     library = compiled(tmp_path / "lib.so", "int one(void) { return 1; }", "-g")
     quick = {"quick.py": "", "quick-1.0.dist-info/entry_points.txt": SCRIPTS}
     for name, content, requires in (

@@ -27,7 +27,7 @@ from voltforge.errors import VoltforgeError
 from voltforge.pipeline.checkout import Settings
 from voltforge.pipeline.pipeline import Pipeline
 from voltforge.sources import environment
-from voltforge.sources.fetch import NotFetchedError
+from voltforge.sources.fetch import DownloadError
 from voltforge.sources.options import OptionError
 from voltforge.system import files
 from voltforge.wheel import wheelfile
@@ -153,7 +153,7 @@ def test_a_missing_source_is_reported_with_its_hash_its_place_and_the_thin_wheel
     monkeypatch.setenv("VOLTFORGE_OFFLINE", "1")
     files.remove(checkout.scratch / "downloads")
     pipeline = Pipeline.load(checkout.root, Settings(torch="source"))
-    with pytest.raises(NotFetchedError) as caught:
+    with pytest.raises(DownloadError) as caught:
         run(pipeline)
     said = str(caught.value)
     for part in ("pytorch-v2.9.0.tar.gz", pipeline.recipes["torch"].source.sha256, "build/downloads", "torch=thin"):

@@ -168,7 +168,7 @@ def test_an_input_that_changes_during_the_work_is_named_and_nothing_is_recorded(
     with pytest.raises(Changed) as caught:
         moving.run()
     assert caught.value.what == (
-        "inputs changed while tree:vllm was running; its result was discarded:"
+        "inputs of tree:vllm changed during the run; nothing was recorded:"
         '\n  - patches: (none) -> {"0001.patch": "1234"}\n  - source: abc -> abd'
     )
     assert not work.stage.path.exists()
@@ -183,7 +183,7 @@ def test_inputs_of_a_stage_before_must_not_change(work, tmp_path):
         built.run()
     work.stage.run()
     work.inputs = {"source": "abd"}
-    with pytest.raises(Changed, match="inputs changed while build:vllm was running"):
+    with pytest.raises(Changed, match="inputs of build:vllm changed during the run"):
         built.run()
     assert after.runs == 0
     work.stage.run()

@@ -27,9 +27,9 @@ from rich.console import Console
 from tests.support.corruption import bounded, saying
 from tests.support.servers import Fault, Server, serving
 from voltforge.sources import fetch, index, transfer
-from voltforge.sources.fetch import Artifact, NotFetchedError, Store
+from voltforge.sources.fetch import Artifact, DownloadError, Store
 from voltforge.sources.index import Indexes, Patience
-from voltforge.sources.transfer import FetchError, NotKeptError
+from voltforge.sources.transfer import FetchError, StoreWriteError
 from voltforge.system import console
 
 FILE = "thing-1.0.tar.gz"
@@ -71,13 +71,13 @@ def store(folder: Path, indexes: Indexes = NO_INDEX, archives: tuple[str, ...] =
     return Store(folder, ask_indexes=lambda: indexes, ask_archives=lambda: archives, **more)
 
 
-def problem(a_store: Store, *artifacts: Artifact) -> NotFetchedError:
-    with pytest.raises(NotFetchedError) as caught:
+def problem(a_store: Store, *artifacts: Artifact) -> DownloadError:
+    with pytest.raises(DownloadError) as caught:
         a_store.get_all(artifacts)
     return caught.value
 
 
-def outcomes(error: NotFetchedError) -> list[str]:
+def outcomes(error: DownloadError) -> list[str]:
     return [attempt.outcome for missing in error.missing for attempt in missing.attempts]
 
 
@@ -344,7 +344,7 @@ def test_the_rest_is_requested_from_a_silent_server(tmp_path, server, monkeypatc
 def test_a_server_that_is_always_silent_fails(tmp_path, server, monkeypatch):
     monkeypatch.setattr(index, "TIMEOUT", (5, 0.1))
     server.faults[PATH] = [Fault(cut=10, stall=True)] * 9
-    assert outcomes(problem(store(tmp_path), artifact(server))) == ["stopped sending, 4 times"]
+    assert outcomes(problem(store(tmp_path), artifact(server))) == ["stopped sending, in 4 attempts"]
 
 
 def test_the_next_place_continues_the_part_of_a_server_that_always_breaks_off(tmp_path, server, other):
@@ -414,14 +414,14 @@ def test_a_range_is_refused_if_the_whole_file_was_requested(tmp_path, server):
 def test_a_file_with_another_announced_size_is_not_downloaded(tmp_path, server):
     server.files[PATH] = DATA + b"more"
     error = problem(store(tmp_path), artifact(server))
-    assert outcomes(error) == [f"offers {len(DATA) + 4} bytes instead of {len(DATA)}"]
+    assert outcomes(error) == [f"offered {len(DATA) + 4} bytes instead of {len(DATA)}"]
 
 
 def test_an_endless_answer_is_stopped_at_the_known_size(tmp_path, server):
     server.files[PATH] = bytes(64_000_000)
     server.faults[PATH] = [Fault(headers={"Content-Length": ""})]
     error = problem(store(tmp_path), artifact(server))
-    assert outcomes(error) == [f"sends more than the expected {len(DATA)} bytes"]
+    assert outcomes(error) == [f"sent more than the expected {len(DATA)} bytes"]
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -457,7 +457,7 @@ def test_an_endless_file_of_unknown_size_is_stopped_at_a_limit(tmp_path, monkeyp
     monkeypatch.setattr(transfer, "MOST", 5_000_000)
     with saying(lambda path: endless(bytes(100_000))) as url:
         error = problem(store(tmp_path), artifact(url=f"{url}{PATH}", size=None))
-    assert outcomes(error) == ["sends more than the expected 5000000 bytes"]
+    assert outcomes(error) == ["sent more than the expected 5000000 bytes"]
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -466,7 +466,7 @@ def test_a_server_that_sends_almost_nothing_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "TIMEOUT", (5, 0.2))
     with saying(lambda path: endless(b"x", 0.02)) as url:
         error = problem(store(tmp_path), artifact(url=f"{url}{PATH}"))
-    assert outcomes(error) == ["sends almost nothing, 4 times"]
+    assert outcomes(error) == ["sent almost nothing, in 4 attempts"]
 
 
 @pytest.mark.parametrize("status", [b"302 Found", b"503 Service Unavailable"])
@@ -698,7 +698,7 @@ def test_a_write_error_ends_all_downloads_and_the_next_run_resumes_each(tmp_path
     before = set(threading.enumerate())
     blocking = threading.Thread(target=block)
     blocking.start()
-    with pytest.raises(NotKeptError):
+    with pytest.raises(StoreWriteError):
         store(tmp_path).get_all([stalls, fails])
     blocking.join()
     assert [
@@ -743,7 +743,7 @@ def test_ctrl_c_ends_all_downloads_and_the_next_run_resumes_each(tmp_path, serve
 
 def test_an_unwritable_folder_is_reported(tmp_path, server):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotKeptError, match=r"file.* cannot be written"):
+    with pytest.raises(StoreWriteError, match=r"file.* cannot be written"):
         store(tmp_path / "file" / "folder").get(artifact(server))
 
 
@@ -796,7 +796,7 @@ def test_a_full_disk_is_reported(tmp_path, server):
     argv = [sys.executable, "-c", FETCH, str(tmp_path), f"{server.url}{PATH}", artifact().sha256]
     argv = [*mount, small + 'exec "$@"', str(tmp_path), *argv]
     ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert re.search(r"NotKeptError: .*\.part cannot be written: No space left on device", ended.stderr)
+    assert re.search(r"StoreWriteError: .*\.part cannot be written: No space left on device", ended.stderr)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from uv import find_uv_bin
 from tests.support.corruption import ANSWERS_COUNTED, Room, cases, damaged, saying
 from tests.support.servers import Fault, Server, serving
 from voltforge.sources import index
-from voltforge.sources.fetch import Artifact, NotFetchedError, Store
+from voltforge.sources.fetch import Artifact, DownloadError, Store
 from voltforge.sources.index import Indexes, NotOnIndexError, Patience, configured
 from voltforge.system import console, urls
 from voltforge.system.files import remove
@@ -210,7 +210,7 @@ def fetched(url: str, room: Room) -> list[str]:
     indexes = Indexes(f"{url}/simple/")
     store = Store(room.out, ask_indexes=lambda: indexes, ask_archives=lambda: (), patience=PATIENCE)
     wanted = Artifact(SDIST, HASH, index="small", size=len(DATA))
-    with room.watched(NotFetchedError) as caught:
+    with room.watched(DownloadError) as caught:
         assert store.get(wanted).read_bytes() == DATA
     with room.watched(NotOnIndexError):
         indexes.find("small", SDIST, indexes.session(PATIENCE))

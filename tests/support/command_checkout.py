@@ -35,7 +35,7 @@ class CommandCheckout:
         self.root = root
         known = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
         wanted = re.compile(
-            r"voltforge/|dodo\.py|doit$|recipes/cuda|recipes/locks/(cuda|driver)|requirements\.txt|pyproject\.toml"
+            r"voltforge/|dodo\.py|doit$|recipes/cuda|recipes/locks/(cuda|driver)|requirements(-dev)?\.txt|pyproject\.toml"
         )
         for name in subprocess.run(
             known, cwd=repository, capture_output=True, text=True, check=True
@@ -51,7 +51,8 @@ class CommandCheckout:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.root / ".venv"], check=True)
         [packages] = (self.root / ".venv" / "lib").glob("python*/site-packages")
         (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()))
-        shutil.copy(self.root / "requirements.txt", self.root / ".venv")
+        for lock in ("requirements.txt", "requirements-dev.txt"):
+            shutil.copy(self.root / lock, self.root / ".venv")
 
     def doit(self, *words: str, script: str = "./doit") -> subprocess.CompletedProcess[str]:
         return subprocess.run(

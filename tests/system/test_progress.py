@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tests.support.checkouts import ROOT
 from tests.support.terminal import Terminal, seen
-from voltforge.system.progress import GAP, PARTS, Board, ProgressState, Row, clock, fitting, printable
+from voltforge.system.progress import GAP, PARTS, Board, ProgressRow, ProgressState, clock, fitting, printable
 
 BUSY = ProgressState(
     "cache_kernels.cu.o", 12, 41, jobs=3, waiting=1, memory=5_200_000_000, limit=12_000_000_000, hits=17,
@@ -140,7 +140,7 @@ def test_a_row_stays_visible_between_prints():
 
 
 def test_a_cell_that_shrinks_does_not_make_the_row_jump():
-    row = Row("vllm")
+    row = ProgressRow("vllm")
     places = set()
     for memory, said in ((990_000_000, "990.0 MB"), (9_900_000_000, "9.90 GB"), (1_000_000, "1.0 MB")):
         row.tell(ProgressState("a.o", 1, 2, memory=memory, hits=3))
@@ -211,13 +211,13 @@ def test_stage_is_shown_while_no_task_in_it_has_a_row():
 
 
 def test_the_bar_of_a_stage_follows_its_last_duration():
-    row = Row("check:vllm", usual=60.0, start=100.0)
+    row = ProgressRow("check:vllm", usual=60.0, start=100.0)
     cells = row.cells(130.0)
     assert (cells["bar"], cells["elapsed"], cells["left"]) == ("0.5000", "0:30", "0:30 left")
 
 
 def test_a_task_without_a_count_uses_the_duration_of_its_stage():
-    row = Row("vllm-build", around=Row("environment:vllm", usual=60.0, start=100.0), start=110.0)
+    row = ProgressRow("vllm-build", enclosing=ProgressRow("environment:vllm", usual=60.0, start=100.0), start=110.0)
     assert row.cells(130.0)["left"] == "0:30 left"
     row.tell(ProgressState("x.o", 1, 4))
     assert "left" not in row.cells(130.0)
@@ -226,15 +226,17 @@ def test_a_task_without_a_count_uses_the_duration_of_its_stage():
 
 @pytest.mark.parametrize("usual", [None, 60.0])
 def test_time_left_is_hidden_without_history_or_beyond_it(usual):
-    cells = Row("check:vllm", usual=usual, start=100.0).cells(161.0)
+    cells = ProgressRow("check:vllm", usual=usual, start=100.0).cells(161.0)
     assert set(cells) == {"label", "elapsed"}
 
 
 def test_a_download_shows_sizes_in_one_unit_speed_and_time_left():
-    row = Row("a.whl", bytes=True, work=ProgressState(done=30_000_000, total=87_200_000), before=10_000_000, start=0.0)
+    row = ProgressRow(
+        "a.whl", bytes=True, work=ProgressState(done=30_000_000, total=87_200_000), before=10_000_000, start=0.0
+    )
     cells = row.cells(10.0)
     assert (cells["count"], cells["speed"], cells["left"]) == ("30.0/87.2 MB", "2.0 MB/s", "0:28 left")
-    assert Row("a.whl", bytes=True, work=ProgressState(done=999)).cells(1.0)["count"] == "999 B"
+    assert ProgressRow("a.whl", bytes=True, work=ProgressState(done=999)).cells(1.0)["count"] == "999 B"
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,7 @@ def test_escape_sequences_are_removed():
 
 @given(ANY, ANY, st.integers(1, 120), st.booleans())
 def test_row_takes_one_line_within_the_width(label, text, width, busy):
-    row = Row(label or "x")
+    row = ProgressRow(label or "x")
     row.tell(ProgressState(text, 12, 41, jobs=3, left=9) if busy else text)
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, _environ={})
     console.print(row.drawn(width, row.start))
@@ -277,7 +279,7 @@ COUNTS = st.none() | st.integers(-(2**63), 2**63)
 
 @given(st.builds(ProgressState, ANY, *[COUNTS] * 8, left=st.none() | st.floats()), st.booleans(), st.floats(0, 1e9))
 def test_any_numbers_can_be_drawn(work, bytes, elapsed):
-    row = Row("x", bytes=bytes, work=work, start=0.0, around=Row("y", usual=elapsed / 2, start=0.0))
+    row = ProgressRow("x", bytes=bytes, work=work, start=0.0, enclosing=ProgressRow("y", usual=elapsed / 2, start=0.0))
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None, _environ={})
     console.print(row.drawn(100, elapsed))
     assert "\n" not in console.file.getvalue().rstrip("\n")

@@ -109,7 +109,7 @@ def test_error_function_equals_the_standard_library() -> None:
 
 def test_write_next_to_an_array_is_an_error() -> None:
     for measure in ("row", "each", "equal"):
-        memory = builder.Memory()
+        memory = builder.RowBuilder()
         right = np.ones((3, 4), np.float16)
         at = memory.rows(right)
         memory.expect(at, right, measure)

@@ -14,7 +14,7 @@ from tests.support.vllm_python import VllmPython, Workbench
 
 pytestmark = pytest.mark.build
 
-Row = Mapping[str, Any]
+CaseResult = Mapping[str, Any]
 
 # An example takes about a second in the interpreter.
 searching = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -38,9 +38,11 @@ class Bench(Workbench):
     def __init__(self, vllm_python: VllmPython, *words: str) -> None:
         super().__init__(vllm_python, *words, prelude=PRELUDE)
 
-    def row(self, case: str) -> Row:
+    def row(self, case: str) -> CaseResult:
         """Run a case and return its row."""
-        row: Row = json.loads(self.does(f"row = attempt({case})\nprint(json.dumps(vars(row) | {{'fine': row.fine}}))"))
+        row: CaseResult = json.loads(
+            self.does(f"row = attempt({case})\nprint(json.dumps(vars(row) | {{'fine': row.fine}}))")
+        )
         return row
 
 

@@ -70,7 +70,7 @@ def test_each_fault_is_reported_and_the_other_rows_run(bad: Path, tmp_path: Path
     status, said, _ = ran(bad, "--patience", "3", "--json", tmp_path / "told.json", CAPABILITY="9.0")
     assert status == 1
     told = json.loads((tmp_path / "told.json").read_text())["rows"]
-    assert [one["said"] for one in told if one["name"] == "good"] == [""] * 5
+    assert [one["reason"] for one in told if one["name"] == "good"] == [""] * 5
     assert "5 of 10 rows are right" in said
     assert "WRONG  fill: wrong number" in said
     for words in (
@@ -85,7 +85,7 @@ def test_each_fault_is_reported_and_the_other_rows_run(bad: Path, tmp_path: Path
 def test_driver_older_than_the_ptx_is_reported_with_both_versions(tmp_path: Path) -> None:
     path = bundle(tmp_path / "new.zip", [faults.row("new", version="8.7"), faults.row("old", version="7.0")])
     told = verdicts(path, tmp_path / "told.json", CAPABILITY="8.6", CUDA="12.4")
-    assert told["new"]["said"] == (
+    assert told["new"]["reason"] == (
         "its PTX needs a driver for CUDA 12.8, and this one supports CUDA 12.4: install a newer driver"
     )
     assert told["old"]["error"] == 0
@@ -108,7 +108,7 @@ def test_row_too_large_for_the_card_is_reported_and_the_next_runs(tmp_path: Path
     large = faults.row("large", size=64 << 20)
     path = bundle(tmp_path / "large.zip", [large, faults.row("small")])
     told = verdicts(path, tmp_path / "told.json", FREE=str(16 << 20))
-    assert told["large"]["said"] == "the row needs 64 MiB of the card's memory, and 16 MiB are free"
+    assert told["large"]["reason"] == "the row needs 64 MiB of the card's memory, and 16 MiB are free"
     assert told["small"]["error"] == 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.vllm_python import VllmPython, Workbench
-from volta.torch_operations.operation import NO_GPU, Row
+from volta.torch_operations.operation import NO_GPU, OperationResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.build]
 
@@ -140,6 +140,22 @@ print(json.dumps([vars(row) for row in compare("it", answers, reference, took)])
 """
 
 
+BROKEN = """
+import json, tempfile
+from pathlib import Path
+import volta.small_model.__main__ as program
+from volta.small_model import checkpoint
+
+def broken(*_, **__):
+    raise RuntimeError("the card has no memory left")
+
+program.run_vllm = broken
+with tempfile.TemporaryDirectory() as name:
+    rows = [vars(row) for row in program.rows(checkpoint.VARIANTS[0], Path(name) / "model", "cuda")]
+print(json.dumps(rows))
+"""
+
+
 def last(lines: str) -> Any:
     return json.loads(lines.splitlines()[-1])
 
@@ -159,7 +175,7 @@ def test_transformers_in_float16_are_within_half_of_every_bound(vllm_python: Vll
     about, *rows = map(json.loads, vllm_python.run(*PROGRAM, "--device", "cpu", "--json").splitlines())
     assert about["device"] == "CPU"
     assert len(rows) == 8
-    for row in (Row(**one) for one in rows):
+    for row in (OperationResult(**one) for one in rows):
         assert row.verdict == "right", row
         assert row.error is not None
         assert row.bound is not None
@@ -185,10 +201,16 @@ def test_wrong_model_is_found(bench: Workbench, wrong: str) -> None:
 
 def test_answers_of_vllm_are_written_read_and_compared(vllm_python: VllmPython) -> None:
     """vllm.LLM needs a GPU; a replacement returns vLLM's own output types."""
-    tokens, logarithms = (Row(**one) for one in last(vllm_python.run("-c", GLUE)))
+    tokens, logarithms = (OperationResult(**one) for one in last(vllm_python.run("-c", GLUE)))
     assert (tokens.verdict, logarithms.verdict) == ("right", "right")
     assert tokens.microseconds
-    assert "64 tokens" in tokens.said
+    assert "64 tokens" in tokens.reason
+
+
+def test_vllm_that_fails_gives_a_row_with_the_reason(vllm_python: VllmPython) -> None:
+    rows = [OperationResult(**row) for row in last(vllm_python.run("-c", BROKEN))]
+    assert [row.verdict for row in rows] == ["failed", "failed"]
+    assert {row.reason for row in rows} == {"the card has no memory left"}
 
 
 def test_missing_gpu_gives_a_message_and_status_5(vllm_python: VllmPython) -> None:

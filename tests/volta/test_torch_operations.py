@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.checkouts import ROOT
 from tests.support.vllm_python import VllmPython
-from volta.torch_operations.operation import NO_GPU, Operation, Row
+from volta.torch_operations.operation import NO_GPU, Operation, OperationResult
 from volta.torch_operations.table import line
 
 PROGRAM = ("-m", "volta.torch_operations")
@@ -37,20 +37,22 @@ sys.exit(main(["--device", "cpu", "--json", "--only", "{only}"]))
 """
 
 
-def told(lines: str) -> tuple[dict[str, Any], dict[str, Row]]:
+def told(lines: str) -> tuple[dict[str, Any], dict[str, OperationResult]]:
     about, *rows = map(json.loads, lines.splitlines())
-    return about, {row["operation"]: Row(**row) for row in rows}
+    return about, {row["operation"]: OperationResult(**row) for row in rows}
 
 
 @pytest.fixture(scope="module")
-def on_the_cpu(vllm_python: VllmPython) -> tuple[dict[str, Any], dict[str, Row]]:
+def on_the_cpu(vllm_python: VllmPython) -> tuple[dict[str, Any], dict[str, OperationResult]]:
     """The program's rows for the CPU, in the types that are tested on a GPU."""
     return told(vllm_python.run(*PROGRAM, "--device", "cpu", "--json"))
 
 
 @pytest.mark.slow
 @pytest.mark.build
-def test_every_operation_is_right_on_the_cpu_in_the_tested_types(on_the_cpu: tuple[Any, dict[str, Row]]) -> None:
+def test_every_operation_is_right_on_the_cpu_in_the_tested_types(
+    on_the_cpu: tuple[Any, dict[str, OperationResult]],
+) -> None:
     about, rows = on_the_cpu
     assert "sm_70" in about["archs"]
     assert {name: row.verdict for name, row in rows.items() if row.verdict != "right"} == {
@@ -65,7 +67,7 @@ def test_every_operation_is_right_on_the_cpu_in_the_tested_types(on_the_cpu: tup
 @pytest.mark.slow
 @pytest.mark.build
 def test_errors_are_large_enough_to_show_that_short_types_are_tested(
-    on_the_cpu: tuple[Any, dict[str, Row]],
+    on_the_cpu: tuple[Any, dict[str, OperationResult]],
 ) -> None:
     for name, row in on_the_cpu[1].items():
         if row.verdict == "right" and row.bound:
@@ -100,7 +102,7 @@ def test_operation_without_a_kernel_is_a_failed_row_and_the_others_run(vllm_pyth
     text = PATCHED.format(real="torch.cumsum", wrong=f"torch._assert(False, '{NO_KERNEL}')", only="cum", guarded=True)
     rows = told(vllm_python.run("-c", text, status=1))[1]
     assert rows["cumsum, float32"].verdict == "failed"
-    assert rows["cumsum, float32"].said == NO_KERNEL
+    assert rows["cumsum, float32"].reason == NO_KERNEL
     assert rows["cumprod, float32"].verdict == "right"
 
 
@@ -122,10 +124,10 @@ def test_missing_torch_gives_a_message_and_status_5() -> None:
 
 
 def test_row_is_printed_as_a_line() -> None:
-    assert line(Row("sort", 0.0, 0.0, 12.34, "right", "nothing is computed")).split() == [
+    assert line(OperationResult("sort", 0.0, 0.0, 12.34, "right", "nothing is computed")).split() == [
         "sort", "0.0e+00", "0.0e+00", "12.3", "right"
     ]  # fmt: skip
-    assert line(Row("qr", bound=1e-5, said=NO_KERNEL)).endswith(f"failed {NO_KERNEL}")
+    assert line(OperationResult("qr", bound=1e-5, reason=NO_KERNEL)).endswith(f"failed {NO_KERNEL}")
     assert "name" in Operation.__dataclass_fields__
 
 
@@ -154,7 +156,7 @@ def needs(tmp_path: Path) -> Path:
 
 
 def row(**others: Any) -> Mapping[str, Any]:
-    return vars(Row("sort", 0.0, 0.0, 1.0, "right", "", "abc", True)) | others
+    return vars(OperationResult("sort", 0.0, 0.0, 1.0, "right", "", "abc", True)) | others
 
 
 @pytest.mark.parametrize(
@@ -164,8 +166,8 @@ def row(**others: Any) -> Mapping[str, Any]:
         (row(bits="xyz"), "off"),
         (row(bits="xyz", repeats=False), "loose"),
         (row(verdict="wrong", repeats=False), "off"),
-        (row(verdict="failed", said=NO_KERNEL, bits=""), "off"),
-        (row(verdict="left out", error=None, said="not on this card", bits=""), "off"),
+        (row(verdict="failed", reason=NO_KERNEL, bits=""), "off"),
+        (row(verdict="left out", error=None, reason="not on this card", bits=""), "off"),
     ],
 )
 def test_different_bits_and_failures_of_a_thin_torch_are_distinguished(

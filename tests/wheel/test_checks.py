@@ -314,7 +314,7 @@ def test_libraries_that_need_torch_imported_first_are_noted(tmp_path, environmen
     findings = examined(tmp_path, {"a/_C.so": path}, environment=environment)
     assert found(findings, "symbols") == [
         ("pass", "all 1 that 1 binaries ask for are found"),
-        ("note", "a/_C.so find libtorch.so only where torch has been imported before"),
+        ("note", "a/_C.so find libtorch.so only after torch was imported"),
     ]
 
 

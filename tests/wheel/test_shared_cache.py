@@ -721,9 +721,9 @@ SERVED: dict[str, tuple[str, Callable[[bytes], list[Fault]], str]] = {
     "wheel: truncated": (WHEEL, lambda data: [Fault(body=data[:-99])], "gave bytes with sha256 .*, not"),
     "wheel: other bytes": (WHEEL, lambda data: [Fault(body=data[::-1])], "gave bytes with sha256 .*, not"),
     "wheel: one byte more": (WHEEL, lambda data: [Fault(body=data + b"x")], "gave bytes with sha256 .*, not"),
-    "wheel: broken off": (WHEEL, lambda _: [Fault(cut=999)] * 9, "broke off in the middle of the file, 2 times"),
-    "wheel: stalls": (WHEEL, lambda _: [Fault(cut=999, stall=True)] * 9, "stopped sending, 2 times|too slow"),
-    "wheel: silent": (WHEEL, lambda _: [Fault(cut=0, stall=True)] * 9, "stopped sending, 2 times|too slow"),
+    "wheel: broken off": (WHEEL, lambda _: [Fault(cut=999)] * 9, "broke off in the middle of the file, in 2 attempts"),
+    "wheel: stalls": (WHEEL, lambda _: [Fault(cut=999, stall=True)] * 9, "stopped sending, in 2 attempts|too slow"),
+    "wheel: silent": (WHEEL, lambda _: [Fault(cut=0, stall=True)] * 9, "stopped sending, in 2 attempts|too slow"),
     "wheel: sent on without end": (WHEEL, lambda _: [Fault(302, {"Location": "?"})] * 99, "redirects without end"),
     "wheel: sent on to nowhere": (
         WHEEL, lambda _: [Fault(302, {"Location": "http://[::1"})], "redirects to an invalid address",

@@ -160,7 +160,6 @@ def test_binaries_without_the_arch_are_all_reported_or_removed_with_drop_foreign
         thin_wheel(stock, tmp_path / "out", ["7.0"])
     for words in ("sample/fa3.so has device code only for sm_90", "sample/mla.so", "sample/mixed.so", "container 1"):
         assert words in caught.value.what
-    assert "drop_foreign" in caught.value.hint
     assert list((tmp_path / "out").iterdir()) == []
     thin = thin_wheel(stock, tmp_path / "out", ["7.0"], drop_foreign=True)
     unpack(thin, tmp_path / "content")

@@ -1,1 +1,1 @@
-"""Run the rows of a bundle on an NVIDIA card; this package is all of volta that a bundle contains."""
+"""Run the checks of a GPU bundle on an NVIDIA card; of volta, a bundle contains this package alone."""

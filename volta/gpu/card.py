@@ -60,7 +60,7 @@ def needed(ptx: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Memory:
+class Buffer:
     """A buffer on the card."""
 
     address: int
@@ -125,7 +125,7 @@ class Card:
         return int(self.call("cuMemGetInfo")[0])
 
     @contextlib.contextmanager
-    def buffers(self, contents: Sequence[Array]) -> Iterator[list[Memory]]:
+    def buffers(self, contents: Sequence[Array]) -> Iterator[list[Buffer]]:
         """Allocate memory on the card with these contents, until the block ends.
 
         Raises:
@@ -134,10 +134,10 @@ class Card:
         wanted, free = sum(content.nbytes for content in contents), self.free()
         if wanted > free:
             raise CardError(f"the row needs {wanted >> 20} MiB of the card's memory, and {free >> 20} MiB are free")
-        memories: list[Memory] = []
+        memories: list[Buffer] = []
         try:
             for content in contents:
-                memories.append(Memory(int(self.call("cuMemAlloc", max(content.nbytes, 1))), content.nbytes))
+                memories.append(Buffer(int(self.call("cuMemAlloc", max(content.nbytes, 1))), content.nbytes))
             self.fill(memories, contents)
             yield memories
         finally:
@@ -145,7 +145,7 @@ class Card:
                 with contextlib.suppress(CardError):
                     self.call("cuMemFree", memory.address)
 
-    def fill(self, memories: Sequence[Memory], contents: Sequence[Array]) -> None:
+    def fill(self, memories: Sequence[Buffer], contents: Sequence[Array]) -> None:
         """Copy contents to the card."""
         for memory, content in zip(memories, contents, strict=True):
             if content.dtype == np.uint8 and content.nbytes and (content == FRESH).all():
@@ -154,7 +154,7 @@ class Card:
                 data = np.ascontiguousarray(content)
                 self.call("cuMemcpyHtoD", memory.address, data.ctypes.data, data.nbytes)
 
-    def read(self, memory: Memory) -> bytes:
+    def read(self, memory: Buffer) -> bytes:
         """Wait for all earlier launches and return a buffer's bytes."""
         self.call("cuCtxSynchronize")
         data = np.empty(memory.size, np.uint8)
@@ -189,7 +189,7 @@ class Card:
             output = " ".join(log.split(b"\0")[0].decode(errors="replace").split())
             raise CardError(f"{error}{f' ({output[:300]})' if output else ''}", lost=error.lost) from error
 
-    def launch(self, launch: Launch, memories: Sequence[Memory], stream: Any = 0) -> None:
+    def launch(self, launch: Launch, memories: Sequence[Buffer], stream: Any = 0) -> None:
         """Launch a kernel.
 
         Raises:
@@ -204,7 +204,7 @@ class Card:
         parameters = addresses.ctypes.data if values else 0
         self.call("cuLaunchKernel", kernel, *launch.grid, *launch.block, launch.shared, stream, parameters, 0)
 
-    def seconds(self, launches: Sequence[Launch], memories: Sequence[Memory], times: int = 20) -> float:
+    def seconds(self, launches: Sequence[Launch], memories: Sequence[Buffer], times: int = 20) -> float:
         """Return the time of all launches together in seconds: the median of several runs of a graph of them.
 
         The launches are in a CUDA graph because a launch from Python takes longer than most of these kernels.
@@ -245,7 +245,7 @@ def dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-def _value(argument: Pointer | Number, memories: Sequence[Memory]) -> Array:
+def _value(argument: Pointer | Number, memories: Sequence[Buffer]) -> Array:
     if isinstance(argument, Pointer):
         return np.array(memories[argument.buffer].address + argument.offset, np.uint64)
     return np.array(argument.value, KINDS[argument.kind])

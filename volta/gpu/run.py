@@ -156,7 +156,7 @@ class Run:
 
     def _failed(self, number: int, why: str) -> Verdict:
         row = self.bundle.listed[number]
-        return Verdict(row["kernels"], row["name"], row["bound"], said=why)
+        return Verdict(row["kernels"], row["name"], row["bound"], reason=why)
 
 
 def markdown(verdicts: Sequence[Verdict], title: str) -> str:

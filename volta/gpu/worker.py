@@ -33,7 +33,7 @@ class Verdict:
     bound: float
     error: float | None = None
     microseconds: float | None = None
-    said: str = ""
+    reason: str = ""
     """The reason why there is no error to compare; empty if there is one."""
 
     @property
@@ -44,7 +44,7 @@ class Verdict:
     @property
     def verdict(self) -> str:
         """``ok``, ``WRONG``, or ``FAILED`` with the reason."""
-        return "ok" if self.right else f"FAILED: {self.said}" if self.said else "WRONG"
+        return "ok" if self.right else f"FAILED: {self.reason}" if self.reason else "WRONG"
 
     def cells(self) -> tuple[str, str, str, str, str, str]:
         """Return the cells of the table: kernel, configuration, error, bound, microseconds, verdict."""
@@ -69,7 +69,7 @@ def run_row(card: Any, row: Row) -> Verdict:
     except CardError as error:
         if error.lost:
             raise
-        return Verdict(row.kernels, row.name, row.bound, said=str(error))
+        return Verdict(row.kernels, row.name, row.bound, reason=str(error))
     if not math.isfinite(error):
         why = "the result differs from exact bits, is not finite, or lies where nothing may be written"
         return Verdict(row.kernels, row.name, row.bound, None, took, why)

@@ -11,7 +11,7 @@ from volta.gpu.rows import Image, Row
 from volta.gpu_rows.builder import (
     HALF,
     SINGLE,
-    Memory,
+    RowBuilder,
     generator,
     i32,
     launch,
@@ -37,7 +37,7 @@ def rows(images: Mapping[str, Image]) -> Iterator[Row]:
 def _gated(
     image: Image, kernel: str, operation: str, first: bool, kind: type[np.floating], tokens: int, width: int
 ) -> Row:
-    memory, item = Memory(), np.dtype(kind).itemsize
+    memory, item = RowBuilder(), np.dtype(kind).itemsize
     # At least -3, so that 1 + erf(x / sqrt(2)) does not cancel in float32.
     x = np.maximum(generator(30, tokens).normal(0, 2, (tokens, 2 * width)), -3).astype(kind)
     left, right = np.split(x.astype(np.float64), 2, axis=1)

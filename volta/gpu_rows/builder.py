@@ -33,7 +33,7 @@ _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.([a-z]+)(\d+)")
 
 
 @dataclass
-class Memory:
+class RowBuilder:
     """The buffers and expected results of a row that is being built."""
 
     buffers: list[Array] = field(default_factory=list)

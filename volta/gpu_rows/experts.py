@@ -13,7 +13,7 @@ from volta.gpu_rows.builder import (
     HALF,
     SINGLE,
     Arguments,
-    Memory,
+    RowBuilder,
     boolean,
     ceil_div,
     generator,
@@ -42,7 +42,7 @@ class _Alignment:
 
 
 def _aligned(
-    image: Image, memory: Memory, chosen: NDArray[np.int32], experts: int, block: int, *, order: bool
+    image: Image, memory: RowBuilder, chosen: NDArray[np.int32], experts: int, block: int, *, order: bool
 ) -> _Alignment:
     """Return moe_align_block_size and add its expected results.
 
@@ -103,7 +103,7 @@ def align_rows(images: Mapping[str, Image]) -> Iterator[Row]:
     image = images[ALIGN]
     shapes = (1, 8, 2, 16), (37, 8, 2, 16), (100, 64, 6, 32), (64, 512, 8, 16), (700, 8, 2, 64)
     for tokens, experts, top, block in shapes:
-        memory = Memory()
+        memory = RowBuilder()
         chosen = _choose(generator(60, tokens), tokens, experts, top)
         alignment = _aligned(image, memory, chosen, experts, block, order=True)
         name = f"moe_align_block_size tokens={tokens} experts={experts} top={top} block={block}"
@@ -115,7 +115,7 @@ def align_rows(images: Mapping[str, Image]) -> Iterator[Row]:
 
 def _summed(image: Image, kind: type[np.floating], top: int) -> Row:
     """Return the row of moe_sum."""
-    memory, tokens, width = Memory(), 9, 1100
+    memory, tokens, width = RowBuilder(), 9, 1100
     x = generator(61, top).standard_normal((tokens, top, width)).astype(kind)
     result = memory.rows(fresh(tokens * width * x.itemsize).view(kind).reshape(tokens, width))
     letter = "N3c104HalfE" if kind is np.float16 else "f"
@@ -138,7 +138,7 @@ def wna16_rows(images: Mapping[str, Image]) -> Iterator[Row]:
 
 def _expert(images: Mapping[str, Image], bits: int, group: int, tokens: int, *, zeros: bool, weighted: bool) -> Row:
     """Return the row of moe_align_block_size and moe_wna16_gemm, with the blocks of get_moe_wna16_block_config."""
-    memory, rng = Memory(), generator(70, bits, group, tokens)
+    memory, rng = RowBuilder(), generator(70, bits, group, tokens)
     inputs, outputs, experts, top, high, wide, deep = 256, 144, 8, 2, 16, 128, 128
     chosen = _choose(rng, tokens, experts, top)
     alignment = _aligned(images[ALIGN], memory, chosen, experts, high, order=False)

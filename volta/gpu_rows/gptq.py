@@ -13,7 +13,7 @@ from volta.gpu_rows.builder import (
     HALF,
     LARGEST,
     Arguments,
-    Memory,
+    RowBuilder,
     beyond,
     boolean,
     ceil_div,
@@ -111,7 +111,7 @@ def _inputs(rows: int, *seed: int) -> NDArray[np.float16]:
     return random_halves(generator(*seed), rows, 416)
 
 
-def _shuffled(image: Image, memory: Memory, weights: Layer) -> tuple[list[Launch], Pointer, Pointer | Number]:
+def _shuffled(image: Image, memory: RowBuilder, weights: Layer) -> tuple[list[Launch], Pointer, Pointer | Number]:
     """Return gptq_shuffle (shuffle_exllama_weight): the launches, the shuffled weights, the order of the inputs."""
     bits, (inputs, outputs) = weights.bits, weights.values.shape
     words, order = memory.put(columns(weights)), weights.order
@@ -130,7 +130,7 @@ def _shuffled(image: Image, memory: Memory, weights: Layer) -> tuple[list[Launch
 
 def _product(image: Image, name: str, weights: Layer, a: NDArray[np.float16], v2: bool = False) -> Row:
     """Return the row of gptq_gemm, launched as in gemm_half_q_half_cuda with ``use_exllama``."""
-    memory, bits = Memory(), weights.bits
+    memory, bits = RowBuilder(), weights.bits
     launches, words, order = _shuffled(image, memory, weights)
     (count, inputs), outputs = a.shape, weights.values.shape[1]
     scales, zeros = memory.put(weights.scales), memory.put(packed(weights.zeros - (not v2), bits))
@@ -157,7 +157,7 @@ def _product(image: Image, name: str, weights: Layer, a: NDArray[np.float16], v2
 
 def _product_without_exllama(image: Image, name: str, weights: Layer, a: NDArray[np.float16]) -> Row:
     """Return the row of gptq_gemm without ``use_exllama`` (gemm_half_q_half_alt), for split layers with act-order."""
-    memory, bits = Memory(), weights.bits
+    memory, bits = RowBuilder(), weights.bits
     (count, inputs), outputs = a.shape, weights.values.shape[1]
     words, zeros = memory.put(columns(weights)), memory.put(packed(weights.zeros - 1, bits))
     result = memory.rows(np.zeros((count, outputs), np.float16))
@@ -176,7 +176,7 @@ def _product_without_exllama(image: Image, name: str, weights: Layer, a: NDArray
 
 def _unpacking(image: Image, name: str, weights: Layer) -> Row:
     """Return the row of reconstruct_exllama, which unpacks the weights for cuBLAS."""
-    memory, bits = Memory(), weights.bits
+    memory, bits = RowBuilder(), weights.bits
     launches, words, order = _shuffled(image, memory, weights)
     inputs, outputs = weights.values.shape
     zeros, scales = memory.put(packed(weights.zeros - 1, bits)), memory.put(weights.scales)

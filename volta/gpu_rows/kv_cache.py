@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from volta.gpu.rows import Array, Image, Pointer, Row, fresh
 from volta.gpu_rows.builder import (
     Arguments,
-    Memory,
+    RowBuilder,
     beyond,
     generator,
     i32,
@@ -66,12 +66,12 @@ class _Tokens:
         shape = tokens, heads, head_size
         return cls(key.reshape(shape), value.reshape(shape), 3 * heads * head_size, slots, whole)
 
-    def put(self, memory: Memory) -> list[Pointer]:
+    def put(self, memory: RowBuilder) -> list[Pointer]:
         start, width = memory.put(self.rows), self.stride // 3
         return [beyond(start, 2 * width), beyond(start, 4 * width)]
 
 
-def _scales(memory: Memory) -> list[Pointer]:
+def _scales(memory: RowBuilder) -> list[Pointer]:
     return [memory.put(np.array([scale], np.float32)) for scale in SCALES]
 
 
@@ -93,7 +93,7 @@ def _pattern(name: str, kind: str) -> str:
 
 def _paged(image: Image, kind: str, heads: int, head_size: int, block: int) -> Row:
     """Return the row of reshape_and_cache: keys in pieces of 16 bytes, values with a block's slots contiguous."""
-    memory, batch, item = Memory(), _Tokens.random(heads, head_size, block), _mangled(kind)[1]
+    memory, batch, item = RowBuilder(), _Tokens.random(heads, head_size, block), _mangled(kind)[1]
     x, tokens = 16 // item, len(batch.slots)
     keys = fresh(6 * heads * head_size * block * item).view(f"<u{item}").reshape(6, heads, head_size // x, block, x)
     values = fresh(keys.nbytes).view(f"<u{item}").reshape(6, heads, head_size, block)
@@ -117,7 +117,7 @@ def _paged(image: Image, kind: str, heads: int, head_size: int, block: int) -> R
 
 def _flash(image: Image, kind: str, heads: int, head_size: int, block: int, layout: str) -> Row:
     """Return the row of reshape_and_cache_flash, with a gap after each block."""
-    memory, batch, item = Memory(), _Tokens.random(heads, head_size, block), _mangled(kind)[1]
+    memory, batch, item = RowBuilder(), _Tokens.random(heads, head_size, block), _mangled(kind)[1]
     tokens, gap = len(batch.slots), 64
     page, head = (heads * head_size, head_size) if layout == "NHD" else (head_size, block * head_size)
     whole = block * heads * head_size + gap
@@ -144,7 +144,7 @@ def _flash(image: Image, kind: str, heads: int, head_size: int, block: int, layo
 
 def _gather(image: Image) -> Row:
     """Return the row of cp_gather_cache, with entries of 16-bit numbers."""
-    memory, rng = Memory(), generator(41)
+    memory, rng = RowBuilder(), generator(41)
     lengths, starts, block, entry, gap = [37, 1, 20], [5, 0, 11], 8, 1100, 24
     table = rng.permutation(24).astype(np.int32).reshape(3, 8)
     cache = np.full((24, block * entry + gap), 0xFFFF, np.uint16)

@@ -11,7 +11,7 @@ from volta.gpu_rows.builder import (
     HALF,
     SINGLE,
     Arguments,
-    Memory,
+    RowBuilder,
     f32,
     generator,
     i32,
@@ -44,7 +44,7 @@ def _spread(rng: np.random.Generator, kind: type[np.floating], count: int, width
 
 
 def _norm(image: Image, name: str, kind: type[np.floating], shape: tuple[int, ...], gap: int) -> Row:
-    memory, rng = Memory(), generator(10, *shape)
+    memory, rng = RowBuilder(), generator(10, *shape)
     hidden, item = shape[-1], np.dtype(kind).itemsize
     count = int(np.prod(shape[:-1]))
     weight = rng.uniform(0.5, 1.5, hidden).astype(kind)
@@ -68,7 +68,7 @@ def _norm(image: Image, name: str, kind: type[np.floating], shape: tuple[int, ..
 
 
 def _fused(image: Image, tokens: int, hidden: int, gap: int) -> Row:
-    memory, rng = Memory(), generator(11, tokens, hidden)
+    memory, rng = RowBuilder(), generator(11, tokens, hidden)
     x = _spread(rng, np.float16, tokens, hidden, gap)
     before, weight = random_halves(rng, tokens, hidden), rng.uniform(0.5, 1.5, hidden).astype(np.float16)
     after = x[:, :hidden] + before  # rounded once, as by numpy

@@ -10,7 +10,7 @@ from volta.gpu.rows import Image, Row
 from volta.gpu_rows.builder import (
     HALF,
     Arguments,
-    Memory,
+    RowBuilder,
     beyond,
     generator,
     i32,
@@ -31,7 +31,7 @@ def rows(images: Mapping[str, Image]) -> Iterator[Row]:
 
 def _rotary(image: Image, neox: bool, head_size: int, rotated: int) -> Row:
     """Return the row of rotary_embedding for query and key that are views of one projection."""
-    memory, rng = Memory(), generator(20, neox, head_size)
+    memory, rng = RowBuilder(), generator(20, neox, head_size)
     tokens, heads, shared_heads, positions = 9, 6, 2, 64
     width = (heads + 2 * shared_heads) * head_size
     x = random_halves(rng, tokens, width)

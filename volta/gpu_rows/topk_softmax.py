@@ -10,7 +10,7 @@ from volta.gpu.rows import NULL, Image, Row
 from volta.gpu_rows.builder import (
     SINGLE,
     Arguments,
-    Memory,
+    RowBuilder,
     boolean,
     ceil_div,
     generator,
@@ -30,7 +30,7 @@ def rows(images: Mapping[str, Image]) -> Iterator[Row]:
 
 def _softmax(image: Image, kind: type[np.floating], experts: int, top: int, tokens: int, *, renormalize: bool) -> Row:
     """Return the row of topkGatingSoftmaxKernelLauncher: one kernel for a power of two experts, otherwise two."""
-    memory, item = Memory(), np.dtype(kind).itemsize
+    memory, item = RowBuilder(), np.dtype(kind).itemsize
     # The numbers of a row differ, so that their order is unique.
     steps = np.linspace(-4, 4, experts).astype(kind)
     logits = generator(50, experts).permuted(np.tile(steps, (tokens, 1)), axis=1)

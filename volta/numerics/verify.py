@@ -15,7 +15,7 @@ from volta.numerics.mode import COMPILE
 
 
 @dataclass(frozen=True)
-class Row:
+class CaseResult:
     """The result of one case."""
 
     kernels: str
@@ -31,7 +31,7 @@ class Row:
         return not self.problem and self.error <= self.bound
 
 
-def attempt(case: Case) -> Row:
+def attempt(case: Case) -> CaseResult:
     """Compute or compile one case."""
     problem, error = "", float("inf")
     EXPECTED.clear()
@@ -43,7 +43,7 @@ def attempt(case: Case) -> Row:
             problem = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
     if COMPILE and not problem:
         problem = code_problem(case, started)
-    return Row(" + ".join(started), worded(case), error, case.bound, problem)
+    return CaseResult(" + ".join(started), worded(case), error, case.bound, problem)
 
 
 def code_problem(case: Case, compiled: dict[str, str]) -> str:

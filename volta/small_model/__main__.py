@@ -21,11 +21,11 @@ from volta.small_model.comparison import compare
 from volta.small_model.generation import generate, run_vllm
 from volta.small_model.reference import Answer, Reference
 from volta.torch_operations import machine
-from volta.torch_operations.operation import NO_GPU, Row
+from volta.torch_operations.operation import NO_GPU, OperationResult
 from volta.torch_operations.table import line as plain_line
 
 
-def rows(variant: Variant, folder: Path, device: str) -> Iterator[Row]:
+def rows(variant: Variant, folder: Path, device: str) -> Iterator[OperationResult]:
     """Yield the rows of a variant: vLLM with and without CUDA graphs, or on the CPU transformers in float16."""
     exact = write(folder, variant)
     reference = Reference(exact, variant)
@@ -41,14 +41,14 @@ def rows(variant: Variant, folder: Path, device: str) -> Iterator[Row]:
         try:
             answers, took = run()
         except RuntimeError as problem:
-            yield Row(name, bound=variant.bound, options=str(problem)[:300])
+            yield OperationResult(name, bound=variant.bound, reason=str(problem)[:300])
             continue
         yield from compare(name, answers, reference, took)
 
 
-def line(row: Row) -> str:
+def line(row: OperationResult) -> str:
     """Return a row as a line of a printed table, with the reason also if it is right."""
-    return f"{plain_line(row)}: {row.said}" if row.verdict == "right" else plain_line(row)
+    return f"{plain_line(row)}: {row.reason}" if row.verdict == "right" else plain_line(row)
 
 
 def absent(any_card: bool) -> str:

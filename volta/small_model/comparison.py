@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from volta.small_model.checkpoint import PROMPTS
 from volta.small_model.reference import TOKENS, Answer, Reference
-from volta.torch_operations.operation import Row
+from volta.torch_operations.operation import OperationResult
 
 
-def compare(name: str, answers: Sequence[Answer], reference: Reference, took: float | None = None) -> list[Row]:
+def compare(
+    name: str, answers: Sequence[Answer], reference: Reference, took: float | None = None
+) -> list[OperationResult]:
     """Return two rows: the tokens that differ from the reference, and the largest error of a log probability.
 
     The reference reads the generated tokens, so that one undecided token does not change the rest. A choice is decided
@@ -32,9 +34,12 @@ def compare(name: str, answers: Sequence[Answer], reference: Reference, took: fl
     count = sum(len(answer.tokens) for answer in answers)
     enough = count == TOKENS * len(PROMPTS) and compared >= count and 4 * decided >= count
     reason = f"{decided} of {count} tokens are decided by more than {2 * bound}, {different} of these differ"
-    tokens = Row(
+    tokens = OperationResult(
         f"{name}: tokens", float(different), 0.0, took, "right" if enough and not different else "wrong",
         reason if enough else f"{reason}: too few tokens for a comparison"
     )  # fmt: skip
     why = f"the largest difference of {compared} log probabilities"
-    return [tokens, Row(f"{name}: logarithms", worst, bound, took, "right" if worst <= bound else "wrong", why)]
+    return [
+        tokens,
+        OperationResult(f"{name}: logarithms", worst, bound, took, "right" if worst <= bound else "wrong", why),
+    ]

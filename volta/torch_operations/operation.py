@@ -49,7 +49,7 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Row:
+class OperationResult:
     """The result of one operation."""
 
     operation: str
@@ -60,7 +60,7 @@ class Row:
     """The median time, by CUDA events; by the clock on a CPU."""
     verdict: str = "failed"
     """``right``, ``wrong``, ``failed`` (it could not run), or ``left out`` (this device does not support it)."""
-    said: str = ""
+    reason: str = ""
     """The reason for the failure or omission; otherwise the reason for the bound."""
     bits: str = ""
     """A digest of the result's bytes."""
@@ -102,10 +102,10 @@ class Random:
         return (made.reshape(shape) - math.prod(shape) // 2).float() / 8
 
 
-def run(operation: Operation, device: str) -> Row:
+def run(operation: Operation, device: str) -> OperationResult:
     """Run one operation on a device and compare the result with the CPU."""
     if why := _missing(operation, device):
-        return Row(operation.name, verdict="left out", said=why)
+        return OperationResult(operation.name, verdict="left out", reason=why)
     try:
         inputs = operation.inputs(Random(operation.name))
         on_device = [tensor.to(device) for tensor in inputs]
@@ -117,10 +117,12 @@ def run(operation: Operation, device: str) -> Row:
         largest = max(error(result, true, operation.measure) for result, true in zip(results, right, strict=True))
     except Exception as problem:  # any error is this row's; the other rows still run
         words = str(problem).strip().splitlines() or [type(problem).__name__]
-        return Row(operation.name, bound=operation.bound, said=words[0][:300])
+        return OperationResult(operation.name, bound=operation.bound, reason=words[0][:300])
     verdict = "right" if largest <= operation.bound else "wrong"
     bits = [hashlib.sha256(b"".join(map(_bytes, tensors))).hexdigest()[:16] for tensors in (results, repeated)]
-    return Row(operation.name, largest, operation.bound, took, verdict, operation.why, bits[0], bits[0] == bits[1])
+    return OperationResult(
+        operation.name, largest, operation.bound, took, verdict, operation.why, bits[0], bits[0] == bits[1]
+    )
 
 
 def error(made: Any, right: Any, measure: str) -> float:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from volta import parallel, pretended_gpu
-from volta.triton_kernels import matrix, tables
+from volta.triton_kernels import tables, verified_cases
 from volta.triton_kernels.attention import Attention
 from volta.triton_kernels.case import Case, Tensors
 
@@ -51,7 +51,7 @@ COUNTED = ("FFMA", "HMMA", "LDG", "STG", "LDS", "STS", "LDL", "STL")
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelResources:
     """The resources of one kernel of one case."""
 
     case: str
@@ -86,10 +86,10 @@ class Compiler:
     """Compiles cases, each kernel once."""
 
     def __init__(self) -> None:
-        self.known: dict[str, Row] = {}
+        self.known: dict[str, KernelResources] = {}
         """The kernels that are already compiled, by Triton's key."""
 
-    def rows(self, case: Case) -> Iterator[Row]:
+    def rows(self, case: Case) -> Iterator[KernelResources]:
         """Yield a row for each kernel of a case, or one row with the problem."""
         began = time.perf_counter()
         failure, errors = None, []
@@ -102,12 +102,12 @@ class Compiler:
         if failure:
             why = errors[0] if errors and "error" not in failure.why else failure.why
             problem = f"{case.name}: {failure.function} does not compile for 7.0: {why}"
-            yield Row(case.name, failure.function, problem=problem)
+            yield KernelResources(case.name, failure.function, problem=problem)
             return
         if not seen or not {launch.function for launch in seen} <= set(case.kernels):
             names = ", ".join(sorted({launch.function for launch in seen})) or "nothing"
             problem = f"{case.name}: vLLM launches {names}, where {' or '.join(case.kernels)} was expected"
-            yield Row(case.name, problem=problem)
+            yield KernelResources(case.name, problem=problem)
             return
         took = time.perf_counter() - began
         fresh = [launch for launch in _once(seen) if launch.kernel.hash not in self.known]
@@ -136,7 +136,7 @@ def compiler() -> Iterator[Compiler]:
 _COMPILER = Compiler()
 
 
-def _rows(case: Case) -> list[Row]:
+def _rows(case: Case) -> list[KernelResources]:
     """Return the rows of a case, in a worker process with its own compiler."""
     return list(_COMPILER.rows(case))
 
@@ -152,7 +152,9 @@ TILES = tuple(
 """The cases of the table of tiles: all head sizes, and kv heads that many query heads share."""
 
 
-def tiles(by: Compiler, wanted: Sequence[Attention] = TILES) -> Iterator[tuple[Attention, Row, Row]]:
+def tiles(
+    by: Compiler, wanted: Sequence[Attention] = TILES
+) -> Iterator[tuple[Attention, KernelResources, KernelResources]]:
     """Yield each case with its row for tensor core tiles and its row for Volta's tiles, both compiled for 7.0."""
     for case in wanted:
         pretended_gpu.capability((8, 0), target=pretended_gpu.VOLTA)
@@ -161,13 +163,13 @@ def tiles(by: Compiler, wanted: Sequence[Attention] = TILES) -> Iterator[tuple[A
         yield case, before, next(by.rows(case))
 
 
-def _measured(launch: pretended_gpu.Launch) -> Row:
+def _measured(launch: pretended_gpu.Launch) -> KernelResources:
     kernel, log = launch.kernel, launch.log
     cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
     code = subprocess.run([triton.knobs.nvidia.nvdisasm.path, "-c", cubin], capture_output=True, text=True, check=True)
     names = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", code.stdout))
     constants = {kernel.src.fn.arg_names[place[0]]: value for place, value in kernel.src.constants.items()}
-    return Row(
+    return KernelResources(
         "", launch.function, constants.get("TILE_SIZE"), kernel.metadata.num_warps,
         int(_found(r"Used (\d+) registers", log)), int(_found(r"(\d+) bytes spill stores", log)),
         kernel.metadata.shared, {"all": names.total(), **{name: names[name] for name in COUNTED}},
@@ -218,12 +220,16 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiles", action="store_true", help="compare tensor core tiles with Volta's")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     options = parser.parse_args(words)
-    wanted = [case for case in (matrix.whole() if options.whole else matrix.every()) if options.only in case.name]
+    wanted = [
+        case
+        for case in (verified_cases.all_attention_cases() if options.whole else verified_cases.all_cases())
+        if options.only in case.name
+    ]
     if options.list:
         print("\n".join(case.name for case in wanted))
         return 0
     pretended_gpu.capability()
-    rows: list[Row] = []
+    rows: list[KernelResources] = []
     with compiler() as by:
         if options.tiles:
             for case, before, after in tiles(by):
@@ -235,7 +241,7 @@ def main(words: Sequence[str] | None = None) -> int:
             print(json.dumps(asdict(row)), flush=True)
         if options.markdown:
             compared = [(asdict(case), asdict(before), asdict(after)) for case, before, after in tiles(by)]
-            text = tables.document([asdict(row) for row in rows], compared, matrix.NOT_COVERED)
+            text = tables.document([asdict(row) for row in rows], compared, verified_cases.NOT_COVERED)
             options.markdown.write_text(text, encoding="utf-8")
     return BROKEN if any(row.problem for row in rows) else 0
 

@@ -20,9 +20,9 @@ class Resolution:
 
     missing: tuple[str, ...]
     """Needed libraries that were not found."""
-    lent: tuple[str, ...]
+    preloaded: tuple[str, ...]
     """Libraries that were found only because another library has loaded them before."""
-    beyond: tuple[tuple[str, str], ...]
+    missing_indirect: tuple[tuple[str, str], ...]
     """Libraries needed by other libraries and not found, as pairs of the needing and the missing library."""
     unresolved: tuple[Symbol, ...]
     """Symbols that no found library provides."""
@@ -41,9 +41,9 @@ class Loader:
     """An unpacked wheel, searched as if it were installed in ``site``."""
     program: Path | None = None
     """The interpreter: it and its libraries provide their symbols to everything that it loads."""
-    lent: tuple[Path, ...] = ()
+    preloaded: tuple[Path, ...] = ()
     """Folders with libraries that the process has loaded before."""
-    last: tuple[Path, ...] = ()
+    fallback: tuple[Path, ...] = ()
     """Folders to search after those of the system, such as one with a stub of the driver."""
     _files: dict[Path, Elf] = field(default_factory=dict, repr=False)
 
@@ -58,7 +58,7 @@ class Loader:
         """
         binary = _Loaded(self.site / member, self._elf(self.site / member))
         unresolved = set(binary.elf.undefined) - binary.elf.defined
-        missing, lent, beyond = [], [], []
+        missing, preloaded, missing_indirect = [], [], []
         seen = set()
         queue = deque([binary])
         if self.program:
@@ -79,10 +79,10 @@ class Loader:
                     queue.append(_Loaded(path, self._elf(path), loaded.passed_on()))
                 if loaded is binary:
                     missing += [] if path else [name]
-                    lent += [name] if is_lent else []
+                    preloaded += [name] if is_lent else []
                 elif not path:
-                    beyond.append((loaded.path.name, name))
-        return Resolution(tuple(missing), tuple(lent), tuple(beyond), tuple(sorted(unresolved, key=str)))
+                    missing_indirect.append((loaded.path.name, name))
+        return Resolution(tuple(missing), tuple(preloaded), tuple(missing_indirect), tuple(sorted(unresolved, key=str)))
 
     def _find(self, name: str, loaded: _Loaded) -> tuple[Path | None, bool]:
         for folder in loaded.search():
@@ -90,10 +90,10 @@ class Loader:
                 return folder / name, False
         if library := system_libraries().get(name):
             return library, False
-        for folder in self.last:
+        for folder in self.fallback:
             if (folder / name).is_file():
                 return folder / name, False
-        for folder in self.lent:
+        for folder in self.preloaded:
             if self._present_path(folder / name).is_file():
                 return folder / name, True
         return None, False

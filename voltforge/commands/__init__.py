@@ -1,1 +1,1 @@
-"""The commands of `./doit`, one module each, called by dodo.py."""
+"""The commands of `./doit`, called by dodo.py, and what several of them need."""

@@ -26,7 +26,7 @@ ZONES = ("NPT-5:45", "CST+6")
 """In POSIX notation (tzset(3)), which works without installed time zones."""
 SEEDS = ("4242", "2424")
 USERS = ("1234", "1235")
-"""The second build gets the first value, of UMASKS to USERS, that the first build did not have."""
+"""UMASKS to USERS are candidates: the second build uses the first that differs from the value of the first build."""
 WITHHELD = ("VOLTFORGE_CACHE", "VOLTFORGE_KEY", "VOLTFORGE_TRUSTED", "FORCE_COLOR")
 """Variables that the second build does not get: it must compile, is not signed, and writes a plain log."""
 CONFIGURATION = {
@@ -103,7 +103,7 @@ def other_user(pipeline: Pipeline, same_because: str) -> tuple[Variation, tuple[
             run([*words, *inside.command(["true"], writable={}, readable={}, cwd=Path("/"))], timeout=20)
             return Variation("user", own, other), words
         except ProgramFailed:
-            same_because = "unshare(1) cannot make another here"
+            same_because = "unshare(1) cannot map another user on this machine"
     return Variation("user", own, own, same_because), ()
 
 
@@ -114,7 +114,7 @@ def name_order(checkout: Path, root: Path) -> Variation:
         first, second = ([name for name in os.listdir(place / folder) if name in both] for place in (checkout, root))
         if first != second:
             return Variation("order of names", f"{', '.join(first[:3])}, …", f"{', '.join(second[:3])}, …")
-    return Variation("order of names", "as listed", "as listed", "this file system has an order of its own")
+    return Variation("order of names", "as listed", "as listed", "this file system lists both in the same order")
 
 
 def job_count(first: int | None) -> Variation:

@@ -18,9 +18,9 @@ class DiskUsage:
     """Sizes in bytes, and the time of the last change."""
 
     frees: int
-    """Bytes that the removal of all of it frees: of folders, and of files with no other link."""
+    """Bytes that removal frees: folders, and files without other hard links."""
     shared: int
-    """Bytes of files with other links, which keep them."""
+    """Bytes of files with other hard links, which removal does not free."""
     touched: float
     """The last change of any part, in seconds since 1970. It is st_ctime, which no program can set back."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from voltforge.commands.disk_usage import disk_usage
-from voltforge.commands.needed_files import HEX, HOME, IMAGE, JSON, TOOLKIT, entries, needed
+from voltforge.commands.needed_files import DOWNLOAD_FOLDER, HEX, IMAGE, JSON, TOOLKIT, entries, needed
 from voltforge.errors import VoltforgeError, listed
 from voltforge.image.stages import RuntimeImage
 from voltforge.pipeline.pipeline import Pipeline
@@ -75,7 +75,7 @@ class _Area:
     why: str
     kind: str = ""
     """The folder's name if empty."""
-    outside_turns: bool = False
+    without_run_lock: bool = False
     """True if tasks use it without holding the run lock."""
 
 
@@ -92,17 +92,17 @@ _AREAS = (
     _Area(
         "image", r"(context|layout|environment)/|base\.tar|runtime\.txt", "left by the making of an image", LEFT_OVER
     ),
-    _Area("reproduce", r"[^.].*/", "a second checkout, which ./doit reproduce makes anew", outside_turns=True),
-    _Area("bench", "thin/", "left by an interrupted benchmark", LEFT_OVER, outside_turns=True),
+    _Area("reproduce", r"[^.].*/", "a second checkout, which ./doit reproduce makes anew", without_run_lock=True),
+    _Area("bench", "thin/", "left by an interrupted benchmark", LEFT_OVER, without_run_lock=True),
     _Area("gpu", rf"tmp{_RANDOM}/", "left by an interrupted gpu-bundle", LEFT_OVER),
     _Area("profile", rf"tmp{_RANDOM}/", "left by an interrupted chart", LEFT_OVER),
-    _Area("thin", rf"\.thin-{_RANDOM}/", "left by an interrupted run", LEFT_OVER, outside_turns=True),
+    _Area("thin", rf"\.thin-{_RANDOM}/", "left by an interrupted run", LEFT_OVER, without_run_lock=True),
 )
 """The first entry that matches a name applies."""
 _STAYS = ("cache", "driver-stub", "gate", "history")
 """Folders of build/ that are never searched: they stay small, and ccache limits its own size."""
 _FOLDERS = tuple(dict.fromkeys(area.folder for area in _AREAS))
-_OUTSIDE = frozenset(area.folder for area in _AREAS if area.outside_turns)
+_OUTSIDE = frozenset(area.folder for area in _AREAS if area.without_run_lock)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class _FoundFile:
     kind: str
     """Empty for what is not ours."""
     why: str
-    outside_turns: bool = False
+    without_run_lock: bool = False
 
 
 def unneeded(pipeline: Pipeline, runtime: RuntimeImage) -> list[Item]:
@@ -126,7 +126,7 @@ def unneeded(pipeline: Pipeline, runtime: RuntimeImage) -> list[Item]:
     for found in _found(pipeline, runtime):
         if found.kind:
             weight = disk_usage(found.path)
-            if not found.outside_turns or weight.touched + AT_REST <= time.time():
+            if not found.without_run_lock or weight.touched + AT_REST <= time.time():
                 items.append(Item(found.path, found.kind, weight.frees, found.why, weight.shared))
     sums = _by_kind(items)
     return sorted(items, key=lambda item: (-sums[item.kind], item.kind, -item.size, item.path))
@@ -222,14 +222,14 @@ def _in_scratch(pipeline: Pipeline, stays: frozenset[Path]) -> Iterator[_FoundFi
         if shape in {f"{name}/" for name in (*_FOLDERS, "downloads", *_STAYS)} or _OF_BUILD.fullmatch(shape):
             continue
         if re.fullmatch(rf"tmp{_RANDOM}/", shape):
-            yield _FoundFile(path, LEFT_OVER, "left by an interrupted benchmark", outside_turns=True)
+            yield _FoundFile(path, LEFT_OVER, "left by an interrupted benchmark", without_run_lock=True)
         else:
             yield _beside(path, shape) or _FoundFile(path, "", "no stage makes this")
     for folder in _FOLDERS:
         for path, shape in entries(pipeline.scratch / folder):
             if path in stays:
                 yield from _left_in(path)
-            elif found := _beside(path, shape, outside_turns=folder in _OUTSIDE) or _judged(folder, path, shape):
+            elif found := _beside(path, shape, without_run_lock=folder in _OUTSIDE) or _judged(folder, path, shape):
                 yield found
 
 
@@ -237,7 +237,7 @@ def _judged(folder: str, path: Path, shape: str) -> _FoundFile | None:
     """Classify an entry of a folder of build/ by its name; None for results that stay."""
     for area in _AREAS:
         if area.folder == folder and re.fullmatch(area.ours, shape):
-            return _FoundFile(path, area.kind or folder, area.why, area.outside_turns)
+            return _FoundFile(path, area.kind or folder, area.why, area.without_run_lock)
     if folder in ("bench", "reproduce", "gpu", "profile"):  # results, which may have taken an hour
         return None
     return _FoundFile(path, "", "made by `./doit thin`" if folder == "thin" else "no stage makes this")
@@ -247,10 +247,10 @@ def _in_downloads(pipeline: Pipeline, above: set[Path]) -> Iterator[_FoundFile]:
     for path, shape in entries(pipeline.store.folder):
         if shape == "rejected/":
             yield _FoundFile(path, "downloads", "its hash was wrong")
-        elif re.fullmatch(HOME, shape) and path in above:
+        elif re.fullmatch(DOWNLOAD_FOLDER, shape) and path in above:
             for part, form in entries(path):
                 yield _beside(part, form) or _FoundFile(part, "downloads", "not the needed file")
-        elif re.fullmatch(HOME, shape):
+        elif re.fullmatch(DOWNLOAD_FOLDER, shape):
             names = [part.name for part, _ in entries(path) if part.name != ".lock"]
             yield _FoundFile(path, "downloads", f"no recipe names {', '.join(names) or 'it'}")
         else:
@@ -278,11 +278,11 @@ def _companion_of(path: Path) -> Path | None:
 
 
 def _beside(
-    path: Path, shape: str, pattern: re.Pattern[str] = _BESIDE, *, outside_turns: bool = False
+    path: Path, shape: str, pattern: re.Pattern[str] = _BESIDE, *, without_run_lock: bool = False
 ) -> _FoundFile | None:
     """Classify a temporary file of a killed run; None for other files."""
     why = "left by an interrupted run"
-    return _FoundFile(path, LEFT_OVER, why, outside_turns) if pattern.fullmatch(shape) else None
+    return _FoundFile(path, LEFT_OVER, why, without_run_lock) if pattern.fullmatch(shape) else None
 
 
 def _left_in(folder: Path) -> list[_FoundFile]:
@@ -340,7 +340,7 @@ def _why(item: Item) -> str:
 def _show_foreign(root: Path, items: Sequence[Item]) -> None:
     if items:
         rows = [(_shown(root, item.path), files.size(item.size), _why(item)) for item in items]
-        console.table("not made by voltforge, never removed", ("what", "size", "why"), rows)
+        console.table("files that gc never removes", ("what", "size", "why"), rows)
 
 
 def _shown(root: Path, path: Path) -> str:

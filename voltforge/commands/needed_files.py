@@ -19,11 +19,11 @@ from voltforge.sources.recipe import CHOICES, SourceRecipe, ThinRecipe, load
 from voltforge.system import files
 
 SETTINGS = ("arch", "environment", "toolchain", "variables")
-"""The inputs of a build that name its work folder: see :meth:`voltforge.pipeline.from_source.Compiled.made_of`."""
+"""The inputs of a build that name its work folder: see :meth:`voltforge.pipeline.from_source.FromSource.build_in`."""
 CANNOT_TELL = (VoltforgeError, OSError, LookupError, TypeError, ValueError, AttributeError)
 """Errors where a stage has not run, or its record has an unexpected shape."""
 HEX = "[0-9a-f]{12}"
-HOME = "[0-9a-f]{16}/"
+DOWNLOAD_FOLDER = "[0-9a-f]{16}/"
 TOOLKIT = rf"((redist|distro)-.+|driver-stub)-{HEX}/"
 JSON = r"[^.].*\.json"
 IMAGE = r"voltforge-.+\.oci\.tar"
@@ -103,7 +103,7 @@ def _every_recipe(folder: Path) -> Iterator[SourceRecipe | ThinRecipe]:
 def _sources(pipeline: Pipeline, known: _Known) -> Iterator[Path]:
     folder = pipeline.store.folder
     if known.doubtful:
-        yield from _matching(folder, HOME)
+        yield from _matching(folder, DOWNLOAD_FOLDER)
     yield from (folder / sha256[:16] for receipt in known.receipts for sha256 in _materials(receipt))
     for artifact in {*_artifacts(pipeline, known)}:
         home = folder / artifact.sha256[:16]
@@ -116,9 +116,7 @@ def _artifacts(pipeline: Pipeline, known: _Known) -> Iterator[Artifact]:
     for recipe in known.recipes:
         try:
             yield pipeline.package(recipe).maker.source.artifact
-        except (
-            VoltforgeError
-        ):  # no stock wheel for the running Python: each of the recipe may be needed by another Python
+        except VoltforgeError:  # no stock wheel for this Python; another Python may need each of them
             yield from (source.artifact for source in getattr(recipe, "wheels", ()))
     for provision in (pipeline.cuda.redist, pipeline.cuda.distro):
         yield from (archive.artifact for archive in provision.archives)
@@ -138,10 +136,10 @@ def _toolkits(pipeline: Pipeline) -> Iterator[Path]:
     folder = pipeline.scratch / "toolchains"
     try:
         home = pipeline.toolchain.result().home
-        stands = home.is_dir() or (folder / home.name).is_dir()
+        exists = home.is_dir() or (folder / home.name).is_dir()
     except CANNOT_TELL:
-        stands = False
-    if stands:
+        exists = False
+    if exists:
         yield folder / home.name
     else:
         yield from _matching(folder, TOOLKIT)
@@ -158,7 +156,7 @@ def _made(pipeline: Pipeline, recipe: SourceRecipe | ThinRecipe) -> Iterator[Pat
     except CANNOT_TELL:
         yield from _called(scratch / "wheels", name)
     else:
-        yield scratch / built.parent.parent.name / built.parent.name  # a wheel from the shared cache is in downloads/
+        yield scratch / built.parent.parent.name / built.parent.name
 
 
 def _logs(pipeline: Pipeline, name: str) -> tuple[Path, Path]:

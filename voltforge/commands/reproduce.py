@@ -54,7 +54,7 @@ class NotReproducible(VoltforgeError):  # noqa: N818 - it names the result
         rest = len(comparison.differences) - len(shown) + comparison.more
         places = "; ".join([*shown, *([f"{rest} more"] if rest else [])])
         super().__init__(
-            f"{comparison.other.name} of a second build: {TIER_TEXTS[comparison.tier]}"
+            f"the second build of {comparison.other.name} differs: {TIER_TEXTS[comparison.tier]}"
             f"{f' ({places})' if places else ''}",
             hint=f"look at the table above; the second build is kept in {second}",
         )
@@ -62,13 +62,13 @@ class NotReproducible(VoltforgeError):  # noqa: N818 - it names the result
 
 
 @dataclass(frozen=True)
-class Second:
+class SecondCheckout:
     """A second checkout, and the conditions that it builds under."""
 
     root: Path
     variations: tuple[Variation, ...]
     environ: Mapping[str, str]
-    around: tuple[str, ...]
+    prefix: tuple[str, ...]
     """The words before every command."""
     jobs: str = ""
     """Compile jobs at once; empty where the build does not count them."""
@@ -87,7 +87,7 @@ class Second:
         log.unlink(missing_ok=True)
         with console.progress(label) as tell:
             run(
-                [*self.around, *words], cwd=self.root, env=self.environ, log=log,
+                [*self.prefix, *words], cwd=self.root, env=self.environ, log=log,
                 watch=lambda line, _: tell(line.strip()) if line else None,
             )  # fmt: skip
 
@@ -130,7 +130,9 @@ def image(pipeline: Pipeline, runtime: RuntimeImage) -> Comparison:
     return _judged(pipeline, second, "image", first, again)
 
 
-def prepare(pipeline: Pipeline, name: str, *, made: float, jobs: int | None = None, same_user: str = "") -> Second:
+def prepare(
+    pipeline: Pipeline, name: str, *, made: float, jobs: int | None = None, same_user: str = ""
+) -> SecondCheckout:
     """Return a second checkout in ``build/reproduce``, with nothing built, and conditions that differ from the first.
 
     An earlier second checkout there is removed.
@@ -146,7 +148,7 @@ def prepare(pipeline: Pipeline, name: str, *, made: float, jobs: int | None = No
     files.remove(root.parent)
     _copy(pipeline.root, root)
     (root / "home").mkdir()
-    user, around = other_user(pipeline, same_user)
+    user, prefix = other_user(pipeline, same_user)
     umask = Variation("umask", umask_text(), another(umask_text(), UMASKS))
     varied, counted = variables(root / "home"), job_count(jobs)
     variations = (
@@ -155,8 +157,8 @@ def prepare(pipeline: Pipeline, name: str, *, made: float, jobs: int | None = No
         user, umask, *varied.values(), counted, Variation("time", moment(made), moment(time.time())),
     )  # fmt: skip
     environ = {**inherited_environment(pipeline), **{key: variation.second for key, variation in varied.items()}}
-    around = ("sh", "-c", f'umask {umask.second}; exec "$@"', "sh", *around)
-    return Second(root, variations, environ, around, "" if counted.same_because else counted.second)
+    prefix = ("sh", "-c", f'umask {umask.second}; exec "$@"', "sh", *prefix)
+    return SecondCheckout(root, variations, environ, prefix, "" if counted.same_because else counted.second)
 
 
 def _copy(checkout: Path, root: Path) -> None:
@@ -173,7 +175,7 @@ def _copy(checkout: Path, root: Path) -> None:
                 shutil.copy(path, target)
 
 
-def _build(pipeline: Pipeline, second: Second, name: str, task: str) -> None:
+def _build(pipeline: Pipeline, second: SecondCheckout, name: str, task: str) -> None:
     console.step(f"build {name} again, in {second.root.relative_to(pipeline.root)}")
     log = pipeline.scratch / "logs" / f"reproduce-{name}.log"
     words = [*pipeline.settings.words(*OWN), "ccache=off", *([f"jobs={second.jobs}"] if second.jobs else [])]
@@ -187,7 +189,7 @@ def _build(pipeline: Pipeline, second: Second, name: str, task: str) -> None:
         ) from error
 
 
-def _judged(pipeline: Pipeline, second: Second, name: str, one: Path, other: Path) -> Comparison:
+def _judged(pipeline: Pipeline, second: SecondCheckout, name: str, one: Path, other: Path) -> Comparison:
     comparison = compare(one, other)
     shown = [
         (v.what, v.first, f"the same: {v.same_because}" if v.same_because else v.second) for v in second.variations
@@ -226,7 +228,7 @@ def _file(checkout: Checkout, receipt: Any) -> Path:
 
 
 @contextlib.contextmanager
-def _store_apart(second: Second) -> Iterator[Second]:
+def _store_apart(second: SecondCheckout) -> Iterator[SecondCheckout]:
     """Yield ``second`` with its own store for the engine's layers, emptied at the end (containers-storage.conf(5))."""
     chosen = container_engine.choose()
     if chosen.kind == "docker":

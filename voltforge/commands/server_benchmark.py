@@ -119,7 +119,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Percentiles:
-    """The time that so many of a hundred requests did not exceed, in seconds (nearest rank: each was measured)."""
+    """Percentiles of the measured times, in seconds (nearest rank)."""
 
     p50: float
     p90: float
@@ -267,7 +267,7 @@ def find(url: str, model: str = "", key: str = "") -> BenchmarkedServer:
         what = f"{address} is not an OpenAI-compatible server: /v1/models gave status {status} and no list of models"
         raise ServeError(what, hint="url=http://HOST:PORT of vLLM, or of the nginx before it")
     if model and model not in names:
-        raise ServeError(f"{address} has no model {model}", hint=f"one of those that it has: {', '.join(names)}")
+        raise ServeError(f"{address} has no model {model}", hint=f"its models: {', '.join(names)}")
     version = ""
     with contextlib.suppress(ServeError, ValueError, TypeError, KeyError):
         version = f"vllm {json.loads(asyncio.run(_get(f'{address}/version', key))[1])['version']}"
@@ -282,7 +282,7 @@ def _address(url: str) -> str:
     except ValueError:  # an invalid port
         sound = False
     if not sound:
-        raise ServeError(f"{url!r} is no address of a server", hint="url=http://127.0.0.1:8000")
+        raise ServeError(f"{url!r} is not the address of a server", hint="url=http://127.0.0.1:8000")
     return full.rstrip("/").removesuffix("/v1")
 
 
@@ -293,7 +293,9 @@ async def _get(url: str, key: str) -> tuple[int, str]:
     except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, OSError, ValueError) as error:
         kind, detail = _kind(error)
         what = f"{url.rpartition('/v1/')[0] or url} cannot be reached: {detail or kind}"
-        raise ServeError(what, hint="is it running, at this address? A large model takes minutes to load") from error
+        raise ServeError(
+            what, hint="check that the server runs at this address; a large model takes minutes to load"
+        ) from error
 
 
 def _session(key: str) -> aiohttp.ClientSession:
@@ -311,7 +313,9 @@ def _refusal(address: str, status: int, key: str) -> ServeError | None:
             f"{what} (status {status})", hint=f"{KEYS[0]}=… with the key that the server was started with"
         )
     if status in (502, 503, 504):
-        return ServeError(f"{address} is not ready (status {status})", hint="again when the model is loaded")
+        return ServeError(
+            f"{address} is not ready (status {status})", hint="wait until the model is loaded, then repeat"
+        )
     return None
 
 

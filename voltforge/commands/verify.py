@@ -34,4 +34,4 @@ def verify_wheels(pipeline: Pipeline) -> None:
         report(Finding("wheelhouse", "fail", sentence) for sentence in strangers)
         problems.append(f"the wheelhouse fails {len(strangers)} checks")
     if problems:
-        raise VoltforgeError("; ".join(problems), hint="the tables above list each failure")
+        raise VoltforgeError("; ".join(problems), hint="read the failures in the tables above")

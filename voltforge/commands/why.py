@@ -17,7 +17,9 @@ def explain(pipeline: Pipeline, runtime: RuntimeImage, *names: str) -> None:
     """
     stages = {**pipeline.stages(), **{stage.name: stage for stage in (runtime.base, runtime.image)}}
     if unknown := [name for name in names if name not in stages]:
-        raise VoltforgeError(f"{', '.join(unknown)}: no such stage", hint=f"one of {', '.join(stages)}")
+        raise VoltforgeError(
+            f"{', '.join(unknown)}: no such stage", hint=f"./doit why NAME, with one of {', '.join(stages)}"
+        )
     for name in names or [name for name in stages if name.startswith("wheels:")]:
         console.step(name)
         try:

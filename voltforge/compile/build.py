@@ -13,7 +13,7 @@ from voltforge.compile import build_variables, cache_stats, farm, fixed_paths, o
 from voltforge.compile.build_log import BuildProgress, first_error
 from voltforge.compile.cache_stats import CacheStats
 from voltforge.compile.farm import Farm
-from voltforge.compile.object_cache import CacheServer, ObjectCache
+from voltforge.compile.object_cache import ObjectCache, ObjectServer
 from voltforge.compile.sandbox import Sandbox
 from voltforge.compile.scheduler import Scheduler
 from voltforge.compile.toolchain import Toolchain
@@ -32,7 +32,7 @@ class BuildError(VoltforgeError):
     def __init__(self, name: str, excerpt: str, log: Path, why: str) -> None:
         shown = "".join(f"\n  | {line}" for line in excerpt.splitlines())
         super().__init__(
-            f"{name} was not built ({why}); the first error:{shown}",
+            f"{name} was not built ({why}). From the log:{shown}",
             hint=_then(remedy(excerpt), f"the whole log is {log}; the next run resumes"),
         )
         self.excerpt = excerpt
@@ -151,7 +151,7 @@ class Build:
         for name in ("tree", "home"):
             folders[name].mkdir(parents=True, exist_ok=True)
         sync(self.tree.path, folders["tree"])
-        for stale in [folders["dist"], *self.logs, *work_folder.packed(folders["tree"])]:
+        for stale in [folders["dist"], *self.logs, *work_folder.setuptools_leftovers(folders["tree"])]:
             files.remove(stale)
         folders["dist"].mkdir()
         work_folder.record(self.work, tree, scheduled=scheduled)
@@ -196,7 +196,7 @@ class Build:
         return prefix, variables | self.cache.variables(self.recipe.name, inputs, places["cache"], storage)
 
     @functools.cached_property
-    def _server(self) -> CacheServer | None:
+    def _server(self) -> ObjectServer | None:
         """The server of the object cache, if the build can reach it."""
         server = self.cache.server if self.cache else None
         # Only bubblewrap's builds get the tunnel; a build without namespaces has the network of the machine.

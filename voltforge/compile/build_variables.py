@@ -1,4 +1,4 @@
-"""The folders and the environment variables of a build."""
+"""The environment variables of a build: PATH, the compilers, and the flags of gcc and nvcc (CUDAFLAGS)."""
 
 from __future__ import annotations
 

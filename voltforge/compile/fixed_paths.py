@@ -89,9 +89,9 @@ def _reserved_root() -> Iterator[None]:
     Raises:
         OSError: it cannot be created, belongs to another user, or holds foreign files.
     """
-    if not os.access(ROOT if ROOT.exists() else ROOT.parent, os.W_OK):  # no killed run left anything
+    if not os.access(ROOT if ROOT.exists() else ROOT.parent, os.W_OK):  # so no run of this user left folders there
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), ROOT)
-    with _locked(ROOT.parent):  # flock a neighbour of ROOT, so that ROOT can be removed
+    with _locked(ROOT.parent):  # the parent is locked, so that ROOT can be removed
         ROOT.mkdir(exist_ok=True)
         try:
             if ROOT.stat().st_uid != os.geteuid():

@@ -1,4 +1,4 @@
-"""The number of compile jobs that this machine can run at once, by its cores and its memory."""
+"""The cores and the memory that compile jobs may use on this machine, with the limits of its control groups."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ MIN_VERSION = (4, 7)
 
 
 @dataclass(frozen=True)
-class CacheServer:
+class ObjectServer:
     """A server with the objects of several machines."""
 
     address: str
@@ -65,7 +65,7 @@ class CacheServer:
     """The bucket behind a server that this process runs: ``s3://bucket/folder``."""
 
     @classmethod
-    def parse(cls, address: str) -> CacheServer:
+    def parse(cls, address: str) -> ObjectServer:
         """Parse the address of a server.
 
         Raises:
@@ -87,7 +87,7 @@ class CacheServer:
             address = parts._replace(netloc=f"default:{user.removeprefix(':')}@{host}").geturl()
         return cls(address, parts.hostname, port or SCHEMES[parts.scheme])
 
-    def connectable(self) -> CacheServer:
+    def connectable(self) -> ObjectServer:
         """Return the server in a form that ccache can reach: for a bucket, a WebDAV server of this process.
 
         Raises:
@@ -95,7 +95,7 @@ class CacheServer:
         """
         if urlsplit(self.address).scheme != s3.SCHEME:
             return self
-        return replace(CacheServer.parse(s3.serve(self.address)), bucket=self.address)
+        return replace(ObjectServer.parse(s3.serve(self.address)), bucket=self.address)
 
     def remote_storage(self, host: str, port: int) -> str:
         """Return the value of CCACHE_REMOTE_STORAGE for a build that reaches the server at ``host`` and ``port``."""
@@ -120,7 +120,7 @@ class ObjectCache:
     """The path of ccache."""
     folder: Path
     """The cache on this disk."""
-    server: CacheServer | None = None
+    server: ObjectServer | None = None
     _failures: int = 0
     _failures_lock: threading.Lock = field(default_factory=threading.Lock)
     _forwarded: set[Path] = field(default_factory=set)
@@ -216,13 +216,13 @@ class ObjectCache:
             )
 
 
-def server_of(setting: str) -> CacheServer | None:
+def server_of(setting: str) -> ObjectServer | None:
     """Return the server that ``ccache=`` names, if any.
 
     Raises:
         VoltforgeError: it is not the address of a server.
     """
-    return CacheServer.parse(setting) if setting not in ("", OFF) else None
+    return ObjectServer.parse(setting) if setting not in ("", OFF) else None
 
 
 def open_cache(setting: str, folder: Path) -> ObjectCache | None:

@@ -136,7 +136,9 @@ def choose(choice: str) -> Sandbox:
         VoltforgeError: the choice is unknown, or it is ``require`` and bubblewrap does not work.
     """
     if choice not in CHOICES:
-        raise VoltforgeError(f"sandbox={choice} is not a valid choice", hint=f"one of {', '.join(CHOICES)}")
+        raise VoltforgeError(
+            f"sandbox={choice} is not a valid choice", hint=" or ".join(f"sandbox={name}" for name in CHOICES)
+        )
     if choice == "off":
         return Sandbox("none")
     sandbox = available()

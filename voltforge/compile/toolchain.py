@@ -17,7 +17,7 @@ from voltforge.compile import driver_stub
 from voltforge.errors import VoltforgeError, listed
 from voltforge.sources import environment, materials
 from voltforge.sources.archive import unpack
-from voltforge.sources.fetch import Artifact, NotFetchedError, Store
+from voltforge.sources.fetch import Artifact, DownloadError, Store
 from voltforge.sources.materials import Material
 from voltforge.sources.recipe import CudaRecipe, Provision
 from voltforge.sources.transfer import MOST
@@ -123,7 +123,9 @@ def select(
         ToolchainError: none works.
     """
     if choice not in CHOICES:
-        raise VoltforgeError(f"cuda={choice} is not a valid choice", hint=f"one of {', '.join(CHOICES)}")
+        raise VoltforgeError(
+            f"cuda={choice} is not a valid choice", hint=" or ".join(f"cuda={name}" for name in CHOICES)
+        )
     makers: dict[str, Callable[[], Toolchain]] = {
         "system": lambda: _system(recipe, environ),
         "redist": lambda: _provided(recipe, recipe.redist, "redist", store, folder, environ),
@@ -133,7 +135,7 @@ def select(
     for origin in CHOICES[1:] if choice == "auto" else (choice,):
         try:
             return makers[origin]()
-        except NotFetchedError as error:
+        except DownloadError as error:
             first = error.missing[0]
             why = first.attempts[-1].outcome if first.attempts else "is missing"
             reasons.append(f"{origin}: {first.artifact.file} could not be downloaded, {why}")
@@ -214,7 +216,7 @@ def host_compiler(home: Path, environ: Mapping[str, str] = os.environ) -> HostCo
                 return HostCompiler(Path(path), Path(cc), version)
             found.append(f"{path} is g++ {version}")
     known = "; ".join(found) or "no g++ on PATH"
-    raise ToolchainError([f"its newest C++ compiler is g++ {newest} ({known}); apt-get install g++-{newest}"])
+    raise ToolchainError([f"it needs g++ {newest} or older (found: {known}); apt-get install g++-{newest}"])
 
 
 def state(toolchain: Toolchain) -> dict[str, list[int]]:

@@ -38,12 +38,12 @@ def stale_because(work: Path, tree: Path, *, scheduled: bool) -> str:
     last_tree = files.read_json(work / PLACE) or str(tree)
     if files.read_json(work / UNSYNCED) not in (None, boot_id()):
         return "the machine went down during the last build: the newest files can be incomplete"
-    if late := from_the_future(work):
+    if late := newer_than_clock(work):
         return f"{late.relative_to(work)} is newer than the clock: the clock was set back"
     if last_tree != str(tree):
         return f"the last build ran in {last_tree}"
     if (work / PLACE).exists() and (files.read_json(work / SCHEDULED) or False) != scheduled:
-        return "the launcher of the compilers changed"  # some build systems configure only once
+        return "the launcher of the compilers changed"  # CMake keeps the launcher of its first configuration
     return ""
 
 
@@ -72,7 +72,7 @@ def boot_id() -> str:
         return ""
 
 
-def from_the_future(folder: Path) -> Path | None:
+def newer_than_clock(folder: Path) -> Path | None:
     """Return a file that is newer than now, by the clock of its file system.
 
     ninja compares times: an object written before the clock was set back is newer than any change and hides it.
@@ -90,7 +90,7 @@ def from_the_future(folder: Path) -> Path | None:
     return None
 
 
-def packed(source: Path) -> list[Path]:
+def setuptools_leftovers(source: Path) -> list[Path]:
     """Return the files that setuptools gathered for the last wheel.
 
     They are removed before a build: a file that was removed from the sources would return otherwise.

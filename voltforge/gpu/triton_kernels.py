@@ -72,7 +72,7 @@ def check(rows: Sequence[Mapping[str, Any]]) -> None:
     if problems := [row["problem"] for row in rows if row["problem"]]:
         raise KernelError(
             "\n".join(problems[:20]),
-            hint="volta/triton_kernels/measure.py has the limits, volta/triton_kernels/matrix.py the cases",
+            hint="volta/triton_kernels/measure.py has the limits, volta/triton_kernels/verified_cases.py the cases",
         )
 
 

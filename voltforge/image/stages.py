@@ -84,20 +84,20 @@ class ImageArchive:
 class RuntimeImage:
     """The stages ``image:base`` and ``image`` of a checkout."""
 
-    def __init__(self, checkout: Pipeline) -> None:
-        self.checkout = checkout
-        self.folder = checkout.scratch / "image"
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.folder = pipeline.scratch / "image"
 
     @property
     def base(self) -> Stage[BaseImage]:
         """The stage that makes a root file system of the distribution's packages; no registry is needed."""
-        return self.checkout.stage("image:base", BaseImage, self._base_inputs, self._bootstrap, _present)
+        return self.pipeline.stage("image:base", BaseImage, self._base_inputs, self._bootstrap, _present)
 
     @property
     def image(self) -> Stage[ImageArchive]:
         """The stage that makes the archive."""
-        base: list[Stage[Any]] = [] if self.checkout.settings.base else [self.base]
-        return self.checkout.stage(
+        base: list[Stage[Any]] = [] if self.pipeline.settings.base else [self.base]
+        return self.pipeline.stage(
             "image", ImageArchive, self._inputs, self._build, lambda archive: files.sha256(archive.path),
             after=lambda: base,
         )  # fmt: skip
@@ -118,7 +118,7 @@ class RuntimeImage:
             ImageError: one is missing.
         """
         tags = set(sys_tags())
-        found = {wheel.name: wheel for wheel in self.checkout.wheelhouse.wheels() if not tags.isdisjoint(wheel.tags)}
+        found = {wheel.name: wheel for wheel in self.pipeline.wheelhouse.wheels() if not tags.isdisjoint(wheel.tags)}
         if missing := [name for name in PROJECTS if name not in found]:
             raise ImageError(
                 f"the wheelhouse has no {' and no '.join(missing)} for Python {PYTHON}",
@@ -132,8 +132,8 @@ class RuntimeImage:
         return {"suite": distro.codename(), "packages": list(PACKAGES), "engine": str(container_engine.choose())}
 
     def _inputs(self) -> Values:
-        docker = self.checkout.root / "docker"
-        base = self.checkout.settings.base
+        docker = self.pipeline.root / "docker"
+        base = self.pipeline.settings.base
         return {
             "wheels": {wheel.path.name: files.sha256(wheel.path) for wheel in self.wheels().values()},
             "lock": files.sha256(self._lock()),
@@ -142,11 +142,11 @@ class RuntimeImage:
             "base": base or self.base.result().id,
             "engine": str(container_engine.choose()),
             "code": {path.name: files.sha256(path) for path in CODE},
-            "kernels": triton_kernels.precompile_inputs(self.checkout),
+            "kernels": triton_kernels.precompile_inputs(self.pipeline),
         }
 
     def _lock(self) -> Path:
-        return self.checkout.root / "recipes" / "locks" / "vllm-runtime.txt"
+        return self.pipeline.root / "recipes" / "locks" / "vllm-runtime.txt"
 
     # The work of the stages.
 
@@ -189,8 +189,8 @@ class RuntimeImage:
             files.remove(stale)
         installed = self._install(wheels)
         content = self._lay_out(installed, context)
-        base = self.checkout.settings.base or self.base.result().tag
-        dockerfile = self.checkout.root / "docker" / "Dockerfile"
+        base = self.pipeline.settings.base or self.base.result().tag
+        dockerfile = self.pipeline.root / "docker" / "Dockerfile"
         engine.build(dockerfile, context, name, {"BASE": base, "PYTHON": PYTHON}, self._labels(wheels, tag))
         engine.export(name, layout, tag)
         oci_layout.complete(layout, name, HEALTHCHECK)
@@ -200,7 +200,7 @@ class RuntimeImage:
         for folder in (context, layout, installed.path):
             files.remove(folder)
         size = path.stat().st_size
-        console.note(f"{path.relative_to(self.checkout.root)}, {files.size(size)}, {len(compressed)} layers")
+        console.note(f"{path.relative_to(self.pipeline.root)}, {files.size(size)}, {len(compressed)} layers")
         return ImageArchive(
             path, files.sha256(path), size, name, self._base_size(), tuple(compressed),
             dict(content.projects), content.layers, content.left_out,
@@ -210,7 +210,7 @@ class RuntimeImage:
         """Return an environment with the packages of the lock, and with our wheels in place of the lock's."""
         lock = self.folder / "runtime.txt"
         files.write(lock, "".join(pin.text for pin in locks.read(self._lock()) if pin.name not in PROJECTS))
-        store = self.checkout.store
+        store = self.pipeline.store
         installed = environment.create(lock, self.folder / "environment", store.indexes, offline=store.offline)
         for wheel in wheels.values():
             environment.install_wheel(installed, wheel.path)
@@ -220,14 +220,14 @@ class RuntimeImage:
 
     def _lay_out(self, installed: Environment, context: Path) -> Content:
         """Fill the build context with the layers, the precompiled kernels and the start script."""
-        docker = self.checkout.root / "docker"
+        docker = self.pipeline.root / "docker"
         leave_out = LeaveOut.load(docker / "leave-out.toml")
         content = layers.lay_out(installed, layers.reachable(installed, PROJECTS), leave_out, context)
         files.write(context / "configuration/opt/voltforge/start.py", (docker / "start.py").read_bytes())
         compiled = context / "kernels" / KERNELS.relative_to("/")
         with layers.united(context, self.folder / "united") as united, console.progress("kernels for 7.0") as tell:
             packages = united / installed.site_packages.relative_to(installed.path)
-            summary = triton_kernels.precompile(self.checkout, installed, packages, compiled, KERNELS, tell)
+            summary = triton_kernels.precompile(self.pipeline, installed, packages, compiled, KERNELS, tell)
         console.note(f"{summary}, compiled ahead for 7.0")
         layers.set_modes(context)
         console.note(f"{len(content.projects)} projects, {files.size(sum(content.projects.values()))}")
@@ -235,7 +235,7 @@ class RuntimeImage:
 
     def _labels(self, wheels: Mapping[str, Wheel], tag: str) -> dict[str, str]:
         """Return the labels of the image: title, version, and the hashes and receipts of its wheels."""
-        house, python = self.checkout.wheelhouse, environment.python_tag()
+        house, python = self.pipeline.wheelhouse, environment.python_tag()
         receipts = {name: files.read_json(house.receipt(name, python)) for name in wheels}
         return {
             "org.opencontainers.image.title": "voltforge",
@@ -246,7 +246,7 @@ class RuntimeImage:
         }
 
     def _base_size(self) -> int:
-        return 0 if self.checkout.settings.base else self.base.result().size
+        return 0 if self.pipeline.settings.base else self.base.result().size
 
 
 def _present(base: BaseImage) -> str:

@@ -129,14 +129,14 @@ class Package:
     # The inputs of the stages.
 
     def _inputs(self) -> Values:
-        """Everything that can change the wheel, and what the checks require of it."""
+        """Return everything that can change the wheel, and what the checks require of it."""
         expect = self.recipe.expect
         names = [expect.lock, *([expect.ops] if expect.ops else [])]
         hashes = {name: files.sha256(self.recipe.beside(name)) for name in names}
         return {**self.maker.inputs(), "expect": {**expect.model_dump(mode="json"), "files": hashes}}
 
     def _check_inputs(self) -> Values:
-        """The wheel itself besides: equal inputs need not give equal bytes."""
+        """Return the inputs and the wheel's SHA-256, because equal inputs can give different bytes."""
         return {**self._inputs(), "wheel": self.build.result().sha256}
 
     # The work of the stages.
@@ -186,7 +186,7 @@ class Package:
             raise VoltforgeError(
                 f"{wheel.path.name} fails {len(failures)} checks and was not kept: "
                 + "; ".join(f"{failure.check}: {failure.detail}" for failure in failures),
-                hint=f"the wheel is {wheel.path}",
+                hint=f"inspect the wheel: {wheel.path}",
             )
         return Checked(findings)
 

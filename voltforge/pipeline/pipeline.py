@@ -23,7 +23,7 @@ from voltforge.pipeline.from_source import FromSource
 from voltforge.pipeline.from_wheel import FromWheel
 from voltforge.pipeline.package import Package
 from voltforge.pipeline.stage import Stage, Values
-from voltforge.sources.fetch import Artifact, NotFetchedError
+from voltforge.sources.fetch import Artifact, DownloadError
 from voltforge.sources.recipe import CudaRecipe, SourceRecipe, Thin, ThinRecipe, byte_count, load, load_all, load_cuda
 from voltforge.system import console, files, programs
 from voltforge.wheel import checks, wheelfile
@@ -131,7 +131,7 @@ class Pipeline(Checkout):
         """
         try:
             self.store.get_all(self.missing_sources())
-        except NotFetchedError as error:
+        except DownloadError as error:
             console.warn(f"not downloaded yet: {', '.join(missing.artifact.file for missing in error.missing)}")
 
     def thin(self, name: str) -> Thin:

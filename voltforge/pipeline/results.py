@@ -46,9 +46,9 @@ class BuiltWheel:
     linked: Mapping[str, int] | None = None
     """The number of CUDA objects linked into each expected extension; ``None`` where nothing was compiled."""
     sandbox: str | None = None
-    """``bubblewrap`` or ``none``; ``None`` where nothing was compiled."""
+    """``bubblewrap``, ``no network`` or ``none``; ``None`` where nothing was compiled."""
     hermetic: bool | None = None
-    """True if the build had no network; ``None`` where nothing was compiled."""
+    """True if the build saw only its declared inputs (bubblewrap); ``None`` where nothing was compiled."""
     jobs: int | None = None
     """The largest number of compilers at once."""
     usage: Usage | None = None

@@ -25,13 +25,11 @@ class NotRun(VoltforgeError):  # noqa: N818 - it says what happened
 
 
 class Changed(VoltforgeError):  # noqa: N818 - it says what happened
-    """An input changed while a stage was working on it."""
+    """An input of a stage changed: while the stage was running, or after the stage that made it."""
 
     def __init__(self, name: str, changes: Sequence[Change]) -> None:
         lines = listed([str(change) for change in changes])
-        super().__init__(
-            f"inputs changed while {name} was running; its result was discarded:{lines}", hint="run it again"
-        )
+        super().__init__(f"inputs of {name} changed during the run; nothing was recorded:{lines}", hint="run it again")
         self.changes = tuple(changes)
 
 
@@ -73,7 +71,7 @@ class Stage(Generic[T]):
     """The file of the record."""
     root: Path
     """The checkout; paths in the record are relative to it."""
-    kind: type[T]
+    result_type: type[T]
     """The dataclass of the result."""
     inputs: Callable[[], Values]
     """Return everything that can change the result, by name. Called before and after the work."""
@@ -95,7 +93,7 @@ class Stage(Generic[T]):
         """Return the record of the last finished run, or ``None`` if there is none or it cannot be read."""
         value = files.read_json(self.path)
         try:
-            result = records.decode(self.kind, value["results"], self.root)
+            result = records.decode(self.result_type, value["results"], self.root)
             return Record(str(value.get("key")), dict(value.get("inputs") or {}), result, value.get("seal"))
         except (TypeError, KeyError, ValueError, AttributeError):
             return None

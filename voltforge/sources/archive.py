@@ -114,7 +114,7 @@ def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> int:
         _lift_single_folder(folder)
         try:
             # Last: a link that stayed inside can lead outside after its folder was moved up.
-            _refuse(archive, _astray(folder))
+            _refuse(archive, _escaping_links(folder))
         except ArchiveError:
             files.remove(folder)
             raise
@@ -123,7 +123,7 @@ def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> int:
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):
             raise ArchiveError(archive, [f"{error.filename or folder}: {error.strerror}"]) from error
-        # gzip raises this, and so does a seek to an absurd place.
+        # gzip, and a seek to an invalid offset, raise an OSError without a disk fault.
         raise ArchiveError(archive, [f"is broken: {error}"]) from error
     return epoch
 
@@ -181,7 +181,7 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
-class _Tape:
+class _BoundedStream:
     """The bytes of a tar archive for ``tarfile``, which itself trusts any length in a header.
 
     While headers are read, their size is bounded, and headers that older releases of Python parse in quadratic time
@@ -263,7 +263,7 @@ def _decompressed(archive: Path) -> Iterator[IO[bytes]]:
 
 def _unpack_tar(archive: Path, folder: Path, limits: Limits, *, debian: bool = False) -> int:
     with _decompressed(archive) as file:
-        tape = _Tape(file)
+        tape = _BoundedStream(file)
         with tarfile.open(fileobj=cast(IO[bytes], tape), mode="r:") as tar:
             members = _members(archive, tar, tape, limits, debian=debian)
             _refuse(archive, _tar_problems(members, case=debian))
@@ -278,7 +278,7 @@ def _unpack_tar(archive: Path, folder: Path, limits: Limits, *, debian: bool = F
 
 
 def _members(
-    archive: Path, tar: tarfile.TarFile, tape: _Tape, limits: Limits, *, debian: bool
+    archive: Path, tar: tarfile.TarFile, tape: _BoundedStream, limits: Limits, *, debian: bool
 ) -> list[tarfile.TarInfo]:
     """Yield the members of a tar archive, within the limits."""
     members: list[tarfile.TarInfo] = []
@@ -286,7 +286,7 @@ def _members(
     size = count = 0
     while len(problems) < 20 and (member := tar.next()) is not None:
         size, count = size + member.size, count + 1
-        if (problem := _trap(member, tar)) or (problem := _beyond(size, count, limits)):
+        if (problem := _unreadable_after(member, tar)) or (problem := _beyond(size, count, limits)):
             _refuse(archive, [problem])
         member.pax_headers = {}  # each member has a copy of all global headers
         tape.next_member()
@@ -300,7 +300,7 @@ def _members(
     return members
 
 
-def _trap(member: tarfile.TarInfo, tar: tarfile.TarFile) -> str | None:
+def _unreadable_after(member: tarfile.TarInfo, tar: tarfile.TarFile) -> str | None:
     """Return why the archive cannot be read after this member: the next header is misplaced, or there is no end."""
     if member.size < 0:  # the next header would be in front of this one (CVE-2025-8194)
         return f"{shown(member.name)}: has a negative size"
@@ -361,7 +361,7 @@ def _below(links: Set[str], name: str) -> set[str]:
     return {parent for parent in map(str, PurePosixPath(name).parents) if parent in links}
 
 
-def _astray(folder: Path) -> Iterator[str]:
+def _escaping_links(folder: Path) -> Iterator[str]:
     """Yield the links in a folder that lead outside or in a circle."""
     inside = folder.resolve()
     for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):

@@ -21,7 +21,7 @@ from voltforge.errors import listed
 from voltforge.sources import distro, index
 from voltforge.sources.index import HASH, Indexes, Patience, explained
 from voltforge.sources.threads import Halt, each
-from voltforge.sources.transfer import AbsentError, FetchError, NotKeptError, PartialFile, RefusedError, Transfer
+from voltforge.sources.transfer import AbsentError, FetchError, LocationError, PartialFile, StoreWriteError, Transfer
 from voltforge.system import console, files
 from voltforge.system.urls import local_path, redacted
 
@@ -67,7 +67,7 @@ class Missing:
     attempts: tuple[Attempt, ...]
 
 
-class NotFetchedError(FetchError):
+class DownloadError(FetchError):
     """All locations of one or more files failed."""
 
     def __init__(self, missing: Sequence[Missing], folder: Path, *, offline: bool) -> None:
@@ -177,7 +177,7 @@ class Store:
                 yield artifact, got
         if missing:
             lost = [missing[artifact] for artifact in dict.fromkeys(artifacts) if artifact in missing]
-            raise NotFetchedError(lost, self.folder, offline=self.offline)
+            raise DownloadError(lost, self.folder, offline=self.offline)
 
     @property
     def indexes(self) -> Indexes:
@@ -203,10 +203,10 @@ class Store:
         attempts: list[Attempt] = []
         try:
             return self._good(artifact) or self._locked(artifact, attempts, halt)
-        except RefusedError:
+        except LocationError:
             return Missing(artifact, tuple(attempts))
         except OSError as error:
-            raise NotKeptError(Path(error.filename or self.folder), error) from error
+            raise StoreWriteError(Path(error.filename or self.folder), error) from error
 
     def _kept(self, artifact: Artifact) -> Path:
         return self.folder / artifact.sha256[:16] / artifact.file
@@ -255,7 +255,7 @@ class Store:
                     return self._take(artifact, address, place.proxies, session, halt)
                 except AbsentError as problem:
                     refusal = str(problem)
-                except RefusedError as problem:
+                except LocationError as problem:
                     refusal = str(problem)
                     break
                 except requests.RequestException as error:
@@ -265,7 +265,7 @@ class Store:
             attempts.append(Attempt(place.shown, refusal))
             if not self.offline:
                 console.note(f"{artifact.file}: {place.shown} {refusal}")
-        raise RefusedError("is given by no location")
+        raise LocationError("is given by no location")
 
     def _places(self, artifact: Artifact, session: requests.Session, attempts: list[Attempt]) -> Iterator[_Place]:
         """Yield the locations of a file, nearest first; locations without it go to ``attempts``."""
@@ -320,7 +320,7 @@ class Store:
                 artifact.file, artifact.size, artifact.sha256, address, proxies, session, part, self.patience, halt
             ).run()
             if actual != artifact.sha256:
-                raise RefusedError(self._set_aside(part.path, artifact, actual))
+                raise LocationError(self._set_aside(part.path, artifact, actual))
             part.become(target)
         return target
 
@@ -351,13 +351,13 @@ def _copy(path: Path, target: Path, artifact: Artifact) -> None:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise AbsentError("does not have it") from error
     except OSError as error:
-        raise RefusedError(f"cannot be read: {error.strerror}") from error
+        raise LocationError(f"cannot be read: {error.strerror}") from error
     with source, files.replacing(target) as sink:
         while block := source.read(files.BLOCK):
             digest.update(block)
             sink.write(block)
         if digest.hexdigest() != artifact.sha256:
-            raise RefusedError(f"gave {_wrong(artifact, digest.hexdigest())}")
+            raise LocationError(f"gave {_wrong(artifact, digest.hexdigest())}")
 
 
 def _wrong(artifact: Artifact, actual: str) -> str:

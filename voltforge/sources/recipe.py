@@ -242,7 +242,7 @@ class Expect(RecipeTable):
     extensions: tuple[RelativePath, ...] = ()
     """Extension modules that it must contain."""
     absent: tuple[Pattern, ...] = ()
-    """Patterns of files that it must not contain."""
+    """Patterns that no path of a binary and no name of a kernel may match."""
     requires: tuple[RequirementText, ...] = ()
     """Requirements that its metadata must contain, as written there."""
     requires_not: tuple[Name, ...] = ()

@@ -32,7 +32,7 @@ class FetchError(VoltforgeError):
     """A file could not be downloaded or stored."""
 
 
-class NotKeptError(FetchError):
+class StoreWriteError(FetchError):
     """A file could not be written: the disk is full, the folder belongs to another user, …"""
 
     def __init__(self, path: Path, error: OSError) -> None:
@@ -44,11 +44,11 @@ class NotKeptError(FetchError):
         self.errno = error.errno
 
 
-class RefusedError(FetchError):
+class LocationError(FetchError):
     """A location does not give the file; the message completes a sentence that begins with the location."""
 
 
-class AbsentError(RefusedError):
+class AbsentError(LocationError):
     """A location answered that it does not have the file."""
 
 
@@ -93,7 +93,7 @@ class PartialFile:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:  # a full disk must not look like a broken connection
-            raise NotKeptError(self.path, error) from error
+            raise StoreWriteError(self.path, error) from error
         self._digest.update(block)
         self.count += len(block)
 
@@ -163,7 +163,7 @@ class Transfer:
                     failures, best = 0, self.part.count
                 failures += 1
                 if failures >= self.patience.attempts:
-                    raise RefusedError(f"{cut}, {failures} times") from cut
+                    raise LocationError(f"{cut}, in {failures} attempts") from cut
                 self.halt.pause(self.patience.pause(failures))
 
     def _receive(self, advance: Callable[[int], None]) -> bool:
@@ -176,7 +176,7 @@ class Transfer:
                 return False
             if response.status_code == 206 and not self._continues(response):
                 if self.whole or not self.part.count:
-                    raise RefusedError("sent another range than the requested one")
+                    raise LocationError("sent another range than the requested one")
                 self.whole = True
                 return False
             _refuse_status(response)
@@ -218,7 +218,7 @@ class Transfer:
         if self.size is not None and re.fullmatch(r"\d{1,18}", length, re.ASCII):
             offered = self.part.count + int(length)
             if offered != self.size:
-                raise RefusedError(f"offers {offered} bytes instead of {self.size}")
+                raise LocationError(f"offered {offered} bytes instead of {self.size}")
 
     def _receive_body(self, response: requests.Response, advance: Callable[[int], None]) -> None:
         most = MOST if self.size is None else self.size
@@ -236,15 +236,15 @@ class Transfer:
                 break
             if self.part.count + len(block) > most:
                 self.part.restart()
-                raise RefusedError(f"sends more than the expected {most} bytes")
+                raise LocationError(f"sent more than the expected {most} bytes")
             self.part.add(block)
             advance(len(block))
             if time.monotonic() - moment > index.TIMEOUT[1]:
                 if self.part.count - before < LEAST:
-                    raise _CutError("sends almost nothing")
+                    raise _CutError("sent almost nothing")
                 moment, before = time.monotonic(), self.part.count
         if self.size is not None and self.part.count < self.size:
-            raise _CutError(f"sends only {self.part.count} bytes")
+            raise _CutError(f"sent only {self.part.count} bytes")
 
 
 def _refuse_status(response: requests.Response) -> None:
@@ -253,4 +253,4 @@ def _refuse_status(response: requests.Response) -> None:
     if response.status_code in (404, 410):
         raise AbsentError(answer)
     if response.status_code not in (200, 206):
-        raise RefusedError(answer)
+        raise LocationError(answer)

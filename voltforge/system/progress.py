@@ -107,7 +107,7 @@ class ProgressState:
 
 
 @dataclass
-class Row:
+class ProgressRow:
     """A row for a running task."""
 
     label: str
@@ -115,7 +115,7 @@ class Row:
     """Seconds that the task usually takes."""
     bytes: bool = False
     """True if the count is in bytes."""
-    around: Row | None = None
+    enclosing: ProgressRow | None = None
     """The stage that contains the task. Its row is hidden meanwhile."""
     work: ProgressState = ProgressState()
     start: float = field(default_factory=lambda: time.monotonic())
@@ -155,7 +155,7 @@ class Row:
 
     def _by_history(self, now: float) -> tuple[float | None, float | None]:
         """Return seconds left and share done, judged by the usual time; ``None`` for both once that has passed."""
-        timed = self if self.usual else self.around
+        timed = self if self.usual else self.enclosing
         if not timed or not timed.usual or now - timed.start >= timed.usual:
             return None, None
         return timed.usual - (now - timed.start), (now - timed.start) / timed.usual
@@ -210,25 +210,25 @@ class Board:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         """Held for each write to the terminal, so that lines of two threads do not mix."""
-        self._rows: list[Row] = []
+        self._rows: list[ProgressRow] = []
         self._live: Live | None = None
-        self._stage: ContextVar[Row | None] = ContextVar("stage", default=None)
+        self._stage: ContextVar[ProgressRow | None] = ContextVar("stage", default=None)
         atexit.register(self.close)
 
     @contextlib.contextmanager
     def row(
         self, screen: Console, label: str, *, done: int | None = None, total: int | None = None, bytes: bool = False
-    ) -> Iterator[Row]:
+    ) -> Iterator[ProgressRow]:
         """Show a row on ``screen`` while the block runs."""
         work = ProgressState(done=done, total=total)
-        row = Row(label, bytes=bytes, around=self._stage.get(), work=work, before=done or 0)
+        row = ProgressRow(label, bytes=bytes, enclosing=self._stage.get(), work=work, before=done or 0)
         with self._shown(screen, row):
             yield row
 
     @contextlib.contextmanager
     def stage(self, screen: Console, name: str, usual: float | None) -> Iterator[None]:
         """Show a row while the block runs and no task inside it has a row of its own."""
-        row = Row(name, usual)
+        row = ProgressRow(name, usual)
         token = self._stage.set(row)
         try:
             with self._shown(screen, row):
@@ -246,11 +246,11 @@ class Board:
                     live.stop()
 
     @contextlib.contextmanager
-    def _shown(self, screen: Console, row: Row) -> Iterator[None]:
+    def _shown(self, screen: Console, row: ProgressRow) -> Iterator[None]:
         with self.lock:
             self._rows.append(row)
-            if row.around:
-                row.around.inside += 1
+            if row.enclosing:
+                row.enclosing.inside += 1
             if not self._live:
                 self._live = Live(console=screen, get_renderable=self._drawn, auto_refresh=False, transient=True)
                 self._live.start()
@@ -259,8 +259,8 @@ class Board:
             yield
         finally:
             with self.lock:
-                if row.around:
-                    row.around.inside -= 1
+                if row.enclosing:
+                    row.enclosing.inside -= 1
                 if row in self._rows:
                     self._rows.remove(row)
                     if not self._rows:

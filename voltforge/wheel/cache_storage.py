@@ -58,7 +58,7 @@ UNKNOWN = -1
 
 
 @dataclass(frozen=True)
-class CacheFolder:
+class WheelFolder:
     """A shared cache in a folder."""
 
     root: Path
@@ -127,7 +127,7 @@ class CacheFolder:
 
 
 @dataclass(frozen=True)
-class CacheServer:
+class WheelServer:
     """A shared cache on a web server."""
 
     base: str

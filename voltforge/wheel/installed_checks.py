@@ -32,7 +32,7 @@ except BaseException as problem:
     lines = str(problem).splitlines() or [""]
     print(f"\\n{_ANSWER}{{type(problem).__name__}}: {{lines[0]}}", flush=True)
     os._exit(1)
-os._exit(0)  # what a library does when Python ends is not in question
+os._exit(0)  # skip exit handlers: a crash at exit is no failure of the import
 """
 _OPERATORS = """
 import importlib, json, os, pathlib, sys
@@ -71,10 +71,10 @@ def check_symbols(subject: ExaminedWheel) -> Iterator[Finding]:
         site,
         staged=subject.folder,
         program=environment.python,
-        lent=(site / "torch" / "lib", *sorted(site.glob("nvidia/*/lib"))),
-        last=(subject.driver_stub,) if subject.driver_stub else (),
+        preloaded=(site / "torch" / "lib", *sorted(site.glob("nvidia/*/lib"))),
+        fallback=(subject.driver_stub,) if subject.driver_stub else (),
     )
-    problems, lent, total = [], {}, 0
+    problems, preloaded, total = [], {}, 0
     for name, binary in subject.binaries.items():
         try:
             resolved = loader.resolve(name)
@@ -87,14 +87,13 @@ def check_symbols(subject: ExaminedWheel) -> Iterator[Finding]:
         if resolved.unresolved:
             count = f"{len(resolved.unresolved)} of its {len(binary.undefined)} symbols"
             problems.append(f"{name} finds {count} nowhere: {examples(map(str, resolved.unresolved))}")
-        if resolved.lent:
-            lent[name] = resolved.lent
+        if resolved.preloaded:
+            preloaded[name] = resolved.preloaded
     yield from of_problems("symbols", problems, f"all {total} that {len(subject.binaries)} binaries ask for are found")
-    if lent:
-        names = sorted({library for libraries in lent.values() for library in libraries})
-        yield Finding(
-            "symbols", "note", f"{examples(lent)} find {', '.join(names)} only where torch has been imported before"
-        )  # fmt: skip
+    if preloaded:
+        names = sorted({library for libraries in preloaded.values() for library in libraries})
+        note = f"{examples(preloaded)} find {', '.join(names)} only after torch was imported"
+        yield Finding("symbols", "note", note)
 
 
 def check_imports(subject: ExaminedWheel) -> Iterator[Finding]:

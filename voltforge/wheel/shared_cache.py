@@ -16,13 +16,13 @@ from pathlib import Path
 
 from voltforge.errors import VoltforgeError
 from voltforge.sources import index
-from voltforge.sources.fetch import Artifact, NotFetchedError, Store
+from voltforge.sources.fetch import Artifact, DownloadError, Store
 from voltforge.sources.index import Indexes, Patience
 from voltforge.system import console, files
 from voltforge.system.urls import local_path, redacted
 from voltforge.wheel import provenance, signing
 from voltforge.wheel.cache_limits import REDIRECTS, CacheError, LimitedIndexes
-from voltforge.wheel.cache_storage import UNKNOWN, CacheFolder, CacheServer, normalised_address
+from voltforge.wheel.cache_storage import UNKNOWN, WheelFolder, WheelServer, normalised_address
 from voltforge.wheel.provenance import Provenance
 from voltforge.wheel.signing import Trust
 
@@ -92,7 +92,7 @@ class SharedCache:
             return CacheMiss(f"{self}: VOLTFORGE_OFFLINE forbids network access")
         try:
             return self._fetch(key, trust, downloads)
-        except NotFetchedError as error:
+        except DownloadError as error:
             tries = [f"{attempt.place}: {attempt.outcome}" for missing in error.missing for attempt in missing.attempts]
             return CacheMiss("; ".join(tries))
         except VoltforgeError as error:
@@ -139,14 +139,14 @@ class SharedCache:
         return local_path(self.address)
 
     @contextlib.contextmanager
-    def _open(self, ask: Callable[[], Indexes]) -> Iterator[CacheFolder | CacheServer]:
+    def _open(self, ask: Callable[[], Indexes]) -> Iterator[WheelFolder | WheelServer]:
         if self._local is not None:
-            yield CacheFolder(self._local)
+            yield WheelFolder(self._local)
             return
         indexes = ask()
         with indexes.session(self.patience) as session:
             session.max_redirects = REDIRECTS
-            yield CacheServer(self.address.rstrip("/"), session, indexes)
+            yield WheelServer(self.address.rstrip("/"), session, indexes)
 
     def _fetch(self, key: str, trust: Trust, downloads: Store) -> CachedWheel | CacheMiss:
         ask: Callable[[], Indexes] = Indexes if self._local else lambda: downloads.indexes

@@ -157,7 +157,7 @@ def make_envelope(payload: bytes, signer: Signer | None) -> bytes:
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from securesystemslib.dsse import Envelope
-    from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # it does not say that it exports it
+    from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # not in the module's __all__
 
     envelope = Envelope(payload, PAYLOAD_TYPE, {})
     if signer:
@@ -280,7 +280,7 @@ def _is_valid(envelope: Envelope, raw: bytes) -> bool:
 
 def _public_key(raw: bytes) -> Any:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]  # as above
+    from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]  # not in the module's __all__
 
     return SSlibKey.from_crypto(Ed25519PublicKey.from_public_bytes(raw))
 

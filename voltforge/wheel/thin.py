@@ -200,8 +200,7 @@ def _thin_binaries(wheel: Path, folder: Path, archs: Sequence[str], drop_foreign
         except VoltforgeError as error:
             problems.append(error.what.replace(str(path), name))
     if problems:
-        hint = "" if drop_foreign else "drop_foreign removes binaries that have device code only for other archs"
-        raise ThinError(wheel, f"has binaries that cannot be thinned:{listed(problems)}", hint=hint)
+        raise ThinError(wheel, f"has binaries that cannot be thinned:{listed(problems)}")
 
 
 def _strip(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""List the cases: every Triton kernel that vLLM reaches on 7.0, in every configuration that matters."""
+"""List the cases that `./doit verify:triton` compiles: vLLM's Triton kernels on 7.0, in every configuration."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ATTENTION: dict[str, Sequence[Any]] = {
 STRENGTH = 3
 """The cases contain every combination of this many values of :data:`ATTENTION`."""
 USUAL = {"queries": (4,), "sinks": (False,)}
-"""The values to which :func:`whole` restricts these parameters."""
+"""The values to which :func:`all_attention_cases` restricts these parameters."""
 
 
 def covering(
@@ -106,27 +106,27 @@ def fits(choice: Mapping[str, Any]) -> bool:
 def attention() -> Iterator[Case]:
     """Yield the cases of attention, in prefill and in decode."""
     for choice in covering(ATTENTION, STRENGTH, fits):
-        yield from both(**choice)
+        yield from prefill_and_decode(**choice)
     # DeepSeek's heads of 128 + 64 numbers: VLLM_MLA_DISABLE=1 replaces MLA with ordinary attention.
     for tokens, kv in itertools.product((16, 1), ("", "e5m2")):
         yield Attention(dtype="fp16", kv=kv, head_size=192, heads=16, kv_heads=16, query=tokens)
 
 
-def whole() -> Iterator[Case]:
+def all_attention_cases() -> Iterator[Case]:
     """Yield every combination of attention's parameters, for four queries for each kv head and no sinks."""
     axes = {**ATTENTION, **USUAL}
     for values in itertools.product(*axes.values()):
-        yield from both(**dict(zip(axes, values, strict=True)))
+        yield from prefill_and_decode(**dict(zip(axes, values, strict=True)))
 
 
-def both(*, queries: int, **choice: Any) -> Iterator[Case]:
+def prefill_and_decode(*, queries: int, **choice: Any) -> Iterator[Case]:
     """Yield the case of a choice in prefill and in decode."""
     kv_heads = 1 if queries > 32 else 2
     for tokens in (16, 1):
         yield Attention(**choice, heads=queries * kv_heads, kv_heads=kv_heads, query=tokens)
 
 
-def others() -> Iterator[Case]:
+def other_cases() -> Iterator[Case]:
     """Yield the cases of all other kernels: every combination of their parameters."""
     for dtype, kv, size, block in itertools.product(
         ("fp16", "fp32"), ("", "e5m2"), ATTENTION["head_size"], ATTENTION["block_size"]
@@ -153,6 +153,6 @@ def others() -> Iterator[Case]:
         yield Lora(rank=rank, slices=slices, tokens=tokens)
 
 
-def every() -> list[Case]:
+def all_cases() -> list[Case]:
     """Return all cases, in order."""
-    return [*attention(), *others()]
+    return [*attention(), *other_cases()]
