@@ -17,6 +17,7 @@ from voltforge.sources import environment
 from voltforge.sources.environment import Environment
 from voltforge.sources.fetch import Store
 from voltforge.sources.recipe import CHOICES
+from voltforge.system.known_hashes import KnownHashes
 from voltforge.system.urls import redacted
 from voltforge.wheel import signing
 from voltforge.wheel.shared_cache import SharedCache
@@ -106,7 +107,7 @@ class Checkout:
     @property
     def wheelhouse(self) -> Wheelhouse:
         """The finished wheels."""
-        return Wheelhouse(self.root / "wheelhouse")
+        return Wheelhouse(self.root / "wheelhouse", KnownHashes(self.scratch / "history" / "hashes.json"))
 
     @property
     def durations(self) -> Durations:

@@ -109,20 +109,30 @@ def sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file. An unchanged file is read once in a process."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        identity = _identity(file)
-        if identity in _HASHED:
-            return _HASHED[identity]
+        before = _identity(os.fstat(file.fileno()))
+        if before in _HASHED:
+            return _HASHED[before]
         while block := file.read(BLOCK):
             digest.update(block)
-        # A second change within one tick of the clock keeps all timestamps (git calls such files racy).
-        if _identity(file) == identity and time.time_ns() - identity[-1] > SETTLED:
-            _HASHED[identity] = digest.hexdigest()
+        if _identity(os.fstat(file.fileno())) == before and is_settled(before):
+            _HASHED[before] = digest.hexdigest()
     return digest.hexdigest()
 
 
-def _identity(file: IO[bytes]) -> tuple[int, ...]:
+def identity(path: Path) -> tuple[int, ...]:
     """Return the metadata that changes with a file's content; no program can set the ctime, its last item."""
-    status = os.fstat(file.fileno())
+    return _identity(path.stat())
+
+
+def is_settled(identity: tuple[int, ...]) -> bool:
+    """Return True if the next change of a file will change its identity.
+
+    A second change within one tick of the clock keeps all times (git calls such files racy).
+    """
+    return time.time_ns() - identity[-1] > SETTLED
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

@@ -10,7 +10,7 @@ import html
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +19,7 @@ from packaging.tags import Tag, sys_tags
 
 from voltforge.errors import VoltforgeError, remedy
 from voltforge.system import files
+from voltforge.system.known_hashes import KnownHashes
 from voltforge.wheel import provenance, signing, wheelfile
 from voltforge.wheel.signing import Signer, Trust
 
@@ -37,6 +38,8 @@ class Wheelhouse:
     """A folder of wheels, with ``simple/`` (the index) and ``receipts/``."""
 
     path: Path
+    hashes: KnownHashes = field(default_factory=KnownHashes)
+    """Hashes of earlier runs: :meth:`holds` does not read an unchanged wheel again."""
 
     def receipt(self, name: str, python: str) -> Path:
         """Return the path of a project's receipt for a Python: ``vllm-cp311.json``."""
@@ -45,7 +48,7 @@ class Wheelhouse:
     def holds(self, results: Mapping[str, Any]) -> bool:
         """Return True if the wheel of a receipt exists unchanged, with matching index entries and files beside it."""
         file = self.path / str(results["file"])
-        if not file.is_file() or files.sha256(file) != results["sha256"]:
+        if not file.is_file() or self.hashes.sha256(file) != results["sha256"]:
             return False
         try:
             statement = _payload(self.beside(file, PROVENANCE).read_bytes())
