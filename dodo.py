@@ -121,9 +121,11 @@ def task_doctor():
 
 
 def task_test():
-    """run linter, type checker and all tests, slow ones included"""
+    """run linter, type checker and tests, slow ones included"""
+    every = "run all tests, also those that rotate and those that passed with the same inputs"
     packages = "install the packages of tests and benchmarks into .venv, and run nothing"
     yield {**tasks.action(test.run_tests, ROOT), "basename": "test"}
+    yield {**tasks.action(test.run_all_tests, ROOT), "basename": "test:all", "doc": every}
     yield {**tasks.action(dev_packages.install, ROOT), "basename": "test:packages", "doc": packages}
 
 

@@ -15,6 +15,7 @@ from hypothesis import settings
 from uv import find_uv_bin
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.support import selection
 from tests.support.checkouts import ROOT, doit, small_checkout
 from tests.support.images import small_image
 from tests.support.tally import Tally
@@ -84,6 +85,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     strangers = {item.path.name for item in items if "vllm" in getattr(item, "fixturenames", ())}
     if strangers := strangers - {f"test_{module}.py" for module in TOGETHER["vllm"]}:
         raise pytest.UsageError(f"{', '.join(strangers)}: has the checkout's wheels; name it in TOGETHER")
+
+
+def pytest_report_header() -> str:
+    """Return the line about the kill points of this run."""
+    return selection.header()
 
 
 @pytest.fixture(scope="session")

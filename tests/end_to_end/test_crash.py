@@ -23,10 +23,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from _pytest.mark import ParameterSet
 
 from tests.scripts.killed import Point, as_json, runs
 from tests.support.checkouts import ROOT, small_checkout
 from tests.support.samples import cubin_hashes
+from tests.support.selection import rotated
 from tests.support.servers import Fault, Server, serving
 from voltforge.compile import sandbox
 from voltforge.system import files
@@ -365,7 +367,7 @@ def record(kind: str) -> str:
     return "wheelhouse/receipts/saxpy-*.json" if kind == "wheels" else f"build/stages/{kind}-saxpy.json"
 
 
-@pytest.mark.parametrize("ways", [(KILLED,), (INTERRUPTED,), (CUT, EMPTIED)], ids=lambda ways: ways[0].name)
+@pytest.mark.parametrize("ways", [(KILLED,), *rotated([(INTERRUPTED,), (CUT, EMPTIED)])], ids=lambda ways: ways[0].name)
 def test_runs_killed_around_every_record_end_in_the_same_bytes(
     one: Place, good: dict[str, str], ways: tuple[Way, ...], counted
 ) -> None:
@@ -422,12 +424,19 @@ CHOSEN = {
         "packages are installed", "sources are brought to the build", "nvcc compiles", "it is linked",
     }),
 }  # fmt: skip
-MOMENTS = [
-    pytest.param(*MIDDLES[moment], way, id=f"{name}-{moment}")
-    for name, (way, chosen) in CHOSEN.items()
-    for moment in MIDDLES
-    if moment in chosen
-]
+
+
+def moments(*names: str) -> list[ParameterSet]:
+    """The points at which runs are ended in some of the ways of :data:`CHOSEN`."""
+    return [
+        pytest.param(*MIDDLES[moment], CHOSEN[name][0], id=f"{name}-{moment}")
+        for name in names
+        for moment in MIDDLES
+        if moment in CHOSEN[name][1]
+    ]
+
+
+MOMENTS = [*moments("SIGKILL"), *rotated(moments("SIGINT", "cut", "emptied"))]
 
 
 @pytest.mark.parametrize(("state", "point", "way"), MOMENTS)
@@ -452,7 +461,11 @@ STEPS = 4
 
 
 @pytest.mark.parametrize(
-    ("ways", "first"), [((KILLED,), 1), ((INTERRUPTED,), 2), ((CUT, EMPTIED), 3)], ids=["SIGKILL", "SIGINT", "cut"]
+    ("ways", "first"),
+    [
+        pytest.param((KILLED,), 1, id="SIGKILL"),
+        *rotated([pytest.param((INTERRUPTED,), 2, id="SIGINT"), pytest.param((CUT, EMPTIED), 3, id="cut")]),
+    ],
 )
 def test_new_wheel_replaces_the_old_after_a_kill_at_any_point(
     place: Place, good: dict[str, str], ways: tuple[Way, ...], first: int, counted

@@ -8,13 +8,15 @@ an installed wheel, is gone by a small package of PyTorch's shape in tests/pipel
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support import debian
+from tests.support import debian, selection
 from tests.support.samples import listed_by_cuobjdump
 from voltforge.binary.elf import Elf
 from voltforge.compile.build import Build, BuildError
@@ -33,6 +35,26 @@ KERNELS = (
     "cuda/FillKernel", "cuda/RangeFactories", "cuda/AbsKernel",
     "transformers/cuda/mem_eff_attention/kernels/cutlassB_f16_aligned_k32",
 )  # fmt: skip
+
+
+INPUTS = (
+    "recipes/torch.toml", "recipes/cuda.toml", "recipes/locks/torch-build.txt", "patches/torch/*",
+    "voltforge/compile/*.py", "voltforge/sources/options.py",
+    "tests/support/debian.py", "tests/end_to_end/test_pytorch.py",
+)  # fmt: skip
+"""The files that decide what these tests compile; the versions of the compilers are added."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _changed(request: pytest.FixtureRequest, toolchain: Toolchain) -> Iterator[None]:
+    """Skip the module if it passed with the same inputs: it takes minutes, and its answer stands."""
+    inputs = selection.digest(INPUTS, toolchain.version, toolchain.host.version, platform.python_version())
+    if selection.has_passed("pytorch", inputs):
+        pytest.skip(f"passed with the same recipe and build, {inputs[:16]} in tests/records/results.json")
+    failed = request.session.testsfailed
+    yield
+    if request.session.testsfailed == failed:
+        selection.record("pytorch", inputs)
 
 
 @pytest.fixture(scope="module")
