@@ -4,27 +4,8 @@ from pathlib import Path
 
 from doit import get_var
 
-from voltforge.commands import (
-    bench,
-    command_line,
-    dev_packages,
-    doctor,
-    farm,
-    gc,
-    help,
-    keys,
-    lock,
-    push,
-    reporter,
-    reproduce,
-    serve,
-    tasks,
-    test,
-    thin,
-    verify,
-    why,
-)  # fmt: skip
-from voltforge.gpu import bundle, triton_kernels
+from voltforge.commands import command_line, reporter, tasks
+from voltforge.gpu import bundle
 from voltforge.image.stages import RuntimeImage
 
 ROOT = Path(__file__).parent
@@ -56,21 +37,21 @@ def task_image():
 
 def task_serve():
     """measure a running server: serve:check url=http://127.0.0.1:8000"""
-    yield {"name": "check", **tasks.action(serve.check_server, PIPELINE)}
+    yield {"name": "check", **tasks.action("commands.serve:check_server", PIPELINE)}
 
 
 def task_why():
     """print which inputs of a stage changed since its last run: why wheels:vllm"""
-    return tasks.action(why.explain, PIPELINE, RUNTIME, takes_names=True)
+    return tasks.action("commands.why:explain", PIPELINE, RUNTIME, takes_names=True)
 
 
 def task_verify():
     """check the wheels of the wheelhouse against their recipes, or any wheel with file=PATH.whl"""
     triton = "compile vLLM's Triton kernels for 7.0 and check them against Volta's limits"
     card = "run the kernels of 7.0 on this machine's NVIDIA card, and compare the results with float64"
-    yield {**tasks.locked(verify.verify_wheels, PIPELINE), "basename": "verify"}
-    yield {**tasks.locked(triton_kernels.verify, PIPELINE), "basename": "verify:triton", "doc": triton}
-    on_card = tasks.locked(bundle.verify, PIPELINE)
+    yield {**tasks.locked("commands.verify:verify_wheels", PIPELINE), "basename": "verify"}
+    yield {**tasks.locked("gpu.triton_kernels:verify", PIPELINE), "basename": "verify:triton", "doc": triton}
+    on_card = tasks.locked("gpu.bundle:verify", PIPELINE)
     yield {**on_card, "basename": "verify:gpu", "doc": card, "task_dep": ["gpu-bundle"]}
 
 
@@ -82,68 +63,68 @@ def task_gpu_bundle():
 def task_reproduce():
     """build again in another place and environment, and compare the bytes: reproduce:vllm, reproduce:image"""
     for name in PIPELINE.recipes:
-        again = tasks.locked(reproduce.wheel, PIPELINE, name)
+        again = tasks.locked("commands.reproduce:wheel", PIPELINE, name)
         yield {"name": name, "task_dep": [f"wheels:{name}"], **again}
-    again = tasks.locked(reproduce.image, PIPELINE, RUNTIME)
+    again = tasks.locked("commands.reproduce:image", PIPELINE, RUNTIME)
     yield {"name": "image", "task_dep": ["image"], **again}
 
 
 def task_key():
     """print the public key that signs the wheels; the first call makes it"""
-    return tasks.locked(keys.show_key, PIPELINE)
+    return tasks.locked("commands.keys:show_key", PIPELINE)
 
 
 def task_push():
     """upload the wheels to the shared cache that VOLTFORGE_CACHE names: a folder or a URL"""
-    return tasks.locked(push.push_wheels, PIPELINE)
+    return tasks.locked("commands.push:push_wheels", PIPELINE)
 
 
 def task_farm():
     """list the hosts that build together at a Redis server: ccache=redis://HOST"""
     helping = "build what the other hosts build, until Ctrl-C: each object is compiled by one host, for all"
-    yield {**tasks.action(farm.show_hosts, PIPELINE), "basename": "farm"}
-    yield {**tasks.action(farm.help_hosts, PIPELINE), "basename": "farm:help", "doc": helping}
+    yield {**tasks.action("commands.farm:show_hosts", PIPELINE), "basename": "farm"}
+    yield {**tasks.action("commands.farm:help_hosts", PIPELINE), "basename": "farm:help", "doc": helping}
 
 
 def task_gc():
     """list files that no recipe needs, with sizes; gc=delete removes them"""
-    return tasks.locked(gc.collect, PIPELINE, RUNTIME)
+    return tasks.locked("commands.gc:collect", PIPELINE, RUNTIME)
 
 
 def task_thin():
     """remove the device code of other GPUs from any wheel: file=PATH.whl arch=7.0"""
-    return tasks.action(thin.thin_wheel, PIPELINE)
+    return tasks.action("commands.thin:thin_wheel", PIPELINE)
 
 
 def task_doctor():
     """list what this machine lacks, with the commands that install it"""
-    return tasks.action(doctor.report, PIPELINE)
+    return tasks.action("commands.doctor:report", PIPELINE)
 
 
 def task_test():
     """run linter, type checker and tests, slow ones included"""
     every = "run all tests, also those that rotate and those that passed with the same inputs"
     packages = "install the packages of tests and benchmarks into .venv, and run nothing"
-    yield {**tasks.action(test.run_tests, ROOT), "basename": "test"}
-    yield {**tasks.action(test.run_all_tests, ROOT), "basename": "test:all", "doc": every}
-    yield {**tasks.action(dev_packages.install, ROOT), "basename": "test:packages", "doc": packages}
+    yield {**tasks.action("commands.test:run_tests", ROOT), "basename": "test"}
+    yield {**tasks.action("commands.test:run_all_tests", ROOT), "basename": "test:all", "doc": every}
+    yield {**tasks.action("commands.dev_packages:install", ROOT), "basename": "test:packages", "doc": packages}
 
 
 def task_lock():
     """pin every requirement to its newest version, with hashes, for Python 3.10 to 3.13"""
-    return tasks.action(lock.write_locks, PIPELINE)
+    return tasks.action("commands.lock:write_locks", PIPELINE)
 
 
 def task_bench():
     """run all benchmarks: the source of the README's numbers (hours)"""
     chart = "chart the last build from ninja's log: critical path, gain of more cores; build/profile/"
-    yield {**tasks.action(bench.run_benchmarks, ROOT), "basename": "bench"}
-    yield {**tasks.action(bench.chart_builds, PIPELINE), "basename": "bench:profile", "doc": chart}
+    yield {**tasks.action("commands.bench:run_benchmarks", ROOT), "basename": "bench"}
+    yield {**tasks.action("commands.bench:chart_builds", PIPELINE), "basename": "bench:profile", "doc": chart}
 
 
 def task_about():
     """list the tasks (also: ./doit help, ./doit list)"""
-    return tasks.action(help.print_tasks, ROOT)
+    return tasks.action("commands.help:print_tasks", ROOT)
 
 
 # The stages of a wheel, in order. `wheels` runs them.

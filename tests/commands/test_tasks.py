@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -414,3 +415,16 @@ def test_loading_the_graph_imports_no_optional_library():
     )
     printed = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, cwd=ROOT)
     assert printed.stdout == "[]\n"
+
+
+def test_every_command_of_the_graph_exists():
+    names = re.findall(r'tasks\.(?:action|locked)\("([\w.]+:\w+)"', (ROOT / "dodo.py").read_text())
+    assert len(names) > 15
+    assert all(callable(pkgutil.resolve_name(f"voltforge.{name}")) for name in names)
+
+
+def test_loading_the_graph_imports_no_command_that_does_not_run():
+    look = "import sys, dodo; print(*(name for name in sys.modules if name.startswith('voltforge.commands.')))"
+    loaded = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    idle = {"doctor", "farm", "gc", "reproduce", "server_benchmark", "thin", "verify", "why"}
+    assert not {name.rpartition(".")[2] for name in loaded.split()} & idle

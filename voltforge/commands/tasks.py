@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -79,12 +80,13 @@ def downloads(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def action(
-    work: Callable[..., Any], *arguments: Any, lock: RunLock | None = None, takes_names: bool = False
+    work: Callable[..., Any] | str, *arguments: Any, lock: RunLock | None = None, takes_names: bool = False
 ) -> dict[str, Any]:
     """Return a task that calls ``work``; a VoltforgeError is printed without a traceback.
 
     Args:
-        work: the function.
+        work: the function, or its module and name: ``commands.doctor:report``. Such a module is imported when the task
+            runs: each `./doit` would wait for all of them otherwise.
         arguments: its arguments.
         lock: the run lock to take first, if any.
         takes_names: pass the words that follow the task on the command line as further arguments.
@@ -95,7 +97,8 @@ def action(
         try:
             if lock:
                 lock.take()
-            work(*arguments, *names)
+            call = pkgutil.resolve_name(f"voltforge.{work}") if isinstance(work, str) else work
+            call(*arguments, *names)
         except VoltforgeError as error:
             return _failed(error)
         except OSError as error:
@@ -111,7 +114,7 @@ def action(
     return {"actions": [guarded], "verbosity": 2, "io": {"capture": False}, **named}
 
 
-def locked(work: Callable[..., Any], pipeline: Pipeline, *arguments: Any) -> dict[str, Any]:
+def locked(work: Callable[..., Any] | str, pipeline: Pipeline, *arguments: Any) -> dict[str, Any]:
     """Return a task that calls ``work`` with the pipeline while no other run is at work in the checkout."""
     return action(work, pipeline, *arguments, lock=pipeline.run_lock)
 
