@@ -47,10 +47,10 @@ def test_kernel_over_a_limit_is_an_error_with_its_name_and_numbers() -> None:
 
 BROKEN = """
 import sys
-from volta.triton_kernels import matrix, measure
-matrix.others = lambda: iter(())
-matrix.attention = lambda: iter([matrix.Cache(kv_heads=1, head_size=64)])
-matrix.Cache.call = lambda self, **_: {}[{}]
+from volta.triton_kernels import verified_cases, measure
+verified_cases.other_cases = lambda: iter(())
+verified_cases.attention = lambda: iter([verified_cases.Cache(kv_heads=1, head_size=64)])
+verified_cases.Cache.call = lambda self, **_: {}[{}]
 sys.exit(measure.main(["--jobs", "1"]))
 """
 
