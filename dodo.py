@@ -137,12 +137,12 @@ def task_downloads():
 
 def task_fetch():
     """stage 1: download the source and check its hash"""
-    yield from tasks.each(PIPELINE, "fetch", task_fetch.__doc__)
+    yield from tasks.package_tasks(PIPELINE, "fetch", task_fetch.__doc__)
 
 
 def task_tree():
     """stage 2: unpack the source and apply the patches"""
-    yield from tasks.each(PIPELINE, "tree", task_tree.__doc__)
+    yield from tasks.package_tasks(PIPELINE, "tree", task_tree.__doc__)
 
 
 def task_toolchain():
@@ -157,14 +157,14 @@ def task_driver_stub():
 
 def task_environment():
     """stage 4: install the locked Python environment of the build"""
-    yield from tasks.each(PIPELINE, "environment", task_environment.__doc__)
+    yield from tasks.package_tasks(PIPELINE, "environment", task_environment.__doc__)
 
 
 def task_build():
     """stage 5: compile the wheel (jobs=N, sandbox=auto|require|off)"""
-    yield from tasks.each(PIPELINE, "build", task_build.__doc__)
+    yield from tasks.package_tasks(PIPELINE, "build", task_build.__doc__)
 
 
 def task_check():
     """stage 6: check the wheel's content, and import it in a fresh environment"""
-    yield from tasks.each(PIPELINE, "check", task_check.__doc__)
+    yield from tasks.package_tasks(PIPELINE, "check", task_check.__doc__)

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voltforge.binary import cubin
+from voltforge.binary import fatbin
 from voltforge.compile import jobs, sandbox
 from voltforge.compile.build import Build
 from voltforge.pipeline.checkout import Settings
@@ -73,7 +73,7 @@ def measured(pipeline, name, patches, count, folder, scheduled, cache=None):
         built.usage.peak_one,
         finished.stat().st_size,
         {path: file.stat().st_size for path, file in extensions.items()},
-        {path: cubin.kernels(file) for path, file in extensions.items()},
+        {path: fatbin.kernels(file) for path, file in extensions.items()},
     )
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voltforge.binary import cubin
-from voltforge.binary.fatbin import thin_binary
+from voltforge.binary import fatbin
+from voltforge.binary.thinning import thin_binary
 from voltforge.errors import VoltforgeError
 
 OWN = ("libtorch*.so*", "libc10*.so*")
@@ -105,7 +105,7 @@ def thin_libraries(torch, arch):
     for path in sorted(libraries, key=lambda library: -library.stat().st_size):
         before = path.stat().st_size
         try:
-            images = cubin.images(path)
+            images = fatbin.images(path)
             if not images:
                 continue
             keep = archs_to_keep(images, arch)

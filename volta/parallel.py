@@ -15,7 +15,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def each(function: Callable[[Item], Result], items: Sequence[Item], jobs: int | None = None) -> Iterator[Result]:
+def run_in_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], jobs: int | None = None
+) -> Iterator[Result]:
     """Yield the results in the order of the items; ``jobs`` is the number of processes, one for each core if None."""
     count = jobs or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("fork")) as pool:

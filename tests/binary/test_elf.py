@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tests.support.corruption import ELF_COUNTED, bounded, cases, damaged, elf_fields
 from tests.support.samples import compiled, loads
-from voltforge.binary import cubin, elf
-from voltforge.binary.cubin import FatbinError
+from voltforge.binary import elf, fatbin
 from voltforge.binary.elf import Elf, ElfError, Symbol
+from voltforge.binary.fatbin import FatbinError
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_symbols_have_required_and_provided_versions(tmp_path):
     assert "hidden" not in binary.names
     required = {symbol.name: symbol.version for symbol in binary.undefined}
     assert required["fputs"].startswith("GLIBC_2.")
-    assert ("libc.so.6", required["fputs"]) in binary.needs
+    assert ("libc.so.6", required["fputs"]) in binary.required_versions
 
 
 def test_weak_undefined_symbol_is_not_required(tmp_path):
@@ -149,7 +149,7 @@ def versioned(tmp_path_factory):
 def test_damaged_file_is_read_or_refused_within_limits(data, versioned, tmp_path, counted):
     damaged_file = tmp_path / "damaged.so"
     damaged_file.write_bytes(data.draw(damaged(versioned, elf_fields(versioned))))
-    for read in (Elf.read, cubin.kernels, cubin.images):
+    for read in (Elf.read, fatbin.kernels, fatbin.images):
         with bounded(), contextlib.suppress(ElfError, FatbinError):
             read(damaged_file)
     counted(ELF_COUNTED)
@@ -177,7 +177,7 @@ def test_section_marked_as_compressed_is_not_inflated(tmp_path, versioned, name)
     packed = struct.pack("<IIQQ", 1, 0, 250_000_000, 1) + zlib.compress(bytes(250_000_000))
     changes = {FLAGS: 0x802, OFFSET: len(versioned), SIZE: len(packed)}
     path = patched(tmp_path / "lib.so", versioned + packed, **{name: changes})
-    for read in (Elf.read, cubin.kernels):
+    for read in (Elf.read, fatbin.kernels):
         with bounded(), contextlib.suppress(ElfError):
             read(path)
 
@@ -185,7 +185,7 @@ def test_section_marked_as_compressed_is_not_inflated(tmp_path, versioned, name)
 @pytest.mark.parametrize("name", ["dynsym", "dynstr", "rodata"])
 def test_section_without_bytes_does_not_allocate_zeros(tmp_path, versioned, name):
     path = patched(tmp_path / "lib.so", versioned, **{name: {KIND: 8, SIZE: 4 << 30}})  # SHT_NOBITS
-    for read in (Elf.read, cubin.kernels):
+    for read in (Elf.read, fatbin.kernels):
         with bounded(), contextlib.suppress(ElfError):
             read(path)
 

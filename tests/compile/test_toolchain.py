@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.checkouts import pack
 from tests.support.servers import Fault, serving
-from voltforge.binary import cubin
+from voltforge.binary import fatbin
 from voltforge.compile import toolchain as module
 from voltforge.compile.toolchain import HostCompiler, Toolchain, ToolchainError
 from voltforge.errors import VoltforgeError
@@ -61,7 +61,7 @@ def compile_for_sm_70(toolchain: Toolchain, tmp_path: Path) -> None:
         str(toolchain.host.cxx),
     ]
     subprocess.run([toolchain.home / "bin/nvcc", *words, "-o", library, source], check=True)
-    assert {image.name for image in cubin.images(library)} == {"sm_70"}
+    assert {image.name for image in fatbin.images(library)} == {"sm_70"}
 
 
 def test_a_toolkit_of_cuda_13_is_refused_because_it_has_no_sm_70(recipe: CudaRecipe, tmp_path: Path) -> None:

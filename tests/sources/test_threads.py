@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voltforge.sources.threads import Halt, _HaltedError, each
+from voltforge.sources.threads import Halt, _HaltedError, run_in_threads
 
 
 def ours() -> list[threading.Thread]:
@@ -19,7 +19,9 @@ def ours() -> list[threading.Thread]:
 
 @given(st.lists(st.integers(), max_size=12), st.integers(1, 5))
 def test_every_item_is_returned_once_with_its_own_result(items, at_once):
-    assert sorted(each(lambda item: item * 2, items, at_once, Halt())) == sorted((item, item * 2) for item in items)
+    assert sorted(run_in_threads(lambda item: item * 2, items, at_once, Halt())) == sorted(
+        (item, item * 2) for item in items
+    )
 
 
 def test_exactly_the_given_number_of_threads_work_at_once():
@@ -34,20 +36,22 @@ def test_exactly_the_given_number_of_threads_work_at_once():
         with lock:
             at_work -= 1
 
-    assert len(list(each(work, range(9), 3, Halt()))) == 9
+    assert len(list(run_in_threads(work, range(9), 3, Halt()))) == 9
     assert most == 3
 
 
 def test_a_finished_result_is_returned_while_others_are_computed():
     go_on = threading.Event()
-    coming = each(lambda item: item == "quick" or go_on.wait(20), ["slow", "quick"], 2, Halt())
+    coming = run_in_threads(lambda item: item == "quick" or go_on.wait(20), ["slow", "quick"], 2, Halt())
     assert next(coming) == ("quick", True)
     go_on.set()
     assert list(coming) == [("slow", True)]
 
 
 def test_a_single_item_needs_no_thread():
-    assert list(each(lambda _: threading.current_thread(), [1], 4, Halt())) == [(1, threading.current_thread())]
+    assert list(run_in_threads(lambda _: threading.current_thread(), [1], 4, Halt())) == [
+        (1, threading.current_thread())
+    ]
 
 
 def test_the_error_of_one_item_is_raised_and_ends_the_others():
@@ -59,7 +63,7 @@ def test_the_error_of_one_item_is_raised_and_ends_the_others():
         halt.pause(1000)
 
     with pytest.raises(ZeroDivisionError):
-        list(each(work, range(5), 3, halt))
+        list(run_in_threads(work, range(5), 3, halt))
     assert ours() == []
 
 
@@ -72,7 +76,7 @@ def test_no_item_is_started_after_the_caller_stops():
             halt.pause(1000)
         return item
 
-    with contextlib.closing(each(work, range(9), 2, halt)) as coming:
+    with contextlib.closing(run_in_threads(work, range(9), 2, halt)) as coming:
         assert next(coming) == (0, 0)
     assert ours() == []
     assert len(begun) <= 3

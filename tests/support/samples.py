@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from voltforge.binary import cubin
+from voltforge.binary import fatbin
 from voltforge.wheel.wheelfile import normalise
 
 EPOCH = 1_700_000_000
@@ -100,7 +100,7 @@ def two_units(path: Path, **more) -> Path:
 
 def cubin_hashes(path: Path, *names: str) -> list[tuple[int, str, str]]:
     """Return container, name and SHA-256 of the device images of a file, or of those with the given names."""
-    rows = [(image.container, image.name, image.sha256()) for image in cubin.images(path)]
+    rows = [(image.container, image.name, image.sha256()) for image in fatbin.images(path)]
     return [row for row in rows if row[1] in names] if names else rows
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.samples import compiled, container, image, registered, two_units, wheel
-from voltforge.binary import cubin, elf
+from voltforge.binary import elf, fatbin
 from voltforge.binary.elf import Elf
-from voltforge.binary.fatbin import ThinError
+from voltforge.binary.thinning import ThinError
 from voltforge.sources.recipe import Stub, Thin
 from voltforge.wheel.thin import NVIDIA, make_stub, thin_wheel
 from voltforge.wheel.wheelfile import Wheel, record_problems, unpack
@@ -36,7 +36,7 @@ def test_stub_returns_a_value_or_prints_the_called_function_and_aborts(tmp_path)
     assert library.soname == "libodd.so.3"
     assert library.names == {"compute", "is_there", "_ZN3odd4tellEv"}
     assert library.needed == ("libc.so.6",)
-    assert library.needs == {("libc.so.6", "GLIBC_2.2.5")}
+    assert library.required_versions == {("libc.so.6", "GLIBC_2.2.5")}
     assert path.stat().st_size < 20_000
 
 
@@ -105,7 +105,7 @@ def test_wheel_is_thinned_and_gets_a_new_version(tmp_path):
     assert (folder / "sample/version.py").read_text() == "__version__ = '1.0+sm70.thin'\ncuda = '12.8'\n"
     assert (folder / "sample/__init__.py").read_text() == 'libraries = {\n    "even": "libeven.so",\n}\n'
     assert not (folder / "sample/bin").exists()
-    assert {image.name for image in cubin.images(folder / "sample/lib/libcode.so")} == {"sm_70"}
+    assert {image.name for image in fatbin.images(folder / "sample/lib/libcode.so")} == {"sm_70"}
     assert Elf.read(folder / "sample/lib/libcode.so").stripped
     assert called(folder / "sample/lib/libuser.so", "used").stderr == (
         "odd_one was called, a function of libodd.so.3, which is left out.\n"
@@ -164,7 +164,7 @@ def test_binaries_without_the_arch_are_all_reported_or_removed_with_drop_foreign
     thin = thin_wheel(stock, tmp_path / "out", ["7.0"], drop_foreign=True)
     unpack(thin, tmp_path / "content")
     assert [path.name for path in (tmp_path / "content/sample").iterdir()] == ["mixed.so"]
-    assert [image.name for image in cubin.images(tmp_path / "content/sample/mixed.so")] == ["sm_70"]
+    assert [image.name for image in fatbin.images(tmp_path / "content/sample/mixed.so")] == ["sm_70"]
 
 
 @pytest.mark.parametrize(

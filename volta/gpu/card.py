@@ -54,7 +54,7 @@ def ptx_version(ptx: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def needed(ptx: str) -> tuple[int, int]:
+def cuda_release_for(ptx: str) -> tuple[int, int]:
     """Return the first CUDA release whose driver compiles this PTX; for an unknown version, the newest release."""
     return CUDA_OF_PTX.get(ptx_version(ptx), max(CUDA_OF_PTX.values()))
 
@@ -175,7 +175,7 @@ class Card:
         """Load an image as a module of the driver."""
         if self.capability == MINIMUM and image.cubin:
             return self.call("cuModuleLoadData", np.frombuffer(image.cubin, np.uint8).ctypes.data)
-        if (need := needed(image.ptx)) > self.version:
+        if (need := cuda_release_for(image.ptx)) > self.version:
             raise CardError(
                 f"its PTX needs a driver for CUDA {dotted(need)}, and this one supports CUDA {dotted(self.version)}: "
                 "install a newer driver"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from volta.gpu import rows
-from volta.gpu.card import needed
+from volta.gpu.card import cuda_release_for
 from volta.gpu.rows import Bundle, Pointer, Row
 
 
@@ -53,7 +53,7 @@ def flaws(row: Row) -> Iterator[str]:
             yield f"the PTX of {launch.symbol} is not for 7.0"
         if not launch.image.cubin.startswith(b"\x7fELF"):
             yield f"{launch.symbol} has no cubin for 7.0"
-        needed(launch.image.ptx)
+        cuda_release_for(launch.image.ptx)
     if not row.results:
         yield "no result is compared"
     for result in row.results:

@@ -130,7 +130,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     cases = [case for case in (*CASES, *LARGER) if options.only in worded(case)]
     recorded_rows = []
-    for row in parallel.each(recorded, cases, options.jobs):
+    for row in parallel.run_in_processes(recorded, cases, options.jobs):
         recorded_rows.append(row)
         print(f"[{len(recorded_rows)}/{len(cases)}] {row.name}", flush=True)
     with zipfile.ZipFile(options.file, "w") as archive:

@@ -236,7 +236,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 row = {"case": case.name, "attention": asdict(case)}
                 print(json.dumps({**row, "before": asdict(before), "after": asdict(after)}), flush=True)
             return 0
-        for row in itertools.chain.from_iterable(parallel.each(_rows, wanted, options.jobs)):
+        for row in itertools.chain.from_iterable(parallel.run_in_processes(_rows, wanted, options.jobs)):
             rows.append(row)
             print(json.dumps(asdict(row)), flush=True)
         if options.markdown:

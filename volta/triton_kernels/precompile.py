@@ -44,7 +44,7 @@ MAX_MODEL_LEN = 4096
 """With blocks of 16 tokens, the kernels are the same for any other length divisible by 256."""
 
 
-def needed(
+def cases_to_compile(
     shapes: Iterable[Shape],
     parallel: Sequence[int] = TENSOR_PARALLEL,
     max_model_len: int = MAX_MODEL_LEN,
@@ -122,7 +122,7 @@ def fill(
     # With line numbers, the code contains paths of this environment. The variable is part of the key and stays unset.
     triton.knobs.propagate_env = False
     triton.knobs.compilation.disable_line_info = True
-    for number, case in enumerate(parallel.each(_compiled, wanted, jobs), 1):
+    for number, case in enumerate(parallel.run_in_processes(_compiled, wanted, jobs), 1):
         tell(f"{number} of {len(wanted)}: {case}")
     launched = _called(wanted)  # finds the kernels in the cache, or raises the error of one
     with mock.patch("triton.runtime.build._build", _without_paths):
@@ -233,7 +233,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         parser.error(f"--model cannot be read as a config.json: {error}")
     pretended_gpu.capability()
-    wanted = needed(shapes, options.tensor_parallel, options.max_model_len, options.kv)
+    wanted = cases_to_compile(shapes, options.tensor_parallel, options.max_model_len, options.kv)
     try:
         if options.check:
             print(f"{check(options.cache, wanted)} kernels, all in the cache")

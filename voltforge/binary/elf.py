@@ -91,7 +91,7 @@ class Elf:
     """The provided symbols."""
     undefined: frozenset[Symbol]
     """The symbols that must be found elsewhere when it is loaded, without weak ones."""
-    needs: frozenset[tuple[str, str]]
+    required_versions: frozenset[tuple[str, str]]
     """The required symbol versions, as library and version: ``("libc.so.6", "GLIBC_2.34")``."""
     sections: tuple[Section, ...]
     stripped: bool
@@ -120,7 +120,7 @@ class Elf:
                     kind = str(tag.entry.d_tag).removeprefix("DT_").lower()
                     if kind in tags:
                         tags[kind].append(getattr(tag, kind))
-            versions, needs = _versions(sections)
+            versions, required_versions = _versions(sections)
             defined, undefined = _symbols(sections, versions)
             return cls(
                 path=path,
@@ -130,7 +130,7 @@ class Elf:
                 rpath=_entries(tags["rpath"]),
                 defined=defined,
                 undefined=undefined,
-                needs=needs,
+                required_versions=required_versions,
                 sections=tuple(
                     Section(section.name, section["sh_offset"], section["sh_size"])
                     for section in file.iter_sections()
@@ -244,16 +244,16 @@ def _versions(sections: dict[str, Any]) -> tuple[dict[int, str], frozenset[tuple
     from elftools.elf.gnuversions import GNUVerDefSection, GNUVerNeedSection
 
     meaning: dict[int, str] = {}
-    needs: set[tuple[str, str]] = set()
+    required_versions: set[tuple[str, str]] = set()
     if isinstance(required := sections.get(".gnu.version_r"), GNUVerNeedSection):
         for library, versions in required.iter_versions():
             for version in versions:
                 meaning[version["vna_other"]] = version.name
-                needs.add((str(library.name), version.name))
+                required_versions.add((str(library.name), version.name))
     if isinstance(provided := sections.get(".gnu.version_d"), GNUVerDefSection):
         for definition, names in provided.iter_versions():
             meaning[definition["vd_ndx"]] = next(names).name
-    return meaning, frozenset(needs)
+    return meaning, frozenset(required_versions)
 
 
 def _symbols(sections: dict[str, Any], versions: dict[int, str]) -> tuple[frozenset[Symbol], frozenset[Symbol]]:

@@ -23,7 +23,7 @@ MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors that come from the machine and not from a fault in the program: they are printed without a traceback."""
 
 
-def each(pipeline: Pipeline, kind: str, doc: str | None) -> Iterator[dict[str, Any]]:
+def package_tasks(pipeline: Pipeline, kind: str, doc: str | None) -> Iterator[dict[str, Any]]:
     """Yield a task for every package that has a stage of that kind. All of them together download at once first."""
     yield {"name": None, "doc": doc, "task_dep": ["downloads"]}
     for recipe in pipeline.recipes.values():
@@ -33,7 +33,7 @@ def each(pipeline: Pipeline, kind: str, doc: str | None) -> Iterator[dict[str, A
 
 def wheels(pipeline: Pipeline, doc: str | None) -> Iterator[dict[str, Any]]:
     """Yield the tasks of all wheels; a package with several variants is announced before the first stage runs."""
-    for task in each(pipeline, "wheels", doc):
+    for task in package_tasks(pipeline, "wheels", doc):
         recipe = pipeline.recipes.get(task["name"])
         if recipe and recipe.name in CHOICES:
             task["meta"] = {ANNOUNCED: lambda recipe=recipe: variant_sentence(recipe)}

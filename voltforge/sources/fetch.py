@@ -20,7 +20,7 @@ import requests
 from voltforge.errors import listed
 from voltforge.sources import distro, index
 from voltforge.sources.index import HASH, Indexes, Patience, explained
-from voltforge.sources.threads import Halt, each
+from voltforge.sources.threads import Halt, run_in_threads
 from voltforge.sources.transfer import AbsentError, FetchError, LocationError, PartialFile, StoreWriteError, Transfer
 from voltforge.system import console, files
 from voltforge.system.urls import local_path, redacted
@@ -170,7 +170,9 @@ class Store:
         halt = Halt()
         missing: dict[Artifact, Missing] = {}
         # A file that is named twice is downloaded once: the second thread would only wait for the first one's lock.
-        for artifact, got in each(partial(self._had, halt=halt), [*dict.fromkeys(artifacts)], self.at_once, halt):
+        for artifact, got in run_in_threads(
+            partial(self._had, halt=halt), [*dict.fromkeys(artifacts)], self.at_once, halt
+        ):
             if isinstance(got, Missing):
                 missing[artifact] = got
             else:

@@ -74,7 +74,9 @@ class Halt:
                 self._wakers.remove(wake)
 
 
-def each(work: Callable[[T], R], items: Sequence[T], at_once: int, halt: Halt) -> Generator[tuple[T, R], None, None]:
+def run_in_threads(
+    work: Callable[[T], R], items: Sequence[T], at_once: int, halt: Halt
+) -> Generator[tuple[T, R], None, None]:
     """Call ``work`` for every item in at most ``at_once`` threads; yield each item with its result when it is ready.
 
     An error in a thread is raised here. However this ends, ``halt`` is set, and the threads end within :data:`GRACE` or

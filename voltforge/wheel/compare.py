@@ -26,9 +26,9 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 from backports import zstd
 
-from voltforge.binary import cubin
-from voltforge.binary.cubin import FatbinError, Image
+from voltforge.binary import fatbin
 from voltforge.binary.elf import MAGIC, ElfError, open_elf
+from voltforge.binary.fatbin import FatbinError, Image
 from voltforge.system import console, files
 from voltforge.system.process import ProgramFailed, run
 
@@ -57,7 +57,7 @@ WIDTH = 120
 DIFFOSCOPE_SECONDS = 1800.0
 """Seconds for diffoscope; a wheel of gigabytes would take it hours."""
 
-_DEVICE = cubin.SECTIONS
+_DEVICE = fatbin.SECTIONS
 _CODE = re.compile(r"\.(?:text|plt)(?:\..*)?|\.(?:init|fini)")
 """Sections with machine code (System V gABI, figure 4-13)."""
 _BOOKKEEPING = re.compile(
@@ -536,7 +536,7 @@ def _device_images(path: Path) -> dict[tuple[bool, int, int], Image]:
     """Return the device images by section, container and place in it."""
     places: Counter[tuple[bool, int]] = Counter()
     images = {}
-    for image in cubin.images(path):
+    for image in fatbin.images(path):
         container = image.relocatable, image.container
         images[(*container, places[container])] = image
         places[container] += 1

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag
 from packaging.utils import canonicalize_name
 
-from voltforge.binary import cubin
+from voltforge.binary import fatbin
 from voltforge.errors import VoltforgeError
 from voltforge.system import files
 from voltforge.wheel.examined_wheel import (
@@ -66,8 +66,8 @@ def check_tag(subject: ExaminedWheel) -> Iterator[Finding]:
     yield from of_problems("tag", problems, f"{_tags(wheel.tags)}; {possible.why}")
     if possible.glibc or possible.libstdcxx:
         floors = {"glibc": possible.glibc, "GLIBCXX": possible.libstdcxx}
-        needs = " and ".join(f"{name} {version}" for name, version in floors.items() if version)
-        yield Finding("tag", "note", f"needs {needs}, or newer")
+        required_versions = " and ".join(f"{name} {version}" for name, version in floors.items() if version)
+        yield Finding("tag", "note", f"needs {required_versions}, or newer")
 
 
 def check_requirements(subject: ExaminedWheel) -> Iterator[Finding]:
@@ -116,12 +116,12 @@ def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
     arch, linked = subject.expect.arch, subject.linked or {}
     if not arch:
         return
-    wanted = cubin.image_names(arch)
+    wanted = fatbin.image_names(arch)
     problems = [f"{name} should contain device code, but is missing" for name in linked if name not in subject.binaries]
     counts = []
     for name, binary in subject.binaries.items():
         try:
-            images = cubin.images(binary.path)
+            images = fatbin.images(binary.path)
         except VoltforgeError as error:
             problems.append(error.what.replace(str(binary.path), name))
             continue
@@ -152,14 +152,14 @@ def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
 
 
 def check_absent(subject: ExaminedWheel) -> Iterator[Finding]:
-    """Check that no binary and no kernel matches a forbidden pattern; see :func:`voltforge.binary.cubin.kernels`."""
+    """Check that no binary and no kernel matches a forbidden pattern; see :func:`voltforge.binary.fatbin.kernels`."""
     patterns = subject.expect.absent
     problems = []
     for name, binary in subject.binaries.items():
         problems += [
             f"{name} matches the forbidden pattern {pattern}" for pattern in patterns if fnmatchcase(name, pattern)
         ]
-        kernels = cubin.kernels(binary.path) if patterns else ()
+        kernels = fatbin.kernels(binary.path) if patterns else ()
         for pattern in patterns:
             if matching := sorted(kernel for kernel in kernels if fnmatchcase(kernel, pattern)):
                 count = f"{len(matching)} kernels or device variables that match {pattern}"

@@ -1,8 +1,8 @@
 """Remove the device code of all other archs from a wheel.
 
-In any wheel, binaries with device code are thinned (see :mod:`voltforge.binary.fatbin`), all binaries are stripped, and
-the version gets a local part. A project's recipe can add rules. Libraries of NVIDIA are never changed, because their
-licence forbids it.
+In any wheel, binaries with device code are thinned (see :mod:`voltforge.binary.thinning`), all binaries are stripped,
+and the version gets a local part. A project's recipe can add rules. Libraries of NVIDIA are never changed, because
+their licence forbids it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from voltforge.binary import cubin, elf
+from voltforge.binary import elf, fatbin
 from voltforge.binary.elf import Elf
-from voltforge.binary.fatbin import ThinError, thin_binary
+from voltforge.binary.thinning import ThinError, thin_binary
 from voltforge.errors import VoltforgeError, listed
 from voltforge.sources.recipe import Stub, Thin
 from voltforge.system import console, files, programs
@@ -84,11 +84,11 @@ def thin_wheel(
         ThinError: names all binaries that cannot be thinned.
         WheelError: it is not a well-formed wheel.
     """
-    names = cubin.image_names(archs)
+    names = fatbin.image_names(archs)
     stock = Wheel.read(wheel)
     if stock.name.startswith("nvidia-"):
         raise ThinError(wheel, "is NVIDIA's own, and its licence does not allow changes")
-    highest = max(map(cubin.capability, names))
+    highest = max(map(fatbin.capability, names))
     stubs = {
         soname: stub for soname, stub in settings.stubs.items() if not stub.since or _capability(stub.since) > highest
     }
@@ -177,14 +177,14 @@ def _replace_libraries(wheel: Path, folder: Path, stubs: Mapping[str, Stub]) -> 
 
 def _thin_binaries(wheel: Path, folder: Path, archs: Sequence[str], drop_foreign: bool) -> None:
     """Thin and strip every binary in place; all problems are reported at once."""
-    names = cubin.image_names(archs)
+    names = fatbin.image_names(archs)
     problems: list[str] = []
     for name in _binary_names(folder):
         path = folder / name
         if any(fnmatchcase(path.name, pattern) for pattern in NVIDIA):
             continue
         try:
-            images = cubin.images(path)
+            images = fatbin.images(path)
             if images and not any(image.name in names for image in images):
                 if not drop_foreign:
                     present = ", ".join(dict.fromkeys(image.name for image in images))
@@ -274,7 +274,7 @@ def _capability(arch: str) -> int:
 
 def _thinned_version(version: Version, archs: Iterable[str]) -> Version:
     parts = [version.local] if version.local else []
-    parts += [name.replace("_", "") for arch in archs for name in sorted(cubin.image_names([arch]), reverse=True)]
+    parts += [name.replace("_", "") for arch in archs for name in sorted(fatbin.image_names([arch]), reverse=True)]
     return Version(f"{version.public}+{'.'.join([*dict.fromkeys(parts), 'thin'])}")
 
 
