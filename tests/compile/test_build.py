@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.support.checkouts import ROOT, edited, small_checkout
+from tests.support.processes import family
 from tests.support.rights import ordinary_user
 from tests.support.tally import Tally
 from voltforge.compile import build_variables, fixed_paths, sandbox
@@ -172,13 +173,11 @@ def test_ctrl_c_ends_every_compiler_and_the_next_run_resumes(saxpy: Pipeline, ki
     compilers: list[psutil.Process] = []
     while not compilers and time.monotonic() < deadline:
         time.sleep(0.05)
-        compilers = [
-            process for process in child.children(recursive=True) if process.name() in ("cicc", "cudafe++", "cc1plus")
-        ]
+        compilers = [process for process, name in family(child).items() if name in ("cicc", "cudafe++", "cc1plus")]
     assert compilers, "the build never came to compile"
-    family = child.children(recursive=True)
+    members = child.children(recursive=True)
     child.send_signal(signal.SIGINT)
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(members, timeout=5)
     assert not alive
     child.wait(60)  # without a sandbox it brings the folders back
     assert not package(saxpy).build.path.exists()

@@ -27,6 +27,7 @@ from _pytest.mark import ParameterSet
 
 from tests.scripts.killed import Point, as_json, runs
 from tests.support.checkouts import ROOT, small_checkout
+from tests.support.processes import family
 from tests.support.samples import cubin_hashes
 from tests.support.selection import rotated
 from tests.support.servers import Fault, Server, serving
@@ -235,11 +236,11 @@ class Place:
 
 def end_family() -> None:
     """End what the killed runs left running, by id."""
-    while family := [process for process in psutil.Process().children(recursive=True) if process.name() != HOLDER]:
-        for process in family:
+    while left := [process for process, name in family(psutil.Process()).items() if name != HOLDER]:
+        for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(family, timeout=5)
+        psutil.wait_procs(left, timeout=5)
 
 
 def cut(root: Path, journal: dict, began: int, keeps: float) -> list[str]:
