@@ -52,9 +52,8 @@ def first_run(commit, phases, mirrors, scratch):
     home, folder = scratch / f"home-{commit}", scratch / f"clone-{commit}"
     home.mkdir()
     name = clone(commit, folder)
-    environ = {
-        key: value for key, value in os.environ.items() if not key.startswith(("VOLTFORGE_", "XDG_", "UV_CACHE"))
-    }
+    left_out = ("VOLTFORGE_", "XDG_", "UV_CACHE", "PYTHONDONTWRITEBYTECODE")
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
     environ |= {"HOME": str(home), **({"VOLTFORGE_MIRRORS": mirrors} if mirrors else {})}
     rows = {}
     for phase, words in phases.items():
