@@ -177,3 +177,11 @@ def test_one_requirement_is_taken_from_a_lock_with_all_its_hashes(repository):
     assert len(lines) > 10
     assert all(line.startswith("    --hash=sha256:") for line in lines[1:] if "#" not in line)
     assert bootstrap.requirement("nothing", lock) == ""
+
+
+@pytest.mark.slow
+def test_a_python_without_pip_makes_the_environment_with_the_pip_of_ensurepip(stocked, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    stocked.env["VOLTFORGE_PYTHON"] = str(tmp_path / "bare" / "bin" / "python")
+    done = stocked.doit("list")
+    assert (done.returncode, done.stdout) == (0, "doit was given ['list']\n"), done.stderr
