@@ -185,3 +185,19 @@ def test_a_python_without_pip_makes_the_environment_with_the_pip_of_ensurepip(st
     stocked.env["VOLTFORGE_PYTHON"] = str(tmp_path / "bare" / "bin" / "python")
     done = stocked.doit("list")
     assert (done.returncode, done.stdout) == (0, "doit was given ['list']\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_reported_with_a_remedy(stocked, tmp_path):
+    """A fake pip ends with the line that pip prints on a full disk: to fill a disk, a test would need to be root."""
+    fake = tmp_path / "pip" / "pip"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").touch()
+    (fake / "__main__.py").write_text("raise SystemExit('ERROR: [Errno 28] No space left on device')")
+    (tmp_path / "pip" / "pip-99.0.dist-info").mkdir()
+    (tmp_path / "pip" / "pip-99.0.dist-info" / "METADATA").write_text("Name: pip\nVersion: 99.0\n")
+    stocked.env["PYTHONPATH"] = str(tmp_path / "pip")
+    done = stocked.doit("list")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "x the packages of requirements.txt could not be installed" in done.stderr
+    assert re.search(r"try: .*make room.*; the next call starts again\n\Z", done.stderr)

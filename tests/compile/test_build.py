@@ -194,7 +194,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture(scope="module")
 def hermetic(tmp_path_factory: pytest.TempPathFactory, toolchain: Toolchain) -> str:
     """The digest of the wheel that a build in bubblewrap gives."""
-    if not available().hermetic:  # the README promises builds there too; CI has bubblewrap
+    if not available().hermetic:  # many containers forbid namespaces; CI installs bubblewrap and allows them
         pytest.skip("bubblewrap cannot make a namespace on this machine")
     return files.sha256(built(small_checkout(tmp_path_factory.mktemp("hermetic") / "checkout")))
 
@@ -206,7 +206,7 @@ def test_without_a_sandbox_the_bytes_are_the_same_in_any_checkout(
 ) -> None:
     """nvcc's module ids are equal too: --objdir-as-tempdir keeps its PID out of them."""
     pipeline = small_checkout(tmp_path / folder, Settings(sandbox="off"))
-    if why := fixed_paths.obstacle(pipeline.scratch / "work", {}):  # an ordinary user cannot make /build; CI is root
+    if why := fixed_paths.obstacle(pipeline.scratch / "work", {}):  # only root can create /build, and CI runs as root
         pytest.skip(f"nothing can be moved to {fixed_paths.ROOT} here: {why}")
     assert files.sha256(built(pipeline)) == hermetic
     assert "this build is not isolated from the network" in said(capsys)
@@ -220,7 +220,7 @@ def test_a_build_without_sandbox_is_announced_and_marked_in_the_receipt(
 ) -> None:
     box = Sandbox("no network")
     if subprocess.run(box.command(["true"], writable={}, readable={}, cwd=Path("/")), check=False).returncode:
-        # Many containers forbid it; CI's machine does not.
+        # Many containers forbid namespaces; CI's machine allows them.
         pytest.skip("unshare(1) cannot make namespaces on this machine")
     monkeypatch.setattr(sandbox, "available", lambda: box)
     built(saxpy)
@@ -270,7 +270,7 @@ ROOM = "make room on the disk"
 @pytest.mark.slow
 def test_a_full_or_read_only_disk_is_reported_with_a_remedy(saxpy: Pipeline) -> None:
     namespace = ["unshare", "--user", "--map-root-user", "--mount", "--"]
-    if subprocess.run([*namespace, "true"], check=False).returncode:  # as in many containers, but not in CI
+    if subprocess.run([*namespace, "true"], check=False).returncode:  # many containers forbid it; CI's machine does not
         pytest.skip("unshare(1) cannot make namespaces on this machine")
     for kind in KINDS[:-1]:
         package(saxpy).stages[kind].run()

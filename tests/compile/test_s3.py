@@ -26,7 +26,7 @@ from voltforge.sources.index import configured
 from voltforge.system import files
 
 # CI has it, and skips none of these.
-needs_rclone = pytest.mark.skipif(not shutil.which("rclone"), reason="there is no rclone (apt-get install rclone)")
+needs_rclone = pytest.mark.skipif(not shutil.which("rclone"), reason="rclone is not installed; CI installs it")
 
 
 @pytest.fixture(scope="module")

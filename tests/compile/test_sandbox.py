@@ -195,7 +195,7 @@ def test_a_failure_inside_has_the_status_of_the_program(inside):
 def test_processes_inside_end_with_the_program_that_started_them(kind, user, monkeypatch):
     """Also after SIGKILL, which leaves no time to clean up."""
     if user and os.geteuid() != 0:
-        pytest.skip("these tests run as an ordinary user anyway")
+        pytest.skip("only root can become another user; the case without a user covers an ordinary one, and CI is root")
     monkeypatch.setattr(sandbox.sys, "base_prefix", "/usr")
     mark = secrets.token_hex()
     words = Sandbox(kind).command(
@@ -262,7 +262,7 @@ def test_without_bubblewrap_the_network_is_still_unreachable(server, tmp_path):
 @pytest.mark.parametrize("user", [None, NOBODY])
 def test_without_bubblewrap_folders_are_still_at_their_fixed_paths(user):
     if user and os.geteuid() != 0:
-        pytest.skip("these tests run as an ordinary user anyway")
+        pytest.skip("only root can become another user; the case without a user covers an ordinary one, and CI is root")
     look = "pwd; cat /build/environment/file; echo object > new.o; uname -n; echo $$; grep CapEff /proc/self/status"
     with tempfile.TemporaryDirectory() as room:
         tree, environment = Path(room, "tree"), Path(room, "environment")
@@ -511,6 +511,7 @@ def interpreter(user: int) -> Path:
         with contextlib.suppress(OSError):
             if user == os.geteuid() or not subprocess.run([path, "-c", ""], user=user, group=user).returncode:
                 return Path(path)
+    # A Python in a private home is out of reach for others. CI has Debian's, which everyone can run.
     pytest.skip("an ordinary user cannot run this Python")
 
 
@@ -562,7 +563,7 @@ def test_a_curious_build_sees_nothing_inside_and_everything_outside(
     user: int, saxpy: Pipeline, tools: Environment, counted: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if user != os.geteuid() != 0:
-        pytest.skip("these tests run as an ordinary user anyway")
+        pytest.skip("only root can become another user; the case without a user covers an ordinary one, and CI is root")
     with contextlib.ExitStack() as held:
         world = World(user, held)
         if world.rights:

@@ -58,7 +58,7 @@ def test_a_failing_engine_is_reported_with_its_last_lines(tmp_path: Path, monkey
 
 
 # CI installs buildah.
-@pytest.mark.skipif(not shutil.which("buildah"), reason="buildah is not installed")
+@pytest.mark.skipif(not shutil.which("buildah"), reason="buildah is not installed; CI installs it")
 def test_a_build_that_fails_leaves_no_container_in_the_store(tmp_path: Path) -> None:
     def containers() -> set[str]:
         words = ["buildah", "containers", "--quiet"]

@@ -101,7 +101,7 @@ def _python_with_pip() -> Path:
     for python in (sys.executable, *(f"{folder}/python3" for folder in os.get_exec_path())):
         if Path(python).exists() and not os.system(f"'{python}' -m pip --version >/dev/null 2>&1"):
             return Path(python)
-    # pip itself is asked for its configuration: a stand-in would prove nothing. CI's .venv has it.
+    # These tests compare with the real pip, so a fake one would prove nothing. The .venv of CI has pip.
     pytest.skip("no Python with pip on this machine")
 
 

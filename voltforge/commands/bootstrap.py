@@ -16,6 +16,7 @@ import venv
 from importlib import metadata
 from pathlib import Path
 
+from voltforge.errors import remedy
 from voltforge.sources import index_settings
 
 HERE = (22, 3)
@@ -35,22 +36,23 @@ def main(root: Path) -> int:
     own = folder / "uv.txt"
     own.write_text(requirement("uv", lock.read_text()))
     uv = folder / "bin" / "uv"
-    if not own.stat().st_size or _run([*pip, own, "--only-binary", ":all:"], quiet=True):
-        reason = "no uv was found for this machine"
-    elif _run([uv, "--version"], quiet=True):
+    if not own.stat().st_size or _run([*pip, own, "--only-binary", ":all:"], quiet=True)[0]:
+        reason = "pip could not install uv"
+    elif _run([uv, "--version"], quiet=True)[0]:
         reason = "uv does not run on this machine"
     else:
         reason = ""
     if reason:
         _tell(f"* {reason}: pip installs the packages, which takes longer")
-        status = _run([*pip, lock])
+        status, output = _run([*pip, lock])
     else:
         settings = index_settings.configured(python=sys.executable)
         words: list[str | Path] = [uv, "pip", "install", "--require-hashes", "--python", python]
-        status = _run([*words, *settings.uv_arguments(), "--requirement", lock], settings.uv_environment())
+        status, output = _run([*words, *settings.uv_arguments(), "--requirement", lock], settings.uv_environment())
     if status:
         _tell(f"x the packages of {lock.name} could not be installed: the lines above are the reason")
-        _tell("  try: python3 -m pip config list, which prints the package index; the next call starts again")
+        advice = remedy(output, "check the package index that `python3 -m pip config list` prints")
+        _tell(f"  try: {advice}; the next call starts again")
         return 1
     (folder / "python.txt").write_text(os.environ.get("VOLTFORGE_PYTHON", ""))
     shutil.copyfile(lock, folder / lock.name)
@@ -79,16 +81,18 @@ def _pip(python: Path) -> list[str | Path]:
     return [python, "-m", "pip"]
 
 
-def _run(words: list[str | Path], environ: dict[str, str] | None = None, *, quiet: bool = False) -> int:
-    """Run a program and print its lines, without uv's list of the installed packages; return its status."""
+def _run(words: list[str | Path], environ: dict[str, str] | None = None, *, quiet: bool = False) -> tuple[int, str]:
+    """Run a program and print its lines, without uv's list of the installed packages; return its status and output."""
+    lines = []
     with subprocess.Popen(
         words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as child:
         assert child.stdout
         for line in child.stdout:
+            lines.append(line)
             if not quiet and not re.match(r" [+-] ", line):
                 _tell(f"  {line.strip()}")
-    return child.returncode
+    return child.returncode, "".join(lines)
 
 
 def _tell(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 import sys
 from pathlib import Path
@@ -20,12 +21,11 @@ def install(root: Path) -> None:
         InstallError: a file of the lock cannot be downloaded, or its hash does not match.
     """
     own, lock = root / ".venv", root / "requirements-dev.txt"
-    if Path(sys.prefix).resolve() != own.resolve() or _same(lock, own / lock.name):
+    installed = own / lock.name
+    if Path(sys.prefix).resolve() != own.resolve():
+        return
+    if installed.is_file() and filecmp.cmp(lock, installed, shallow=False):
         return
     console.step(f"install the packages of tests and benchmarks ({lock.name})")
     environment.install(lock, Environment(own), index.configured(), sdists=True)
-    shutil.copyfile(lock, own / lock.name)
-
-
-def _same(lock: Path, installed: Path) -> bool:
-    return installed.is_file() and installed.read_bytes() == lock.read_bytes()
+    shutil.copyfile(lock, installed)

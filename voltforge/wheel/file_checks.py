@@ -108,7 +108,7 @@ def check_extensions(subject: ExaminedWheel) -> Iterator[Finding]:
         for name in wanted
         if name not in subject.binaries
     ]
-    return of_problems("extensions", problems, ", ".join(wanted) or "none are asked for")
+    return of_problems("extensions", problems, ", ".join(wanted) or "the recipe requires none")
 
 
 def check_images(subject: ExaminedWheel) -> Iterator[Finding]:
