@@ -200,4 +200,4 @@ def test_a_full_disk_is_reported_with_a_remedy(stocked, tmp_path):
     done = stocked.doit("list")
     assert (done.returncode, done.stdout) == (1, "")
     assert "x the packages of requirements.txt could not be installed" in done.stderr
-    assert re.search(r"try: .*make room.*; the next call starts again\n\Z", done.stderr)
+    assert re.search(r"try: .*make room.*; the next ./doit starts over\n\Z", done.stderr)

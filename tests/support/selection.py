@@ -1,4 +1,6 @@
-"""The tests that a run may leave out: kill points that rotate, and long tests whose inputs have not changed.
+"""The tests that a run may leave out: two thirds of some kill points, and long tests whose inputs have not changed.
+
+A kill point is a moment at which a test ends a run. Each day has another third of them.
 
 `./doit test:all` leaves out none. VOLTFORGE_TEST_ROTATION repeats the rotation of another run.
 """
@@ -17,7 +19,7 @@ from voltforge.system import files
 ALL = bool(os.environ.get("VOLTFORGE_TEST_ALL"))
 """True if no test is left out."""
 ROTATIONS = 3
-"""Every item of a rotation runs in one of so many rotations; a day has one rotation."""
+"""The number of rotations. Each item belongs to one of them, and each day runs one."""
 ROTATION = int(os.environ.setdefault("VOLTFORGE_TEST_ROTATION", str(int(time.time()) // 86400))) % ROTATIONS
 """The rotation of this run. The variable is set so that both workers of a run have the same."""
 RESULTS = ROOT / "tests" / "records" / "results.json"
@@ -35,7 +37,8 @@ def header() -> str:
     if ALL:
         return "kill points: all"
     repeat = f"VOLTFORGE_TEST_ROTATION={ROTATION} repeats it, ./doit test:all runs all"
-    return f"kill points: all of SIGKILL; of SIGINT and power cuts rotation {ROTATION + 1} of {ROTATIONS} ({repeat})"
+    chosen = f"rotation {ROTATION} of 0 to {ROTATIONS - 1} ({repeat})"
+    return f"kill points: every one of SIGKILL; of SIGINT and power cuts, {chosen}"
 
 
 def digest(patterns: Iterable[str], *more: str) -> str:
@@ -50,6 +53,6 @@ def has_passed(name: str, inputs: str) -> bool:
 
 
 def record(name: str, inputs: str, path: Path = RESULTS) -> None:
-    """Record that the tests of ``name`` passed; `./doit test:all` does so, and a commit keeps it."""
+    """Record that the tests of ``name`` passed. Only `./doit test:all` records; a commit keeps the record."""
     if ALL:
         files.write_json(path, {**(files.read_json(path) or {}), name: inputs})

@@ -1,7 +1,7 @@
-"""Make .venv with the packages of requirements.txt. Runs before they are installed, so it imports no package.
+"""Make .venv and install requirements.txt into it. Runs before any package is installed, so it imports none.
 
-pip installs uv, by hash, and uv installs the other packages, which takes a fraction of pip's time. If pip finds no uv
-for this machine, pip installs all packages.
+pip installs uv, by hash, and uv installs the other packages, which takes a fraction of pip's time. If pip
+cannot install uv, or uv does not run on this machine, pip installs all packages.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from pathlib import Path
 from voltforge.errors import remedy
 from voltforge.sources import index_settings
 
-HERE = (22, 3)
+FIRST_PIP = (22, 3)
 """The first pip that can install into another environment (``pip --python``)."""
 
 
 def main(root: Path) -> int:
     """Make ``.venv`` in ``root`` and return the exit status.
 
-    A copy of the lock in ``.venv`` marks it as complete; ``python.txt`` holds the value of VOLTFORGE_PYTHON.
+    A copy of the lock in ``.venv`` marks it as complete; ``python.txt`` holds VOLTFORGE_PYTHON, so that another
+    value makes ``.venv`` again.
     """
     start, lock, folder = time.monotonic(), root / "requirements.txt", root / ".venv"
     _tell(f"* making .venv with Python {sys.version.split()[0]}: a minute or less, once")
@@ -52,7 +53,7 @@ def main(root: Path) -> int:
     if status:
         _tell(f"x the packages of {lock.name} could not be installed: the lines above are the reason")
         advice = remedy(output, "check the package index that `python3 -m pip config list` prints")
-        _tell(f"  try: {advice}; the next call starts again")
+        _tell(f"  try: {advice}; the next ./doit starts over")
         return 1
     (folder / "python.txt").write_text(os.environ.get("VOLTFORGE_PYTHON", ""))
     shutil.copyfile(lock, folder / lock.name)
@@ -69,13 +70,13 @@ def requirement(name: str, lock: str) -> str:
 def _pip(python: Path) -> list[str | Path]:
     """Return the command of a pip that installs into the environment of ``python``.
 
-    The pip of this Python does it if it is new enough: a pip of the environment's own takes seconds to install.
+    This Python's pip is used if it is new enough, because installing a pip into the environment takes seconds.
     """
     try:
         version = tuple(int(number) for number in re.findall(r"\d+", metadata.version("pip"))[:2])
     except metadata.PackageNotFoundError:
         version = ()
-    if version >= HERE:
+    if version >= FIRST_PIP:
         return [sys.executable, "-m", "pip", "--python", python]
     subprocess.run([python, "-m", "ensurepip", "--default-pip"], stdout=subprocess.DEVNULL, check=True)
     return [python, "-m", "pip"]
@@ -103,7 +104,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main(Path.cwd()))
     except KeyboardInterrupt:
-        _tell("! interrupted: the next call starts again")
+        _tell("! interrupted: the next ./doit starts over")
         sys.exit(130)
     except (OSError, subprocess.CalledProcessError) as error:
         _tell(f"x .venv cannot be made: {error}")

@@ -1,4 +1,4 @@
-"""Install the packages that tests and benchmarks need, the first time that one of them runs."""
+"""Install the packages that tests and benchmarks need, before the first test or benchmark runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from voltforge.system import console
 def install(root: Path) -> None:
     """Install requirements-dev.txt into ``.venv``; a copy of the lock there marks that it is done.
 
-    A Python that is not that of ``.venv`` is left alone: its packages belong to the person who chose it.
+    If another Python than that of ``.venv`` runs this, nothing is installed: the person who chose it provides its
+    packages.
 
     Raises:
         InstallError: a file of the lock cannot be downloaded, or its hash does not match.

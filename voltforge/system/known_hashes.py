@@ -12,13 +12,14 @@ from voltforge.system import files
 
 @dataclass(frozen=True)
 class KnownHashes:
-    """Hashes by path in a JSON file, each with the identity of the file that it belongs to.
+    """A JSON file that maps each path to a SHA-256 and to the identity that the file had then.
 
-    A hash is believed while device, inode, size, mtime and ctime of its file stay the same; no program can set a ctime.
+    A hash is believed while device, inode, size, mtime and ctime of its file stay the same. A ctime follows the
+    clock and cannot be set. A file that changed a moment ago is hashed but not stored.
     """
 
     path: Path | None = None
-    """The JSON file; ``None`` to store nothing. A file that cannot be read or written is skipped."""
+    """``None`` stores nothing. If this file cannot be read or written, hashes are computed and not stored."""
 
     def sha256(self, file: Path) -> str:
         """Return the hexadecimal SHA-256 of a file; it is read only if it is new or has changed.

@@ -35,13 +35,13 @@ def report(findings: Iterable[Finding]) -> None:
 
 
 def of_problems(check: str, problems: Iterable[str], fine: str) -> Iterator[Finding]:
-    """Yield a failure for each problem, or a single pass with the detail ``fine`` if there is none."""
+    """Yield a failure for each problem; without one, a pass with the detail ``fine``, or nothing if that is empty."""
     failures = [Finding(check, "fail", problem) for problem in problems]
     yield from failures or ([Finding(check, "pass", fine)] if fine else [])
 
 
 def examples(names: Iterable[str]) -> str:
-    """Return the first names in one line, and the number of the others."""
+    """Return the first three names in one line, and how many more there are."""
     listed = list(names)
     more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return ", ".join(listed[:_SHOWN]) + more
